@@ -1,0 +1,17 @@
+from logra_kernels.ops._dispatch import Backend, FallbackWarning, backends
+from logra_kernels.ops.accumulate_gram import accumulate_gram
+from logra_kernels.ops.project_grad import project_grad
+from logra_kernels.ops.project_rows import project_rows
+from logra_kernels.ops.score_block import score_block
+from logra_kernels.ops.score_topk import score_topk
+
+__all__ = [
+    "Backend",
+    "FallbackWarning",
+    "accumulate_gram",
+    "backends",
+    "project_grad",
+    "project_rows",
+    "score_block",
+    "score_topk",
+]

@@ -1,0 +1,109 @@
+"""The op library, and the one rule that picks an implementation behind the op boundary.
+
+An op names its implementations per device type, best first. ``auto`` takes the first that works here; a backend asked for
+by name is used or raises. When ``auto`` is left with the reference alone, it says once what is missing.
+"""
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+LIB = torch.library.Library("logra_kernels", "DEF")
+OPS = ("project_rows", "project_grad", "accumulate_gram", "score_block", "score_topk")
+FORCED = os.environ.get("LOGRA_KERNELS_BACKEND", "auto")
+
+_MODULE = {"cpp": "cpu", "triton": "triton", "reference": "reference"}
+_ORDER = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "reference")}
+
+
+class FallbackWarning(UserWarning):
+    """The automatic choice is the reference implementation because the fast one is missing here."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op on one device type, and whether it works here."""
+
+    op: str
+    device: str
+    name: str
+    available: bool
+    chosen: bool
+    why: str
+
+
+@cache
+def native_error() -> str | None:
+    """Why the C++ kernels cannot be used, or None when they can."""
+    try:
+        importlib.import_module("logra_kernels._C")
+    except ImportError as error:
+        return f"logra_kernels._C is not built ({error}); install with a C++17 compiler present"
+    return None
+
+
+@cache
+def triton_error(device: str) -> str | None:
+    """Why Triton kernels cannot be used on tensors of this device type, or None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
+    return None
+
+
+def _missing(name: str, device: str) -> str | None:
+    if name == "cpp":
+        return native_error()
+    return triton_error(device) if name == "triton" else None
+
+
+@cache
+def launcher(op: str, device: str, asked: str) -> Callable:
+    """The implementation of `op` for tensors on `device`; `asked` is a backend's name or "auto".
+
+    Raises:
+        RuntimeError: The backend asked for (here or in LOGRA_KERNELS_BACKEND) is unknown or does not work here.
+    """
+    order = _ORDER.get(device, ("reference",))
+    name = FORCED if asked == "auto" else asked
+    if name == "auto":
+        name = next(candidate for candidate in order if _missing(candidate, device) is None)
+        if name == "reference" and len(order) > 1:
+            _warn_fallback(device, _missing(order[0], device) or "")
+    why = _missing(name, device) if name in order else f"no such implementation for {device} tensors"
+    if why is not None:
+        have = ", ".join(candidate for candidate in order if _missing(candidate, device) is None)
+        raise RuntimeError(f"{op}: backend {name!r} is not available here: {why} (have: {have})")
+    module = importlib.import_module(f"logra_kernels.ops.{op}.{_MODULE[name]}")
+    return getattr(module, op) if name == "reference" else module.launch
+
+
+@cache
+def _warn_fallback(device: str, why: str) -> None:
+    warnings.warn(
+        f"logra_kernels uses the reference implementations on {device}, which are correct but slow: {why}",
+        FallbackWarning,
+        stacklevel=2,
+    )
+
+
+def backends() -> list[Backend]:
+    """Every implementation of every op for the device types of this machine: which works, which `auto` takes, and why."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found = []
+    for op in OPS:
+        for device in devices:
+            order = _ORDER[device]
+            works = [name for name in order if _missing(name, device) is None]
+            chosen = FORCED if FORCED != "auto" else works[0]
+            for name in order:
+                why = _missing(name, device)
+                reason = why or ("LOGRA_KERNELS_BACKEND" if FORCED == name else "first that works")
+                found.append(Backend(op, device, name, why is None, name == chosen, reason))
+    return found

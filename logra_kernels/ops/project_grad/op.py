@@ -1,0 +1,118 @@
+"""project_grad: per-sample gradient of a linear layer, projected on both sides.
+
+    G[n] = sum_{t of n} w[t] (P_out dy[t]) (P_in x[t])^T        [N, k_out, k_in], fp32 (fp64 for fp64 input)
+
+A batch is R positions cut into N samples by `offsets`; a dense [N, T, d] batch is the case of equal lengths.
+"""
+
+import torch
+from torch import Tensor
+
+from logra_kernels.ops._check import accumulator_dtype, check_same_dtype, check_tensors
+from logra_kernels.ops._dispatch import LIB, launcher
+
+LIB.define(
+    "project_grad(Tensor x, Tensor dy, Tensor? p_in, Tensor? p_out, Tensor? offsets, Tensor? weights, str backend)"
+    " -> Tensor"
+)
+
+
+def _launch(
+    x: Tensor,
+    dy: Tensor,
+    p_in: Tensor | None,
+    p_out: Tensor | None,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    backend: str,
+) -> Tensor:
+    if offsets is not None:
+        _check_offsets(offsets, x.shape[0])
+    return launcher("project_grad", dy.device.type, backend)(x, dy, p_in, p_out, offsets, weights)
+
+
+def _check_offsets(offsets: Tensor, rows: int) -> None:
+    cuts = offsets.tolist()
+    if cuts[0] < 0 or cuts[-1] > rows or any(b < a for a, b in zip(cuts, cuts[1:], strict=False)):
+        raise ValueError(f"project_grad: offsets {cuts[:8]}... must not decrease and must stay within 0..{rows}")
+
+
+LIB.impl("project_grad", _launch, "CPU")
+LIB.impl("project_grad", _launch, "CUDA")
+
+
+@torch.library.register_fake("logra_kernels::project_grad", lib=LIB)
+def _fake(
+    x: Tensor,
+    dy: Tensor,
+    p_in: Tensor | None,
+    p_out: Tensor | None,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    backend: str,
+) -> Tensor:
+    samples = x.shape[0] if offsets is None else offsets.shape[0] - 1
+    k_out = dy.shape[-1] if p_out is None else p_out.shape[0]
+    k_in = x.shape[-1] if p_in is None else p_in.shape[0]
+    return dy.new_empty((samples, k_out, k_in), dtype=accumulator_dtype(dy.dtype))
+
+
+_op = torch.ops.logra_kernels.project_grad.default
+
+
+def project_grad(
+    x: Tensor,
+    dy: Tensor,
+    p_in: Tensor | None,
+    p_out: Tensor | None,
+    offsets: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Project each sample's weight gradient without forming it (Choe et al. 2024, eq. 6).
+
+    Args:
+        x: Layer inputs, [N, T, d_in], or [R, d_in] with `offsets`. Any strides.
+        dy: Gradients of the loss by the layer's outputs, [N, T, d_out] or [R, d_out].
+        p_in: Input-side projection, [k_in, d_in], of x's dtype; None where x is projected already, and then x may be
+            fp32 beside a bf16 or fp16 `dy`.
+        p_out: Output-side projection, [k_out, d_out], of dy's dtype; None where dy is projected already.
+        offsets: Sample n is positions offsets[n] .. offsets[n+1]-1; [N+1], int32 or int64. A sample may be empty.
+        weights: A factor for each position, [N, T] or [R], fp32 (fp64 for fp64 dy). A position of weight 0 contributes
+            nothing, whatever x and dy hold there.
+        backend: "auto", "cpp", "triton" or "reference"; an unavailable one raises RuntimeError.
+
+    Returns:
+        [N, k_out, k_in] in fp32; fp64 for fp64 input.
+
+    Raises:
+        ValueError: Sizes, dtypes, devices or offsets do not fit.
+    """
+    check_tensors("project_grad", x=x, dy=dy, p_in=p_in, p_out=p_out, weights=weights)
+    dims = 3 if offsets is None else 2
+    if x.dim() != dims or dy.dim() != dims or x.shape[:-1] != dy.shape[:-1]:
+        layout = "[N, T, d]" if offsets is None else "[R, d]"
+        raise ValueError(
+            f"project_grad: x {tuple(x.shape)} and dy {tuple(dy.shape)} must both be {layout} and agree but in d"
+        )
+    if p_in is not None:
+        check_same_dtype("project_grad", "x", x, "p_in", p_in)
+        if p_in.dim() != 2 or p_in.shape[1] != x.shape[-1]:
+            raise ValueError(f"project_grad: p_in {tuple(p_in.shape)} must be [k_in, {x.shape[-1]}] to fit x")
+    if p_out is not None:
+        check_same_dtype("project_grad", "dy", dy, "p_out", p_out)
+        if p_out.dim() != 2 or p_out.shape[1] != dy.shape[-1]:
+            raise ValueError(f"project_grad: p_out {tuple(p_out.shape)} must be [k_out, {dy.shape[-1]}] to fit dy")
+    if x.dtype != dy.dtype and not (p_in is None and x.dtype == accumulator_dtype(dy.dtype)):
+        raise ValueError(f"project_grad: x is {x.dtype} and dy is {dy.dtype}; only an x that is projected may differ")
+    if offsets is not None and (offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.is_floating_point()):
+        raise ValueError(f"project_grad: offsets {tuple(offsets.shape)} {offsets.dtype} must be [N+1] integers")
+    if offsets is not None and offsets.device != x.device:
+        raise ValueError(f"project_grad: offsets is on {offsets.device} and x on {x.device}; move one")
+    if weights is not None:
+        if weights.shape != dy.shape[:-1]:
+            raise ValueError(f"project_grad: weights {tuple(weights.shape)} must be {tuple(dy.shape[:-1])}, as dy")
+        if weights.dtype != accumulator_dtype(dy.dtype):
+            raise ValueError(f"project_grad: weights is {weights.dtype}; it must be {accumulator_dtype(dy.dtype)}")
+    return _op(x, dy, p_in, p_out, offsets, weights, backend)

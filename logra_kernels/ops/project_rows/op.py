@@ -1,0 +1,52 @@
+"""project_rows: skinny projection of rows, used in forward so that only k numbers a position are kept.
+
+    A[n,t] = P x[n,t]        [N, T, k], fp32 (fp64 for fp64 input)
+"""
+
+import torch
+from torch import Tensor
+
+from logra_kernels.ops._check import accumulator_dtype, check_same_dtype, check_tensors
+from logra_kernels.ops._dispatch import LIB, launcher
+
+LIB.define("project_rows(Tensor x, Tensor p, str backend) -> Tensor")
+
+
+def _launch(x: Tensor, p: Tensor, backend: str) -> Tensor:
+    return launcher("project_rows", x.device.type, backend)(x, p)
+
+
+LIB.impl("project_rows", _launch, "CPU")
+LIB.impl("project_rows", _launch, "CUDA")
+
+
+@torch.library.register_fake("logra_kernels::project_rows", lib=LIB)
+def _fake(x: Tensor, p: Tensor, backend: str) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], p.shape[0]), dtype=accumulator_dtype(x.dtype))
+
+
+_op = torch.ops.logra_kernels.project_rows.default
+
+
+def project_rows(x: Tensor, p: Tensor, *, backend: str = "auto") -> Tensor:
+    """Project every row of `x` by `p` (Choe et al. 2024, eq. 6: the encoder's half).
+
+    Args:
+        x: Rows, [..., d], any strides.
+        p: Projection, [k, d], of x's dtype.
+        backend: "auto", "cpp", "triton" or "reference"; an unavailable one raises RuntimeError.
+
+    Returns:
+        [..., k] in fp32; fp64 for fp64 input.
+
+    Raises:
+        ValueError: Sizes, dtypes or devices do not fit.
+    """
+    check_tensors("project_rows", x=x, p=p)
+    check_same_dtype("project_rows", "x", x, "p", p)
+    if x.dim() < 1 or p.dim() != 2 or x.shape[-1] != p.shape[1]:
+        raise ValueError(f"project_rows: x {tuple(x.shape)} must be [..., d] and p {tuple(p.shape)} [k, d] with one d")
+    if x.dim() == 3:
+        return _op(x, p, backend)
+    rows = x.unsqueeze(0) if x.dim() == 2 else x.reshape(1, x.shape[:-1].numel(), x.shape[-1])
+    return _op(rows, p, backend).reshape(*x.shape[:-1], p.shape[0])
