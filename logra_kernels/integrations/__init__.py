@@ -1,0 +1,1 @@
+"""Bridges between other libraries' models and data and a logging run."""
