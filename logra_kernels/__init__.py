@@ -1,5 +1,6 @@
 """Fused kernels for gradient-projection data attribution."""
 
+from logra_kernels.nn import Taps, capture
 from logra_kernels.ops import (
     accumulate_gram,
     backends,
@@ -8,6 +9,17 @@ from logra_kernels.ops import (
     score_block,
     score_topk,
 )
+from logra_kernels.projection import Projection
 
-__all__ = ["accumulate_gram", "backends", "project_grad", "project_rows", "score_block", "score_topk"]
+__all__ = [
+    "Projection",
+    "Taps",
+    "accumulate_gram",
+    "backends",
+    "capture",
+    "project_grad",
+    "project_rows",
+    "score_block",
+    "score_topk",
+]
 __version__ = "0.1.0"

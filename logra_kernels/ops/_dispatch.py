@@ -5,6 +5,7 @@ by name is used or raises. When ``auto`` is left with the reference alone, it sa
 """
 
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable

@@ -1,0 +1,174 @@
+"""capture(model): taps on the chosen layers, and the projected gradients they gather."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from logra_kernels.errors import LograError
+from logra_kernels.nn.layers import Layer, find_layers
+from logra_kernels.nn.tap import Tap
+from logra_kernels.projection import Projection
+
+
+class _Probe:
+    """What one tapped weight needs: its factors, and the probe that receives its gradient."""
+
+    def __init__(self, layer: Layer, projection: Projection, taps: "Taps") -> None:
+        shape, weight = layer.shape, layer.weight
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+        self.name, self.shape, self.taps = layer.name, shape, taps
+        factors = projection.factor(layer.name, "in", shape.d_in), projection.factor(layer.name, "out", shape.d_out)
+        self.p_in, self.p_out = (None if p is None else p.to(weight.device, dtype) for p in factors)
+        self.k = projection.width(shape.d_out), projection.width(shape.d_in)
+        self.device, self.dtype = weight.device, torch.float64 if dtype == torch.float64 else torch.float32
+        self.probe: Tensor | None = None
+        self.ran = False
+
+    def renew(self, samples: int) -> None:
+        # 4 bytes seen as [N, k_out, k_in]: only the gradient's shape counts
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        self.probe = zero.expand(samples, *self.k).requires_grad_()
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
+        """The forward hook."""
+        if not self.taps.active or not torch.is_grad_enabled():
+            return None
+        x = args[0] if args else kwargs[self.shape.argument]
+        if x.dim() < 2 or x.shape[-1] != self.shape.d_in:
+            raise ValueError(
+                f"capture: layer {self.name!r} got an input {tuple(x.shape)}; it must be [N, ..., {self.shape.d_in}],"
+                " samples first"
+            )
+        if self.probe is None:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "capture: a compiled model needs its batch size beforehand: call taps.reset(batch_size)"
+                )
+            self.renew(x.shape[0])
+        probe, weights = self.probe, self.taps.weights
+        assert probe is not None
+        if probe.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"capture: layer {self.name!r} sees {x.shape[0]} samples where {probe.shape[0]} were begun; call"
+                " taps.reset() between batches, and exclude layers whose inputs are not [N, ...]"
+            )
+        if weights is not None:
+            if weights.numel() != x.numel() // x.shape[-1] or weights.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"capture: weights {tuple(weights.shape)} do not fit the input {tuple(x.shape)} of layer"
+                    f" {self.name!r}"
+                )
+            weights = weights.to(x.device, self.dtype).reshape(x.shape[0], -1)
+        p_in = None if self.p_in is None else self.p_in.to(x.dtype)  # autocast: x and y may differ from the weight
+        p_out = None if self.p_out is None else self.p_out.to(y.dtype)
+        return Tap.apply(y, x, probe, p_in, p_out, weights)
+
+
+class Taps:
+    """Taps on a model's layers. Made by `capture`; the gradients stay readable after the taps are gone.
+
+    Gradients add up over forward passes, as `.grad` does, until `reset`.
+    """
+
+    def __init__(self, model: nn.Module, projection: Projection, layers: Sequence[Layer]) -> None:
+        self.projection = projection
+        self.active = False
+        self.weights: Tensor | None = None
+        self._layers = layers
+        self._probes = {layer.name: _Probe(layer, projection, self) for layer in layers}
+        self._handles: list = []
+
+    def attach(self) -> None:
+        """Put the hooks on. They do nothing until `active` is set. Attach before torch.compile traces the model."""
+        for layer in self._layers:
+            for module in layer.modules:
+                self._handles.append(module.register_forward_hook(self._probes[layer.name], with_kwargs=True))
+
+    def detach(self) -> None:
+        """Take the hooks off; the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def reset(self, batch_size: int | None = None, weights: Tensor | None = None) -> None:
+        """Begin a new batch.
+
+        Args:
+            batch_size: N. Needed beforehand only where torch.compile traces the model; else the first forward tells.
+            weights: A factor for each position, [N, T] (a padding mask, say); positions of weight 0 are left out.
+        """
+        self.weights = weights
+        for probe in self._probes.values():
+            probe.probe = None
+            if batch_size is not None:
+                probe.renew(batch_size)
+
+    def __enter__(self) -> "Taps":
+        self.attach()
+        self.active = True
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.active = False
+        self.detach()
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """Layer name -> (k_out, k_in), in the model's order."""
+        return {name: probe.k for name, probe in self._probes.items()}
+
+    @property
+    def factors(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """Layer name -> (p_in [k_in, d_in], p_out [k_out, d_out]); None stands for the identity."""
+        return {name: (probe.p_in, probe.p_out) for name, probe in self._probes.items()}
+
+    @property
+    def probes(self) -> dict[str, Tensor]:
+        """Layer name -> the zero leaf [N, k_out, k_in] whose gradient is the projected one, for `torch.autograd.grad`."""
+        return {name: probe.probe for name, probe in self._probes.items() if probe.probe is not None}
+
+    @property
+    def grads(self) -> dict[str, Tensor]:
+        """Layer name -> projected gradient of each sample, [N, k_out, k_in], fp32 (fp64 for an fp64 model).
+
+        Raises:
+            LograError: A layer received no gradient since the last reset.
+        """
+        found = {name: probe.probe.grad for name, probe in self._probes.items() if probe.probe is not None}
+        silent = [name for name in self._probes if found.get(name) is None]
+        if silent:
+            some = ", ".join(silent[:4]) + (", ..." if len(silent) > 4 else "")
+            raise LograError(
+                f"capture: {len(silent)} of {len(self._probes)} layers received no gradient ({some}): run forward and"
+                " backward under the taps, compile the model after the taps are on, and exclude layers that the loss"
+                " does not reach"
+            )
+        return {name: grad for name, grad in found.items() if grad is not None}
+
+    def rows(self) -> Tensor:
+        """All layers' gradients side by side, [N, D]: one stored row a sample."""
+        return torch.cat([grad.flatten(1).to(grad.device) for grad in self.grads.values()], dim=1)
+
+
+def capture(
+    model: nn.Module,
+    projection: Projection | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Taps:
+    """Tap a model's layers: inside the `with`, every backward leaves each sample's projected gradient in `taps.grads`.
+
+    The layers, the loss and the weights' own gradients are untouched; weights may be frozen. The loss must be a sum over
+    samples (a batch mean would divide every gradient by the batch size).
+
+    Args:
+        model: Any module; its inputs must hold the samples in dimension 0 of every tapped layer.
+        projection: Kind, rank and seed of the factors; default `Projection()`.
+        include: Glob patterns on layer names ("*.mlp.*"); default every nn.Linear and Hugging Face Conv1D.
+        exclude: Glob patterns taken away from these.
+
+    Raises:
+        ValueError: A pattern matches no layer.
+    """
+    return Taps(model, projection or Projection(), find_layers(model, include, exclude))
