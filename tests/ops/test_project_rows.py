@@ -1,0 +1,117 @@
+import pytest
+import torch
+from ops.views import VIEWS, far_apart
+from tolerance import assert_as_good_as_naive
+
+import logra_kernels as lk
+from logra_kernels.ops.project_rows import op, reference
+
+SHAPES = [(1, 1, 16, 16), (3, 37, 40, 24), (2, 70, 131, 1), (1, 5, 1, 7), (2, 9, 33, 150)]  # N T d k
+
+
+def case(n, t, d, k, dtype=torch.float32, device="cpu"):
+    x = torch.randn(n, t, d, device=device).to(dtype)
+    return x, (torch.randn(k, d, device=device) / d**0.5).to(dtype)
+
+
+def check(target, x, p):
+    got = lk.project_rows(x, p, backend=target.backend)
+    assert_as_good_as_naive(got, reference.project_rows(x.double(), p.double()), reference.project_rows(x, p))
+    return got
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_matches_fp64(target, dtype, shape):
+    got = check(target, *case(*shape, dtype, target.device))
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides(target, dtype, view):
+    check(target, *map(VIEWS[view], case(3, 19, 37, 11, dtype, target.device)))
+
+
+def test_expanded(target):
+    x, p = case(1, 1, 37, 11, device=target.device)
+    check(target, x.expand(3, 20, 37), p[:1].expand(11, 37))
+
+
+def test_far_apart_rows(target, tmp_path):
+    x, p = case(1, 2100, 16, 8, device=target.device)
+    check(target, far_apart(x[0], tmp_path).unsqueeze(0), p)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8, 4), (2, 0, 8, 4), (2, 5, 8, 0), (2, 5, 0, 4)], ids=["N", "T", "k", "d"])
+def test_empty(target, shape):
+    x, p = torch.zeros(*shape[:3], device=target.device), torch.zeros(shape[3], shape[2], device=target.device)
+    got = lk.project_rows(x, p, backend=target.backend)
+    assert got.shape == (*shape[:2], shape[3])
+    assert not got.any()
+
+
+def test_leading_dimensions(target):
+    x, p = case(6, 4, 16, 5, device=target.device)
+    whole = lk.project_rows(x, p, backend=target.backend)
+    for shape in ((2, 3, 4, 16), (24, 16)):
+        torch.testing.assert_close(lk.project_rows(x.view(shape), p).view(6, 4, 5), whole)
+    torch.testing.assert_close(lk.project_rows(x[0, 0], p), whole[0, 0])
+
+
+def test_nan_stays_in_its_row(target):
+    x, p = case(2, 5, 16, 4, device=target.device)
+    x[1, 2, 3] = float("nan")
+    bad = lk.project_rows(x, p, backend=target.backend).isnan()
+    assert bad[1, 2].all()
+    assert bad.sum() == 4
+
+
+def test_same_bits_for_any_thread_count(dtype, threads):
+    args = case(3, 211, 96, 24, dtype)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(lk.project_rows(*args, backend="cpp"))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_same_bits_again(target, dtype):
+    args = case(2, 65, 70, 20, dtype, target.device)
+    first, second = (lk.project_rows(*args, backend=target.backend) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_does_not_depend_on_the_batch(target):
+    x, p = case(4, 33, 40, 16, device=target.device)
+    whole = lk.project_rows(x, p, backend=target.backend)
+    parts = [lk.project_rows(x[i : i + 1], p, backend=target.backend) for i in range(4)]
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-6, atol=1e-6)
+
+
+def test_registration(device, dtype):
+    torch.library.opcheck(op._op, (*case(3, 7, 16, 5, dtype, device), "auto"))
+
+
+def test_compiles_without_a_graph_break(device):
+    compiled = torch.compile(lk.project_rows, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, t in ((2, 9), (3, 17)):
+        args = case(n, t, 16, 5, device=device)
+        torch.testing.assert_close(compiled(*args), lk.project_rows(*args))
+
+
+def test_bad_input_raises():
+    x, p = case(2, 3, 8, 4)
+    with pytest.raises(ValueError, match=r"project_rows: x \(2, 3, 8\) must be .* p \(4, 7\)"):
+        lk.project_rows(x, p[:, 1:])
+    with pytest.raises(ValueError, match="project_rows: x .* p"):
+        lk.project_rows(x, p[0])
+    with pytest.raises(ValueError, match="project_rows: x is torch.float32 and p is torch.bfloat16"):
+        lk.project_rows(x, p.bfloat16())
+    with pytest.raises(ValueError, match="project_rows: x is torch.int64"):
+        lk.project_rows(x.long(), p)
+    with pytest.raises(ValueError, match="project_rows: p is on meta"):
+        lk.project_rows(x, p.to("meta"))
+
+
+def test_unavailable_backend_raises():
+    with pytest.raises(RuntimeError, match="project_rows: backend 'cublas' is not available here"):
+        lk.project_rows(*case(2, 3, 8, 4), backend="cublas")

@@ -1,0 +1,59 @@
+"""The same numbers in memory layouts that kernels get wrong; what lies between and around them is NaN."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NAN = float("nan")
+
+
+def contiguous(t: Tensor) -> Tensor:
+    return t
+
+
+def wide(t: Tensor) -> Tensor:
+    """A slice of a wider buffer."""
+    buffer = t.new_full((*t.shape[:-1], t.shape[-1] + 5), NAN)
+    view = buffer[..., 3 : 3 + t.shape[-1]]
+    view.copy_(t)
+    return view
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The last two dimensions stored the other way round."""
+    return t.mT.contiguous().mT
+
+
+def every_other(t: Tensor) -> Tensor:
+    """Stride 2 in the last dimension."""
+    view = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), NAN)[..., ::2]
+    view.copy_(t)
+    return view
+
+
+def unaligned(t: Tensor) -> Tensor:
+    """Contiguous, from a base pointer that is aligned to one element only."""
+    view = t.new_full((t.numel() + 1,), NAN)[1:].view(t.shape)
+    view.copy_(t)
+    return view
+
+
+VIEWS = {view.__name__: view for view in (contiguous, wide, transposed, every_other, unaligned)}
+
+
+def far_apart(t: Tensor, folder: Path) -> Tensor:
+    """Rows 2^20 elements apart, so that 2,049 rows and more need 64-bit offsets; on a CPU, in a sparse file."""
+    rows, d = t.shape
+    stride = 1 << 20
+    size = (rows - 1) * stride + d
+    if t.is_cuda:
+        buffer = torch.zeros(size, dtype=t.dtype, device=t.device)
+    else:
+        path = folder / "sparse"
+        with path.open("wb") as file:
+            file.truncate(size * t.element_size())
+        buffer = torch.from_file(str(path), shared=True, size=size, dtype=t.dtype)
+    view = buffer.as_strided((rows, d), (stride, 1))
+    view.copy_(t)
+    return view
