@@ -1,0 +1,69 @@
+# `make demo` and `make test` set up everything they need; the rest assumes nothing more.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# the pin first: an open range would fetch another build of torch
+TORCH := torch==2.13.0
+export LOGRA_KERNELS_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+SOURCES := $(shell find csrc python -type f 2>/dev/null) setup.py pyproject.toml
+
+.PHONY: demo test lint format bench test-gpu bench-gpu wheel clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/logra demo
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -c "import torch, logra_kernels._C as c; print('C++ kernels built, instruction set', c.isa())"
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.stamp $(VENV)/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc python \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' \) -print0 \
+	  | xargs -0 $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/lint.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc python \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' \) -print0 | xargs -0 $(BIN)/clang-format -i
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m pytest bench
+
+# On a machine with a CUDA device, in its own Python: builds in place and installs nothing.
+test-gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+
+bench-gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m pytest bench
+
+wheel: $(VENV)/torch.stamp
+	$(PIP) build
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) demo-out
+	find logra_kernels -name '*.so' -delete
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) 'setuptools>=77' 'pybind11>=3.0,<4'
+	touch $@
+
+# built in place, without isolation: a build environment of its own would fetch torch's neighbours again
+$(VENV)/demo.stamp: $(VENV)/torch.stamp $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[demo]'
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[test]'
+	touch $@
+
+$(VENV)/lint.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) --no-build-isolation -e '.[lint]'
+	touch $@
