@@ -13,5 +13,5 @@ def score_topk(
     scores = queries.to(dtype) @ rows.to(dtype).T
     if row_scale is not None:
         scores = scores * row_scale
-    order = torch.sort(scores if largest else -scores, dim=1, descending=True, stable=True).indices[:, :k]
+    order = torch.sort(scores if largest else -scores, dim=1, descending=True, stable=True).indices[:, :k].contiguous()
     return scores.gather(1, order), order

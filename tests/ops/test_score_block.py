@@ -1,0 +1,122 @@
+import pytest
+import torch
+from ops.views import VIEWS, far_apart
+from tolerance import assert_as_good_as_naive
+
+import logra_kernels as lk
+from logra_kernels.ops.score_block import op, reference
+
+SHAPES = [(1, 1, 16), (3, 37, 40), (70, 65, 131), (1, 200, 33), (17, 9, 1), (2, 3, 700)]  # Q N D
+
+
+def case(q, n, d, dtype=torch.float32, device="cpu"):
+    return torch.randn(q, d, device=device).to(dtype), torch.randn(n, d, device=device).to(dtype)
+
+
+def check(target, queries, rows):
+    naive = queries @ rows.T if queries.dtype == rows.dtype else reference.score_block(queries, rows)
+    got = lk.score_block(queries, rows, backend=target.backend)
+    assert_as_good_as_naive(got, queries.double() @ rows.double().T, naive)
+    return got
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_matches_fp64(target, dtype, shape):
+    got = check(target, *case(*shape, dtype, target.device))
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_fp32_queries_on_half_rows(target, half):
+    queries, rows = case(5, 50, 137, device=target.device)
+    check(target, queries, rows.to(half))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides(target, dtype, view):
+    check(target, *map(VIEWS[view], case(5, 29, 37, dtype, target.device)))
+
+
+def test_expanded(target):
+    queries, rows = case(1, 1, 37, device=target.device)
+    check(target, queries.expand(3, 37), rows.expand(20, 37))
+
+
+def test_far_apart_rows(target):
+    queries, rows = case(3, 2100, 16, device=target.device)
+    check(target, queries, far_apart(rows))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8), (2, 5, 0)], ids=["Q", "N", "D"])
+def test_empty(target, shape):
+    q, n, d = shape
+    queries, rows = torch.zeros(q, d, device=target.device), torch.zeros(n, d, device=target.device)
+    got = lk.score_block(queries, rows, backend=target.backend)
+    assert got.shape == (q, n)
+    assert not got.any()
+
+
+def test_nan_stays_in_its_row(target):
+    queries, rows = case(5, 50, 16, device=target.device)
+    queries[2, 1] = rows[7, 3] = float("nan")
+    bad = lk.score_block(queries, rows, backend=target.backend).isnan()
+    assert bad[2].all()
+    assert bad[:, 7].all()
+    assert bad.sum() == 54
+
+
+def test_same_bits_for_any_thread_count(dtype, threads):
+    args = case(7, 211, 300, dtype)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(lk.score_block(*args, backend="cpp"))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_same_bits_again(target, dtype):
+    args = case(5, 65, 70, dtype, target.device)
+    first, second = (lk.score_block(*args, backend=target.backend) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_does_not_depend_on_the_batch(target):
+    queries, rows = case(9, 80, 70, device=target.device)
+    whole = lk.score_block(queries, rows, backend=target.backend)
+    alone = [lk.score_block(q[None], rows, backend=target.backend) for q in queries]
+    torch.testing.assert_close(whole, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    blocks = [lk.score_block(queries, rows[i : i + 20], backend=target.backend) for i in range(0, 80, 20)]
+    torch.testing.assert_close(whole, torch.cat(blocks, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_registration(device, dtype):
+    queries, rows = case(3, 20, 24, dtype, device)
+    torch.library.opcheck(op._op, (queries, rows, "auto"))
+    if dtype != torch.float64:
+        torch.library.opcheck(op._op, (queries.float(), rows, "auto"))
+
+
+def test_compiles_without_a_graph_break(device):
+    compiled = torch.compile(lk.score_block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for q, n in ((2, 9), (3, 17)):
+        args = case(q, n, 12, device=device)
+        torch.testing.assert_close(compiled(*args), lk.score_block(*args))
+
+
+def test_bad_input_raises():
+    queries, rows = case(3, 20, 24)
+    with pytest.raises(ValueError, match=r"score_block: queries \(3, 23\) and rows \(20, 24\)"):
+        lk.score_block(queries[:, 1:], rows)
+    with pytest.raises(ValueError, match=r"score_block: queries \(24,\)"):
+        lk.score_block(queries[0], rows)
+    with pytest.raises(ValueError, match=r"score_block: queries are torch.bfloat16; for torch.float32 rows"):
+        lk.score_block(queries.bfloat16(), rows)
+    with pytest.raises(ValueError, match=r"score_block: rows is torch.int8"):
+        lk.score_block(queries, rows.to(torch.int8))
+    with pytest.raises(ValueError, match="score_block: rows is on meta"):
+        lk.score_block(queries, rows.to("meta"))
+
+
+def test_unavailable_backend_raises():
+    with pytest.raises(RuntimeError, match="score_block: backend 'cublas' is not available here"):
+        lk.score_block(*case(3, 20, 24), backend="cublas")
