@@ -1,13 +1,13 @@
-"""Errors whose message is written for the user: one line that names the cause and what to do."""
+"""What a user can get wrong or run into. Each message is one line and says what to do; the CLI prints it as it is."""
 
 
 class LograError(Exception):
-    """Base of the package's own errors."""
+    """Base of the errors whose message is meant for the user: one line, naming the thing and the next step."""
 
 
 class StoreError(LograError):
-    """A store cannot be read or written as asked; what was committed before is intact."""
+    """A gradient store cannot be created, opened, read or written as asked; what it holds is untouched."""
 
 
-class StoreMismatch(StoreError):
-    """The store was made with another model, projection or layer list than the caller's."""
+class StoreMismatch(StoreError):  # noqa: N818 - the name says what happened; `except StoreError` catches it
+    """The store was written for something else (model, data, projection) than it is now used with."""

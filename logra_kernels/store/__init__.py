@@ -1,0 +1,3 @@
+from logra_kernels.store.store import GradientStore
+
+__all__ = ["GradientStore"]

@@ -1,0 +1,69 @@
+"""Row ids and user columns: from Python lists to an Arrow table, and to Parquet bytes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from logra_kernels.errors import StoreError
+
+ID = "id"
+
+
+def build_table(ids: Sequence[str], columns: Mapping[str, Any] | None, schema: pa.Schema | None) -> pa.Table:
+    """One line per row: the id, then the user's columns.
+
+    Args:
+        ids: N strings.
+        columns: name -> N values (list, array, tensor or Arrow array); None for no columns.
+        schema: That of the rows before; None for the first ones, whose types then hold for the store.
+
+    Raises:
+        StoreError: Lengths, names or types do not fit.
+    """
+    columns = dict(columns or {})
+    if ID in columns:
+        raise StoreError(f"a column cannot be named {ID!r}: that is the row id's own name; choose another")
+    names = schema.names[1:] if schema is not None else list(columns)
+    if sorted(names) != sorted(columns):
+        raise StoreError(
+            f"the columns are {sorted(columns)} and those of the first rows {sorted(names)};"
+            " every append must give the same"
+        )
+    arrays = [_array(ID, ids, pa.string(), len(ids))]
+    for name in names:
+        arrays.append(_array(name, columns[name], schema.field(name).type if schema is not None else None, len(ids)))
+    return pa.table(arrays, names=[ID, *names])
+
+
+def _array(name: str, values: Any, kind: pa.DataType | None, count: int) -> pa.Array:
+    if isinstance(values, torch.Tensor):
+        values = values.tolist()
+    if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
+        raise StoreError(f"column {name!r} is a {type(values).__name__}; it must be a list with one value for each row")
+    if len(values) != count:
+        raise StoreError(f"column {name!r} has {len(values)} values for {count} rows; give one for each row")
+    try:
+        array = values if isinstance(values, pa.Array) else pa.array(values)
+        if kind is not None and array.type != kind:
+            array = array.cast(kind)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeError) as error:
+        wanted = f" as {kind}, the type of the first rows" if kind is not None else ""
+        raise StoreError(f"column {name!r} cannot be stored{wanted}: {' '.join(str(error).split())}") from None
+    if pa.types.is_null(array.type):
+        raise StoreError(f"column {name!r} holds only None in the first rows; pass it as a pyarrow array with a type")
+    return array
+
+
+def to_parquet(table: pa.Table) -> memoryview:
+    """Parquet bytes; equal tables give equal bytes, however they were put together."""
+    sink = pa.BufferOutputStream()
+    table = table.combine_chunks().replace_schema_metadata(None)
+    pq.write_table(table, sink, row_group_size=max(1, table.num_rows), compression="zstd")
+    return memoryview(sink.getvalue())
+
+
+def from_parquet(data: bytes) -> pa.Table:
+    return pq.read_table(pa.BufferReader(data), use_threads=False).replace_schema_metadata(None)

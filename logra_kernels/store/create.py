@@ -1,0 +1,93 @@
+"""Where a store begins and where an interrupted one is picked up: a new manifest, a free directory, no leftovers."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from logra_kernels.errors import StoreError
+from logra_kernels.store.durable import TEMPORARY, remove_files
+from logra_kernels.store.format import (
+    DTYPES,
+    LOCK,
+    MANIFEST,
+    Layer,
+    Manifest,
+    default_rows_per_shard,
+    is_shard_name,
+)
+from logra_kernels.store.rows import shorten
+from logra_kernels.store.sidecar import remove_temporaries
+
+
+def store_exists(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def new_manifest(
+    layers: Mapping[str, tuple[int, int]],
+    dtype: str,
+    projection: Mapping[str, Any] | None,
+    fingerprints: Mapping[str, str] | None,
+    rows_per_shard: int | None,
+    meta: Mapping[str, Any] | None,
+) -> Manifest:
+    if dtype not in DTYPES:
+        raise StoreError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}; choose one of them")
+    if not layers:
+        raise StoreError("a store needs at least one layer: layers={'name': (k_out, k_in)}")
+    table = []
+    offset = 0
+    for name, size in layers.items():
+        if not isinstance(name, str) or len(size) != 2 or any(not isinstance(k, int) or k < 1 for k in size):
+            raise StoreError(f"layer {name!r}: {size!r} must be (k_out, k_in), two positive integers")
+        table.append(Layer(name, size[0], size[1], offset))
+        offset += size[0] * size[1]
+    if rows_per_shard is None:
+        rows_per_shard = default_rows_per_shard(offset, dtype)
+    if rows_per_shard < 1:
+        raise StoreError(f"rows_per_shard is {rows_per_shard}; it must be at least 1")
+    if any(not isinstance(text, str) for pair in (fingerprints or {}).items() for text in pair):
+        raise StoreError("fingerprints must map str to str")
+    return Manifest(
+        tuple(table),
+        dtype,
+        rows_per_shard,
+        _as_json("projection", projection),
+        dict(fingerprints or {}),
+        _as_json("meta", meta) or {},
+    )
+
+
+def _as_json(name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a later open will find: JSON has no tuples, and no other keys than strings."""
+    try:
+        return None if value is None else json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{name} is not JSON data ({error}); use strings, finite numbers, lists and dicts") from None
+
+
+def check_free(directory: Path) -> None:
+    """Nothing is at the path, or an empty directory, or what a creation leaves that ends before the first manifest."""
+    if store_exists(directory):
+        raise StoreError(f"{directory} holds a gradient store; open it with mode='append', or remove it")
+    if directory.exists() and not directory.is_dir():
+        raise StoreError(f"{directory} is a file; choose another path")
+    if directory.is_dir():
+        other = sorted(e.name for e in directory.iterdir() if e.name != LOCK and not e.name.startswith(TEMPORARY))
+        if other:
+            raise StoreError(f"{directory} is not empty (it holds {shorten(other)}); choose a new directory")
+
+
+def remove_leftovers(directory: Path, manifest: Manifest) -> None:
+    """Remove what a writer leaves that dies between two steps: temporaries, and shards no manifest names."""
+    named = {name for shard in manifest.shards for name in shard.names}
+    remove_files(
+        directory,
+        [
+            entry.name
+            for entry in directory.iterdir()
+            if entry.name.startswith(TEMPORARY) or (is_shard_name(entry.name) and entry.name not in named)
+        ],
+    )
+    remove_temporaries(directory)

@@ -1,0 +1,77 @@
+"""Files that appear whole or not at all, and their checksums.
+
+A file is written under a temporary name, fsynced and renamed. A text or tensor file carries its own checksum: xxh3_128
+of all its bytes, taken while the 32 digits of the checksum itself are zeros.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import xxhash
+
+TEMPORARY = ".tmp-"
+ZEROS = b"0" * 32
+
+
+def digest(*chunks) -> str:
+    """xxh3_128 (hex) of the concatenated buffers."""
+    state = xxhash.xxh3_128()
+    for chunk in chunks:
+        state.update(chunk)
+    return state.hexdigest()
+
+
+def seal(head: bytes, at: int, *payload) -> tuple[bytes, str]:
+    """Put the checksum of head + payload into head[at : at + 32], which must be zeros; returns (head, checksum)."""
+    if head[at : at + 32] != ZEROS:
+        raise AssertionError("the place of the checksum is taken")
+    checksum = digest(head, *payload)
+    return head[:at] + checksum.encode() + head[at + 32 :], checksum
+
+
+def sealed_checksum(data: memoryview, at: int) -> tuple[str, str]:
+    """(recorded, computed) checksum of a sealed file; they differ when any byte has changed."""
+    recorded = bytes(data[at : at + 32])
+    computed = digest(data[:at], ZEROS, data[at + 32 :])
+    return recorded.decode("ascii", "replace"), computed
+
+
+def write_file(directory: Path, name: str, chunks: Iterable, tag: str = "") -> None:
+    """Write `directory/name` from buffers: temporary file, fsync, rename. The caller fsyncs the directory.
+
+    Args:
+        tag: Sets apart the temporary names of processes that may write the same file at once.
+
+    Raises:
+        OSError: As the system reports it (disk full, file size limit, ...); the temporary file is removed.
+    """
+    temporary = directory / f"{TEMPORARY}{tag}{name}"
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            for chunk in chunks:
+                left = memoryview(chunk).cast("B")
+                while left:  # a raw write may take less than it is given
+                    left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        os.replace(temporary, directory / name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames and deletions in `directory` survive a power cut."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_files(directory: Path, names: Iterable[str]) -> None:
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(directory / name)

@@ -1,0 +1,44 @@
+"""One writer at a time."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from logra_kernels.errors import StoreError
+from logra_kernels.store.format import LOCK
+
+
+class WriterLock:
+    """An exclusive flock on the store's lock file, released by `release` or by the end of the process.
+
+    Raises:
+        StoreError: Another writer holds it, or the directory cannot be written.
+    """
+
+    def __init__(self, directory: Path):
+        path = directory / LOCK
+        self._owner = os.getpid()
+        try:
+            self._fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be opened for writing: {error.strerror}; check permissions") from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise StoreError(
+                f"{directory} is being written by another process or store object; wait for it or close it"
+                " (reading is possible meanwhile)"
+            ) from None
+        except OSError as error:
+            os.close(self._fd)
+            raise StoreError(f"{path} cannot be locked: {error.strerror}; use a file system that has flock") from None
+
+    def release(self) -> None:
+        """Release once. A forked child only closes its copy: unlocking there would unlock the parent's."""
+        if self._fd is None:
+            return
+        fd, self._fd = self._fd, None
+        if os.getpid() == self._owner:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)

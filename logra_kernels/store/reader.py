@@ -1,0 +1,182 @@
+"""Committed rows of one manifest: blocks on mapped pages, scores and top-k streamed over them.
+
+S[q,n] = row_scale[n] sum_d queries[q,d] rows[n,d]
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from logra_kernels.errors import StoreError
+from logra_kernels.ops import score_block, score_topk
+from logra_kernels.store.format import Manifest, Shard
+from logra_kernels.store.shard import MappedShard, missing, read_columns
+
+BLOCK_BYTES = 64 << 20
+MAPPED_SHARDS = 128  # kept mapped between queries; each costs a file descriptor and no memory of its own
+
+
+class Reader:
+    """The rows a manifest names. A short last shard is mapped at once, because a writer may replace and delete it."""
+
+    def __init__(self, directory: Path, load: Callable[[], Manifest], before: "Reader | None" = None):
+        self.directory = directory
+        self._mapped: OrderedDict[str, MappedShard] = OrderedDict()
+        self._verified: set[str] = set(before._verified) if before is not None else set()
+        self._table: pa.Table | None = None
+        self._row_of: dict[str, int] | None = None
+        self._tail: MappedShard | None = None
+        self.manifest, self._tail_table = self._hold_tail(load)
+
+    def _hold_tail(self, load: Callable[[], Manifest]) -> tuple[Manifest, pa.Table | None]:
+        manifest = load()
+        while True:
+            last = manifest.shards[-1] if manifest.shards else None
+            if last is None or last.stop - last.start == manifest.rows_per_shard:
+                return manifest, None
+            try:
+                self._tail = MappedShard(self.directory, manifest, last)
+                return manifest, read_columns(self.directory, last)
+            except FileNotFoundError as error:
+                newer = load()
+                if newer.shards and newer.shards[-1] == last:
+                    raise missing(Path(error.filename)) from None
+                manifest = newer
+
+    @property
+    def table(self) -> pa.Table:
+        """Column "id" and the user's columns of every row, [N]; read and verified once."""
+        if self._table is None:
+            shards = self.manifest.shards
+            if not shards:
+                return pa.table({"id": pa.array([], pa.string())})
+            tables = [self._columns_of(shard) for shard in shards]
+            for shard, table in zip(shards, tables, strict=True):
+                if table.schema != tables[0].schema:
+                    raise StoreError(f"{self.directory / shard.columns.name} has other columns than the first shard")
+            self._table = pa.concat_tables(tables)
+        return self._table
+
+    def _columns_of(self, shard: Shard) -> pa.Table:
+        if shard is self.manifest.shards[-1] and self._tail_table is not None:
+            return self._tail_table
+        try:
+            return read_columns(self.directory, shard)
+        except FileNotFoundError:
+            raise missing(self.directory / shard.columns.name) from None
+        except OSError as error:
+            raise StoreError(f"{self.directory / shard.columns.name} cannot be read: {error.strerror}") from None
+
+    @property
+    def row_of(self) -> dict[str, int]:
+        """id -> row number."""
+        if self._row_of is None:
+            self._row_of = {name: row for row, name in enumerate(self.table.column("id").to_pylist())}
+        return self._row_of
+
+    def _map(self, shard: Shard, private: bool = False) -> Tensor:
+        """Rows of a shard [n, D], verified once per open. A private mapping is the caller's own to write on."""
+        name = shard.rows.name
+        mapped = None if private else self._mapped.pop(name, None)
+        if mapped is None and self._tail is not None and shard is self.manifest.shards[-1]:
+            return self._tail_rows(private)
+        if mapped is None:
+            try:
+                mapped = MappedShard(self.directory, self.manifest, shard)
+            except FileNotFoundError:
+                raise missing(self.directory / name) from None
+            if shard.rows.checksum in self._verified:
+                mapped.trust()
+        rows = mapped.rows()
+        self._verified.add(shard.rows.checksum)
+        if not private:
+            self._mapped[name] = mapped
+            while len(self._mapped) > MAPPED_SHARDS:
+                self._mapped.popitem(last=False)
+        return rows
+
+    def _tail_rows(self, private: bool) -> Tensor:
+        assert self._tail is not None
+        rows = self._tail.rows()
+        return rows.clone() if private else rows  # its file may be gone, so it cannot be mapped once more
+
+    def _stream(self, start: int, stop: int, max_bytes: int, private: bool) -> Iterator[tuple[int, Tensor]]:
+        manifest = self.manifest
+        step = max(1, max_bytes // (manifest.dim * manifest.torch_dtype.itemsize))
+        for shard in manifest.shards:
+            if shard.stop <= start or shard.start >= stop:
+                continue
+            rows = self._map(shard, private)
+            for first in range(max(start, shard.start), min(stop, shard.stop), step):
+                last = min(first + step, stop, shard.stop)
+                yield first, rows[first - shard.start : last - shard.start]
+
+    def blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows [n, D] in the stored dtype), in order, of at most `max_bytes` but at least one row."""
+        yield from self._stream(0, self.manifest.rows, max_bytes or BLOCK_BYTES, private=True)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) as fp32 [stop - start, D], a copy."""
+        if not 0 <= start <= stop <= self.manifest.rows:
+            raise StoreError(
+                f"rows {start} to {stop} are outside the store, which holds {self.manifest.rows}; ask for fewer"
+            )
+        out = torch.zeros(stop - start, self.manifest.dim)
+        for first, rows in self._stream(start, stop, BLOCK_BYTES, private=False):
+            out[first - start : first - start + rows.shape[0]] = rows
+        return out
+
+    def score(self, queries: Tensor, row_scale: Tensor | None, max_bytes: int | None = None) -> Tensor:
+        """[Q, N] fp32 on the queries' device."""
+        queries, row_scale = self._check(queries, row_scale)
+        out = queries.new_zeros((queries.shape[0], self.manifest.rows), dtype=torch.float32)
+        for first, rows in self._stream(0, self.manifest.rows, max_bytes or BLOCK_BYTES, private=False):
+            part = slice(first, first + rows.shape[0])
+            scores = score_block(queries, rows.to(queries.device))
+            out[:, part] = scores if row_scale is None else scores * row_scale[part]
+        return out
+
+    def topk(
+        self, queries: Tensor, k: int, row_scale: Tensor | None, largest: bool, max_bytes: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """values and row numbers [Q, min(k, N)] on the queries' device; NaN first, then by score, then by row."""
+        queries, row_scale = self._check(queries, row_scale)
+        if k < 1:
+            raise StoreError(f"k is {k}; it must be at least 1")
+        values = queries.new_zeros((queries.shape[0], 0), dtype=torch.float32)
+        index = queries.new_zeros((queries.shape[0], 0), dtype=torch.int64)
+        for first, rows in self._stream(0, self.manifest.rows, max_bytes or BLOCK_BYTES, private=False):
+            scale = None if row_scale is None else row_scale[first : first + rows.shape[0]]
+            block = score_topk(queries, rows.to(queries.device), k, scale, largest=largest)
+            values, index = _merge((values, index), (block[0], block[1] + first), k, largest)
+        return values, index
+
+    def _check(self, queries: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        dim, count = self.manifest.dim, self.manifest.rows
+        if queries.dim() != 2 or queries.shape[1] != dim or not queries.is_floating_point():
+            raise StoreError(
+                f"queries {tuple(queries.shape)} {queries.dtype} must be floating point [Q, {dim}],"
+                " as long as the store's rows"
+            )
+        queries = queries.detach()
+        if queries.dtype != self.manifest.torch_dtype:
+            queries = queries.float()
+        if row_scale is not None:
+            if row_scale.shape != (count,):
+                raise StoreError(
+                    f"row_scale {tuple(row_scale.shape)} must be [{count}], one factor for each stored row"
+                )
+            row_scale = row_scale.detach().to(queries.device, torch.float32)
+        return queries, row_scale
+
+
+def _merge(best: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor], k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The k first of two sorted lists; `best` holds lower row numbers, so a stable sort keeps ties in row order."""
+    values = torch.cat((best[0], block[0]), dim=1)
+    index = torch.cat((best[1], block[1]), dim=1)
+    order = torch.sort(values if largest else -values, dim=1, descending=True, stable=True).indices[:, :k]
+    return values.gather(1, order), index.gather(1, order)

@@ -1,0 +1,113 @@
+"""Checks that stand between a caller's rows and the store."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from logra_kernels.errors import StoreError
+from logra_kernels.store.format import Manifest
+
+SHOWN = 5  # ids or layers named in a message
+
+
+def check_rows(directory: Path, manifest: Manifest, rows: Tensor, ids: Sequence[str]) -> None:
+    """Shapes and types of one append; nothing about the numbers.
+
+    Raises:
+        StoreError: Not [N, D] floating point, or not N different strings.
+    """
+    if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.is_floating_point():
+        given = f"{tuple(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise StoreError(f"rows are {given}; they must be a floating point tensor [N, {manifest.dim}]")
+    if rows.shape[1] != manifest.dim:
+        layers = shorten([f"{layer.name} {layer.k_out}x{layer.k_in}" for layer in manifest.layers])
+        raise StoreError(
+            f"rows are {rows.shape[1]} wide and {directory} holds rows of {manifest.dim} ({layers});"
+            " pass rows of these layers"
+        )
+    if isinstance(ids, str) or any(not isinstance(name, str) for name in ids):
+        raise StoreError("ids must be a list of str, one for each row; convert them with str()")
+    if len(ids) != rows.shape[0]:
+        raise StoreError(f"{len(ids)} ids for {rows.shape[0]} rows; give one for each row")
+    if len(set(ids)) != len(ids):
+        seen: set[str] = set()
+        twice = [name for name in ids if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+        raise StoreError(f"ids occur twice in one append: {shorten(twice)}; every row needs its own")
+
+
+def check_finite(manifest: Manifest, rows: Tensor, ids: Sequence[str]) -> None:
+    """Every number is finite and stays so in the stored dtype.
+
+    Raises:
+        StoreError: Names the ids and layers of those that are not.
+    """
+    if rows.numel() == 0:
+        return
+    # One pass without a temporary: NaN goes through aminmax, and rounding keeps the order of the others.
+    low, high = torch.aminmax(rows.detach())
+    dtype = manifest.torch_dtype
+    if bool(torch.stack((low, high)).to(dtype).isfinite().all()):
+        return
+    good = rows.detach().to(dtype).isfinite()
+    bad_rows = (~good.all(dim=1)).nonzero().flatten().tolist()
+    bad_layers = [layer.name for layer in manifest.layers if not bool(good[:, layer.part].all())]
+    where = f"ids {shorten([repr(ids[row]) for row in bad_rows])}, layers {shorten(bad_layers)}"
+    if bool(rows.detach().isfinite().all()):
+        raise StoreError(
+            f"{len(bad_rows)} rows hold numbers too large for {manifest.dtype}: {where};"
+            " none of this append was stored; scale the loss down or leave these rows out"
+        )
+    raise StoreError(
+        f"{len(bad_rows)} rows hold NaN or Inf: {where}; none of this append was stored;"
+        " check the loss of these samples or leave them out"
+    )
+
+
+def committed_prefix(row_of: dict[str, int], committed: int, end: int, ids: Sequence[str]) -> int:
+    """How many of `ids` lead the list and are stored already, at the place where they should be.
+
+    Args:
+        row_of: id -> row of every row of the store, queued ones included.
+        committed: Rows below this number may be dropped: those that were committed when the store was opened.
+        end: The number of the next row.
+
+    Raises:
+        StoreError: They are not consecutive rows, or new ids follow before all committed ones have come.
+    """
+    count = 0
+    while count < len(ids) and row_of.get(ids[count], committed) < committed:
+        count += 1
+    if count == 0:
+        return 0
+    first = row_of[ids[0]]
+    for place, name in enumerate(ids[:count]):
+        if row_of[name] != first + place:
+            raise _out_of_order(f"{name!r} is row {row_of[name]} of the store and comes here as row {first + place}")
+    if count < len(ids) and first + count != end:
+        raise _out_of_order(
+            f"{ids[count]!r} is new and would follow row {first + count - 1}, but the store has {end} rows"
+        )
+    return count
+
+
+def check_new(row_of: dict[str, int], ids: Sequence[str]) -> None:
+    twice = [name for name in ids if name in row_of]
+    if twice:
+        raise StoreError(
+            f"ids are in the store already: {shorten([repr(name) for name in twice])}; every row needs its own id"
+            " (to go on after an interruption, append with skip_committed=True)"
+        )
+
+
+def shorten(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _out_of_order(why: str) -> StoreError:
+    return StoreError(
+        f"the rows come in another order than they were stored in: {why};"
+        " use the same data in the same order, or a new store"
+    )

@@ -1,0 +1,136 @@
+"""One shard: its two files written, and read with their checksums verified."""
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+from torch import Tensor
+
+from logra_kernels.errors import StoreError
+from logra_kernels.store.columns import from_parquet, to_parquet
+from logra_kernels.store.durable import digest, sealed_checksum, write_file
+from logra_kernels.store.format import File, Manifest, Shard, shard_names
+from logra_kernels.store.tensorfile import CHECKSUM_AT, Spec, as_bytes, header, map_file, sealed_file, view
+
+
+def write_shard(directory: Path, start: int, pieces: Sequence[tuple[Tensor, pa.Table]]) -> Shard:
+    """Write rows [start, start + n) as two files. The caller fsyncs the directory and commits the manifest.
+
+    Args:
+        start: Number of the first row.
+        pieces: (rows [n_i, D] contiguous in the stored dtype, table of n_i lines), in row order.
+
+    Raises:
+        OSError: As the system reports it.
+    """
+    count = sum(rows.shape[0] for rows, _ in pieces)
+    rows_name, columns_name = shard_names(start, start + count)
+    first = pieces[0][0]
+    specs = {"rows": Spec(first.dtype, (count, first.shape[1]))}
+    chunks, checksum = sealed_file(specs, {}, [as_bytes(rows) for rows, _ in pieces])
+    write_file(directory, rows_name, chunks)
+    parquet = to_parquet(pa.concat_tables([table for _, table in pieces]))
+    write_file(directory, columns_name, [parquet])
+    return Shard(
+        start,
+        start + count,
+        File(rows_name, sum(len(chunk) for chunk in chunks), checksum),
+        File(columns_name, len(parquet), digest(parquet)),
+    )
+
+
+class MappedShard:
+    """The rows of a shard on mapped pages. No number leaves before the checksum of the whole file was verified.
+
+    Raises:
+        FileNotFoundError: The rows' file is gone; the caller knows whether that is a fault.
+        StoreError: It cannot be read, or its length is wrong.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, shard: Shard):
+        self._path = directory / shard.rows.name
+        self._shard = shard
+        self._spec = Spec(manifest.torch_dtype, (shard.stop - shard.start, manifest.dim))
+        self._head = header({"rows": self._spec}, {}, shard.rows.checksum)
+        self._mapping = self._map()
+        self._verified = False
+
+    def _map(self) -> mmap.mmap:
+        expected = len(self._head) + self._spec.nbytes
+        try:
+            mapping = map_file(self._path, expected)
+        except ValueError as error:
+            raise damaged(self._path, f"it is {error}") from None
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{self._path} cannot be read: {error.strerror}; check permissions and the disk") from None
+        if len(mapping) != expected:
+            raise damaged(self._path, f"it is {len(mapping)} bytes long where {expected} are expected")
+        return mapping
+
+    def verify(self) -> None:
+        """Hash the mapped file once.
+
+        Raises:
+            StoreError: A byte differs from what was written.
+        """
+        if self._verified:
+            return
+        with memoryview(self._mapping) as data:
+            _, computed = sealed_checksum(data, CHECKSUM_AT)
+            if computed != self._shard.rows.checksum or data[: len(self._head)] != self._head:
+                raise damaged(self._path, "its checksum does not fit its content")
+        self._verified = True
+
+    def trust(self) -> "MappedShard":
+        """Skip the hash: this open of the store has verified the file before."""
+        self._verified = True
+        return self
+
+    def rows(self) -> Tensor:
+        """[n, D] in the stored dtype, on the mapping."""
+        self.verify()
+        return view(self._mapping, self._spec, len(self._head))
+
+
+def read_columns(directory: Path, shard: Shard) -> pa.Table:
+    """The id and user columns of a shard.
+
+    Raises:
+        FileNotFoundError: The file is gone.
+        StoreError: A byte differs from what was written.
+    """
+    path = directory / shard.columns.name
+    data = path.read_bytes()
+    if digest(data) != shard.columns.checksum:
+        raise damaged(path, "its checksum does not fit its content")
+    table = from_parquet(data)
+    if table.num_rows != shard.stop - shard.start:
+        raise damaged(path, f"it has {table.num_rows} lines for {shard.stop - shard.start} rows")
+    return table
+
+
+def check_files(directory: Path, manifest: Manifest) -> None:
+    """Every file the manifest names is there with its length; what is in them is verified when they are read.
+
+    Raises:
+        StoreError: One is missing or of another length.
+    """
+    for file in (file for shard in manifest.shards for file in (shard.rows, shard.columns)):
+        path = directory / file.name
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise missing(path) from None
+        if size != file.nbytes:
+            raise damaged(path, f"it is {size} bytes long where {file.nbytes} are expected")
+
+
+def damaged(path: Path, why: str) -> StoreError:
+    return StoreError(f"{path} is damaged: {why}; restore it from a copy, or remove the store and log again")
+
+
+def missing(path: Path) -> StoreError:
+    return StoreError(f"{path} is missing; restore it from a copy, or remove the store and log again")

@@ -1,0 +1,375 @@
+"""GradientStore: projected gradients on disk, one row a sample, appended in order and scored in one pass."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from torch import Tensor
+
+from logra_kernels.errors import StoreError
+from logra_kernels.store import sidecar
+from logra_kernels.store.append import Appender
+from logra_kernels.store.create import check_free, new_manifest, remove_leftovers, store_exists
+from logra_kernels.store.durable import TEMPORARY, remove_files, sync_directory
+from logra_kernels.store.fingerprint import check_fingerprints
+from logra_kernels.store.format import Manifest, read_manifest, write_manifest
+from logra_kernels.store.lock import WriterLock
+from logra_kernels.store.reader import Reader
+
+
+class GradientStore:
+    """A directory of rows. Made by `create` and `open`; a context manager.
+
+    Opened for reading it shows the rows that were committed at that moment. Opened for appending it is the one writer,
+    and shows what it has committed so far (`flush` commits everything).
+    """
+
+    def __init__(self, directory: Path, writer: Appender | None):
+        self._directory = directory
+        self._appender = writer
+        self._reader = Reader(directory, self._load)
+        self._closed = False
+
+    # --- making one ---
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike,
+        layers: Mapping[str, tuple[int, int]],
+        dtype: str = "fp32",
+        *,
+        projection: Mapping[str, Any] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
+        rows_per_shard: int | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> "GradientStore":
+        """Make an empty store, open for appending.
+
+        Args:
+            path: A directory that is new, empty, or left by a creation that was interrupted.
+            layers: name -> (k_out, k_in), in the order in which they lie in a row; D is the sum of k_out * k_in.
+            dtype: Of the stored numbers, "fp32" or "bf16".
+            projection: How the rows were projected, as JSON data.
+            fingerprints: What the rows belong to (model, tokenizer, data, loss, ...), for `check`.
+            rows_per_shard: By default about 64 MB a shard.
+            meta: Anything else to keep, as JSON data.
+
+        Raises:
+            StoreError: There is a store already, something else lies there, or an argument is wrong.
+        """
+        manifest = new_manifest(layers, dtype, projection, fingerprints, rows_per_shard, meta)
+        directory = Path(path)
+        check_free(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{directory} cannot be created: {error.strerror}; check the path and permissions"
+            ) from None
+        lock = WriterLock(directory)
+        try:
+            check_free(directory)  # again, now that no other process can create it
+            remove_files(directory, [entry.name for entry in directory.glob(f"{TEMPORARY}*")])
+            write_manifest(directory, manifest)
+            sync_directory(directory)
+            sync_directory(directory.absolute().parent)
+            return cls(directory, Appender(directory, manifest, lock))
+        except OSError as error:
+            lock.release()
+            raise StoreError(
+                f"{directory} cannot be created: {error.strerror}; remove the cause and try again"
+            ) from error
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, mode: str = "read") -> "GradientStore":
+        """Open a store.
+
+        Args:
+            path: Its directory.
+            mode: "read" (any number of processes, also while one appends) or "append" (one at a time).
+
+        Raises:
+            StoreError: No store there, a damaged one, one of a newer format, or another writer has it.
+        """
+        directory = Path(path)
+        if mode == "read":
+            return cls(directory, None)
+        if mode != "append":
+            raise StoreError(f"a store cannot be opened with mode={mode!r}; use 'read' or 'append'")
+        read_manifest(directory)  # before the lock file is made: the path may not be a store
+        lock = WriterLock(directory)
+        try:
+            manifest = read_manifest(directory)
+            remove_leftovers(directory, manifest)
+            return cls(directory, Appender(directory, manifest, lock))
+        except OSError as error:
+            lock.release()
+            raise StoreError(
+                f"{directory} cannot be opened: {error.strerror}; check permissions and the disk"
+            ) from error
+        except BaseException:
+            lock.release()
+            raise
+
+    @staticmethod
+    def exists(path: str | os.PathLike) -> bool:
+        """Whether a store (whole or damaged) is at `path`."""
+        return store_exists(Path(path))
+
+    # --- writing ---
+
+    def append(
+        self,
+        rows: Tensor,
+        ids: Sequence[str],
+        columns: Mapping[str, Any] | None = None,
+        *,
+        skip_committed: bool = False,
+    ) -> int:
+        """Queue rows for the background writer; they are converted and copied before this returns.
+
+        Args:
+            rows: [N, D], any floating dtype, CPU or CUDA, any strides.
+            ids: N strings, each new to the store.
+            columns: name -> N values; the same names and types in every append of a store.
+            skip_committed: Leave out leading rows that were committed before the store was opened, so that a rerun may
+                pass whole batches again. They must come in the stored order.
+
+        Returns:
+            How many rows were queued: N, less those left out.
+
+        Raises:
+            StoreError: Rows, ids or columns do not fit, or hold NaN or Inf (then none of this append is stored and the
+                store goes on); or the writer has failed (then the message says what is committed).
+        """
+        return self._writing().append(rows, ids, columns, skip_committed)
+
+    def flush(self) -> None:
+        """Commit every row appended so far.
+
+        Raises:
+            StoreError: The writer has failed.
+        """
+        self._writing().writer.flush()
+
+    def close(self) -> None:
+        """Commit what was appended and let the store go; a second call does nothing. Reading goes on working.
+
+        Raises:
+            StoreError: The writer has failed, and no earlier call has said so.
+        """
+        if self._appender is not None and not self._closed:
+            try:
+                self._appender.close()
+            except KeyboardInterrupt:  # the writer is still at work: it keeps the lock, and a second close waits again
+                raise
+            except BaseException:
+                self._closed = True
+                raise
+        self._closed = True
+
+    def __enter__(self) -> "GradientStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _writing(self) -> "Appender":
+        if self._appender is None:
+            raise StoreError(f"{self._directory} is open for reading; open it with mode='append'")
+        if self._closed:
+            raise StoreError(f"{self._directory} was closed; open it with mode='append'")
+        return self._appender
+
+    # --- what it is ---
+
+    @property
+    def path(self) -> Path:
+        return self._directory
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest whose rows are shown."""
+        return self._appender.writer.manifest if self._appender is not None else self._reader.manifest
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """name -> (k_out, k_in), in row order."""
+        return {layer.name: (layer.k_out, layer.k_in) for layer in self._reader.manifest.layers}
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """name -> the layer's part of a row."""
+        return {layer.name: layer.part for layer in self._reader.manifest.layers}
+
+    @property
+    def dim(self) -> int:
+        """D, numbers in a row."""
+        return self._reader.manifest.dim
+
+    @property
+    def dtype(self) -> str:
+        return self._reader.manifest.dtype
+
+    @property
+    def projection(self) -> dict[str, Any] | None:
+        return self._reader.manifest.projection
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return dict(self._reader.manifest.fingerprints)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return dict(self._reader.manifest.meta)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the committed shards on disk."""
+        return sum(shard.rows.nbytes + shard.columns.nbytes for shard in self.manifest.shards)
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of layers, dtype and every committed row and column; what is computed from the rows is named by it."""
+        return self.manifest.content_hash
+
+    def check(self, fingerprints: Mapping[str, str]) -> None:
+        """Refuse to be used for something else than what the rows were made from.
+
+        Raises:
+            StoreMismatch: Lists every entry that differs or is missing on either side.
+        """
+        check_fingerprints(str(self._directory), self.fingerprints, fingerprints)
+
+    # --- reading ---
+
+    def __len__(self) -> int:
+        """Committed rows."""
+        return self.manifest.rows
+
+    @property
+    def table(self) -> pa.Table:
+        """Column "id" and the user's columns of the committed rows, as an Arrow table."""
+        return self._current().table
+
+    @property
+    def ids(self) -> list[str]:
+        return self.table.column("id").to_pylist()
+
+    @property
+    def columns(self) -> dict[str, list]:
+        """The user's columns: name -> one value for each committed row."""
+        return {name: self.table.column(name).to_pylist() for name in self.table.column_names[1:]}
+
+    def committed(self, name: str) -> bool:
+        """Whether the row with this id is committed."""
+        if self._appender is None:
+            return name in self._reader.row_of
+        committed = len(self)
+        return self._appender.row_of.get(name, committed) < committed
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) as fp32 [stop - start, D].
+
+        Raises:
+            StoreError: Outside the store, or a shard is damaged.
+        """
+        return self._current().read(start, stop)
+
+    def blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows [n, D] in the stored dtype) over all rows, on mapped pages; about 64 MB each by default.
+
+        A block is the caller's: writing on it changes neither the store nor what is read later.
+
+        Raises:
+            StoreError: A shard is damaged.
+        """
+        return self._current().blocks(max_bytes)
+
+    def score(self, queries: Tensor, row_scale: Tensor | None = None, *, max_bytes: int | None = None) -> Tensor:
+        """Every query against every row.
+
+        Args:
+            queries: [Q, D], preconditioned already; the result is on their device.
+            row_scale: A factor for each row's score, [N].
+            max_bytes: Of rows scored at a time; about 64 MB by default.
+
+        Returns:
+            [Q, N] fp32.
+
+        Raises:
+            StoreError: Sizes do not fit, or a shard is damaged.
+        """
+        return self._current().score(queries, row_scale, max_bytes)
+
+    def topk(
+        self,
+        queries: Tensor,
+        k: int,
+        row_scale: Tensor | None = None,
+        largest: bool = True,
+        *,
+        max_bytes: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The k best rows for each query, in one pass and bounded memory.
+
+        Args:
+            queries: [Q, D], preconditioned already; the results are on their device.
+            k: At least 1.
+            row_scale: A factor for each row's score, [N].
+            largest: False for the lowest scores, ascending.
+            max_bytes: Of rows scored at a time; about 64 MB by default.
+
+        Returns:
+            values fp32 and row numbers int64, [Q, min(k, N)]: by score, then by lower row number, NaN first.
+
+        Raises:
+            StoreError: Sizes do not fit, or a shard is damaged.
+        """
+        return self._current().topk(queries, k, row_scale, largest, max_bytes)
+
+    # --- sidecars ---
+
+    def sidecar_write(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        key: str | None = None,
+    ) -> Path:
+        """Keep tensors that were computed from the rows, in place of older ones of that name.
+
+        Args:
+            name: Letters, digits, '_' and '-'.
+            tensors: Any devices; fp64 to bf16, int64, int32, int8, uint8 or bool.
+            metadata: JSON data.
+            key: The hash (hex) of what they were computed from; `content_hash` by default.
+
+        Raises:
+            StoreError: An argument is wrong, or the disk refuses.
+        """
+        return sidecar.write_sidecar(self._directory, name, key or self.content_hash, tensors, metadata or {})
+
+    def sidecar_read(self, name: str, *, key: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """(tensors, metadata) of a sidecar, or None when there is none or it was computed from other rows.
+
+        Raises:
+            StoreError: The file is damaged.
+        """
+        return sidecar.read_sidecar(self._directory, name, key or self.content_hash)
+
+    def _load(self) -> Manifest:
+        return self._appender.writer.manifest if self._appender is not None else read_manifest(self._directory)
+
+    def _current(self) -> Reader:
+        """The reader of the newest manifest this object may show."""
+        if self._appender is not None and self._appender.writer.manifest is not self._reader.manifest:
+            self._reader = Reader(self._directory, self._load, self._reader)
+        return self._reader

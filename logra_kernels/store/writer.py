@@ -1,0 +1,206 @@
+"""The background writer: takes rows from a bounded queue, cuts them into shards, commits each.
+
+A commit: both files of the shard, then the directory, then the manifest, then the directory again, and only then the
+deletion of a tail that the shard replaces. A crash between any two steps leaves the old manifest or the new one, and
+every file either of them names.
+"""
+
+import errno
+import os
+import threading
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+from torch import Tensor
+
+from logra_kernels.errors import StoreError
+from logra_kernels.store.durable import remove_files, sync_directory
+from logra_kernels.store.format import SHARD_BYTES, Manifest, shard_names, write_manifest
+from logra_kernels.store.shard import write_shard
+
+Piece = tuple[Tensor, pa.Table]  # rows [n, D] contiguous on the CPU in the stored dtype, and their n ids and columns
+
+QUEUED_SHARDS = 2
+
+
+@dataclass
+class _Flush:
+    """A place in the queue: once it is reached, everything before it has been committed."""
+
+    reached: bool = False
+
+
+class _Closed(Exception):  # noqa: N818 - ends the thread, nothing failed
+    pass
+
+
+class BackgroundWriter:
+    """Writes what is submitted, in order, from one daemon thread.
+
+    Args:
+        directory: The store, locked by the caller.
+        manifest: Its manifest; `self.manifest` is the newest committed one.
+        tail: The rows of the last shard when that is short; they are written again together with what follows.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, tail: list[Piece]):
+        self.manifest = manifest
+        self._directory = directory
+        self._pieces = tail
+        self._base = manifest.rows - sum(rows.shape[0] for rows, _ in tail)
+        self._assembled = manifest.rows - self._base
+        self._queue: deque[Piece | _Flush | None] = deque()
+        self._queued_bytes = 0
+        self._max_bytes = QUEUED_SHARDS * max(SHARD_BYTES, manifest.rows_per_shard * manifest.dim * 4)
+        self._failure: StoreError | None = None
+        self._failure_told = False
+        self._changed = threading.Condition()
+        self._owner = os.getpid()
+        self._thread = threading.Thread(target=self._run, name="logra-store-writer", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """
+        Raises:
+            StoreError: The writer has failed.
+        """
+        self._check_process()
+        with self._changed:
+            self._raise_failure()
+
+    def submit(self, piece: Piece) -> None:
+        """Queue rows; waits while the queue is full.
+
+        Raises:
+            StoreError: The writer has failed.
+        """
+        self._check_process()
+        nbytes = piece[0].nbytes + piece[1].nbytes
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._failure or not self._queued_bytes or self._queued_bytes + nbytes <= self._max_bytes
+            )
+            self._raise_failure()
+            self._queue.append(piece)
+            self._queued_bytes += nbytes
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Return once every submitted row is committed.
+
+        Raises:
+            StoreError: The writer has failed.
+        """
+        self._check_process()
+        mark = _Flush()
+        with self._changed:
+            self._queue.append(mark)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._failure or mark.reached)
+            self._raise_failure()
+
+    def close(self) -> None:
+        """Commit what was submitted and end the thread. In a forked child there is no thread, and nothing happens.
+
+        Raises:
+            StoreError: The writer has failed, and no earlier call has said so.
+        """
+        if os.getpid() != self._owner:
+            return
+        with self._changed:
+            self._queue.append(None)
+            self._changed.notify_all()
+        self._thread.join()
+        if not self._failure_told:
+            self._raise_failure()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._owner:
+            raise StoreError(
+                f"{self._directory} was opened for writing by another process (this one was forked from it);"
+                " append from that process"
+            )
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            self._failure_told = True
+            raise StoreError(str(self._failure)) from self._failure.__cause__
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._handle(self._next())
+        except _Closed:
+            pass
+        except BaseException as error:  # anything at all must reach the caller, who would wait for ever otherwise
+            failure = self._describe(error)
+            failure.__cause__ = error
+            with self._changed:
+                self._failure = failure
+                self._queue.clear()
+                self._pieces = []
+                self._changed.notify_all()
+
+    def _next(self) -> Piece | _Flush | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue)
+            return self._queue.popleft()
+
+    def _handle(self, item: Piece | _Flush | None) -> None:
+        if item is None:
+            self._commit()
+            raise _Closed
+        if isinstance(item, _Flush):
+            self._commit()
+            with self._changed:
+                item.reached = True
+                self._changed.notify_all()
+            return
+        rows, table = item
+        taken = 0
+        while taken < rows.shape[0]:
+            room = self.manifest.rows_per_shard - self._assembled
+            stop = min(rows.shape[0], taken + room)
+            self._pieces.append((rows[taken:stop], table.slice(taken, stop - taken)))
+            self._assembled += stop - taken
+            taken = stop
+            if self._assembled == self.manifest.rows_per_shard:
+                self._commit()
+        with self._changed:
+            self._queued_bytes -= rows.nbytes + table.nbytes
+            self._changed.notify_all()
+
+    def _commit(self) -> None:
+        """Commit the assembled rows, if any are new; let a full shard go, keep a short one to be written again."""
+        if self._base + self._assembled > self.manifest.rows:
+            shard = write_shard(self._directory, self._base, self._pieces)
+            sync_directory(self._directory)
+            kept = tuple(old for old in self.manifest.shards if old.stop <= self._base)
+            replaced = self.manifest.shards[len(kept) :]
+            committed = replace(self.manifest, shards=(*kept, shard))
+            write_manifest(self._directory, committed)
+            self.manifest = committed
+            sync_directory(self._directory)
+            remove_files(self._directory, [name for old in replaced for name in old.names])
+        if self._assembled == self.manifest.rows_per_shard:
+            self._base += self._assembled
+            self._assembled = 0
+            self._pieces = []
+
+    def _describe(self, error: BaseException) -> StoreError:
+        name = shard_names(self._base, self._base + self._assembled)[0]
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            what = "free some space"
+        elif code == errno.EFBIG:
+            what = "raise the file size limit (ulimit -f)"
+        else:
+            what = "remove the cause"
+        why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        return StoreError(
+            f"writing {self._directory / name} failed: {why}; {self.manifest.rows} rows are committed and intact;"
+            f" {what}, then open the store with mode='append' and append the rest again"
+            " (skip_committed=True drops the rows that are stored)"
+        )
