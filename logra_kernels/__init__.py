@@ -10,9 +10,14 @@ from logra_kernels.ops import (
     score_topk,
 )
 from logra_kernels.projection import Projection
+from logra_kernels.run import Query, Run
+from logra_kernels.store import GradientStore
 
 __all__ = [
+    "GradientStore",
     "Projection",
+    "Query",
+    "Run",
     "Taps",
     "accumulate_gram",
     "backends",

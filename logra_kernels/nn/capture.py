@@ -1,68 +1,73 @@
 """capture(model): taps on the chosen layers, and the projected gradients they gather."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from logra_kernels.errors import LograError
+from logra_kernels.nn.adapters import DEFAULT_KINDS, X_SIDE_KINDS, Adapter
 from logra_kernels.nn.layers import Layer, find_layers
 from logra_kernels.nn.tap import Tap
 from logra_kernels.projection import Projection
 
 
 class _Probe:
-    """What one tapped weight needs: its factors, and the probe that receives its gradient."""
+    """What one tapped weight needs: its factors, and the zero leaf that receives its gradient."""
 
-    def __init__(self, layer: Layer, projection: Projection, taps: "Taps") -> None:
-        shape, weight = layer.shape, layer.weight
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-        self.name, self.shape, self.taps = layer.name, shape, taps
-        factors = projection.factor(layer.name, "in", shape.d_in), projection.factor(layer.name, "out", shape.d_out)
-        self.p_in, self.p_out = (None if p is None else p.to(weight.device, dtype) for p in factors)
-        self.k = projection.width(shape.d_out), projection.width(shape.d_in)
-        self.device, self.dtype = weight.device, torch.float64 if dtype == torch.float64 else torch.float32
-        self.probe: Tensor | None = None
-        self.ran = False
+    def __init__(self, layer: Layer, projection: Projection) -> None:
+        dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.float32
+        factors = projection.factor(layer.name, "in", layer.d_in), projection.factor(layer.name, "out", layer.d_out)
+        self.p_in, self.p_out = (None if p is None else p.to(layer.weight.device, dtype) for p in factors)
+        self.k = projection.width(layer.d_out), projection.width(layer.d_in)
+        self.device, self.dtype = layer.weight.device, torch.float64 if dtype == torch.float64 else torch.float32
+        self.leaf: Tensor | None = None
 
     def renew(self, samples: int) -> None:
         # 4 bytes seen as [N, k_out, k_in]: only the gradient's shape counts
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        self.probe = zero.expand(samples, *self.k).requires_grad_()
+        self.leaf = zero.expand(samples, *self.k).requires_grad_()
+
+
+class _Hook:
+    """The forward hook on one module."""
+
+    def __init__(self, name: str, adapter: Adapter, probe: _Probe, taps: "Taps") -> None:
+        self.name, self.adapter, self.probe, self.taps = name, adapter, probe, taps
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
-        """The forward hook."""
         if not self.taps.active or not torch.is_grad_enabled():
             return None
-        x = args[0] if args else kwargs[self.shape.argument]
-        if x.dim() < 2 or x.shape[-1] != self.shape.d_in:
-            raise ValueError(
-                f"capture: layer {self.name!r} got an input {tuple(x.shape)}; it must be [N, ..., {self.shape.d_in}],"
-                " samples first"
-            )
-        if self.probe is None:
+        adapter, probe = self.adapter, self.probe
+        x = args[0] if args else kwargs[adapter.argument]
+        adapter.check(self.name, x)
+        if probe.leaf is None:
             if torch.compiler.is_compiling():
                 raise RuntimeError(
                     "capture: a compiled model needs its batch size beforehand: call taps.reset(batch_size)"
                 )
-            self.renew(x.shape[0])
-        probe, weights = self.probe, self.taps.weights
-        assert probe is not None
-        if probe.shape[0] != x.shape[0]:
+            probe.renew(x.shape[0])
+        leaf = probe.leaf
+        assert leaf is not None
+        if leaf.shape[0] != x.shape[0]:
             raise ValueError(
-                f"capture: layer {self.name!r} sees {x.shape[0]} samples where {probe.shape[0]} were begun; call"
+                f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun; call"
                 " taps.reset() between batches, and exclude layers whose inputs are not [N, ...]"
             )
+        weights = self.taps.weights
         if weights is not None:
-            if weights.numel() != x.numel() // x.shape[-1] or weights.shape[0] != x.shape[0]:
+            shape = adapter.positions(x, y)
+            if weights.shape[0] != shape[0] or weights.numel() != math.prod(shape):
                 raise ValueError(
-                    f"capture: weights {tuple(weights.shape)} do not fit the input {tuple(x.shape)} of layer"
+                    f"capture: weights {tuple(weights.shape)} do not fit the {tuple(shape)} positions of layer"
                     f" {self.name!r}"
                 )
-            weights = weights.to(x.device, self.dtype).reshape(x.shape[0], -1)
-        p_in = None if self.p_in is None else self.p_in.to(x.dtype)  # autocast: x and y may differ from the weight
-        p_out = None if self.p_out is None else self.p_out.to(y.dtype)
-        return Tap.apply(y, x, probe, p_in, p_out, weights)
+            weights = weights.to(y.device, probe.dtype).reshape(shape[0], -1)
+        # under autocast x and y may differ from the weight; ids and norms are projected beside dy
+        p_in = None if probe.p_in is None else probe.p_in.to(x.dtype if adapter.kind in X_SIDE_KINDS else y.dtype)
+        p_out = None if probe.p_out is None else probe.p_out.to(y.dtype)
+        return Tap.apply(y, x, leaf, p_in, p_out, weights, adapter)
 
 
 class Taps:
@@ -76,14 +81,15 @@ class Taps:
         self.active = False
         self.weights: Tensor | None = None
         self._layers = layers
-        self._probes = {layer.name: _Probe(layer, projection, self) for layer in layers}
+        self._probes = {layer.name: _Probe(layer, projection) for layer in layers}
         self._handles: list = []
 
     def attach(self) -> None:
         """Put the hooks on. They do nothing until `active` is set. Attach before torch.compile traces the model."""
         for layer in self._layers:
-            for module in layer.modules:
-                self._handles.append(module.register_forward_hook(self._probes[layer.name], with_kwargs=True))
+            for module, adapter in layer.holders:
+                hook = _Hook(layer.name, adapter, self._probes[layer.name], self)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
         """Take the hooks off; the model is as it was."""
@@ -100,7 +106,7 @@ class Taps:
         """
         self.weights = weights
         for probe in self._probes.values():
-            probe.probe = None
+            probe.leaf = None
             if batch_size is not None:
                 probe.renew(batch_size)
 
@@ -126,7 +132,7 @@ class Taps:
     @property
     def probes(self) -> dict[str, Tensor]:
         """Layer name -> the zero leaf [N, k_out, k_in] whose gradient is the projected one, for `torch.autograd.grad`."""
-        return {name: probe.probe for name, probe in self._probes.items() if probe.probe is not None}
+        return {name: probe.leaf for name, probe in self._probes.items() if probe.leaf is not None}
 
     @property
     def grads(self) -> dict[str, Tensor]:
@@ -135,7 +141,7 @@ class Taps:
         Raises:
             LograError: A layer received no gradient since the last reset.
         """
-        found = {name: probe.probe.grad for name, probe in self._probes.items() if probe.probe is not None}
+        found = {name: probe.leaf.grad for name, probe in self._probes.items() if probe.leaf is not None}
         silent = [name for name in self._probes if found.get(name) is None]
         if silent:
             some = ", ".join(silent[:4]) + (", ..." if len(silent) > 4 else "")
@@ -156,6 +162,9 @@ def capture(
     projection: Projection | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    *,
+    kinds: Sequence[str] = DEFAULT_KINDS,
+    bias: bool = False,
 ) -> Taps:
     """Tap a model's layers: inside the `with`, every backward leaves each sample's projected gradient in `taps.grads`.
 
@@ -165,10 +174,13 @@ def capture(
     Args:
         model: Any module; its inputs must hold the samples in dimension 0 of every tapped layer.
         projection: Kind, rank and seed of the factors; default `Projection()`.
-        include: Glob patterns on layer names ("*.mlp.*"); default every nn.Linear and Hugging Face Conv1D.
+        include: Glob patterns on layer names ("*.mlp.*"); default every layer of the kinds.
         exclude: Glob patterns taken away from these.
+        kinds: "linear" (nn.Linear, Hugging Face's Conv1D) and "conv" (1, 2 and 3 dimensions) by default; "embedding"
+            and "norm" (gains of LayerNorm and RMSNorm) on request.
+        bias: Give linear layers that have a bias one more input column that holds its gradient.
 
     Raises:
-        ValueError: A pattern matches no layer.
+        ValueError: An unknown kind, or a pattern that matches no layer.
     """
-    return Taps(model, projection or Projection(), find_layers(model, include, exclude))
+    return Taps(model, projection or Projection(), find_layers(model, include, exclude, kinds, bias))

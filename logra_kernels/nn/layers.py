@@ -1,90 +1,73 @@
-"""Which modules can be tapped, how wide they are, and which of them the user's filters choose.
+"""Which layers of a model are tapped: what the kinds and the user's filters choose, tied weights seen as one layer."""
 
-A new layer kind is one entry in `_ADAPTERS`.
-"""
-
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class LayerShape:
-    """The matrix product a layer does: y [.., d_out] = W x [.., d_in], `argument` being the name of x in its forward."""
-
-    d_in: int
-    d_out: int
-    argument: str
-
-
-def _linear(module: nn.Module) -> LayerShape | None:
-    # nn.MultiheadAttention's out_proj is never called as a module, so a tap on it would see nothing
-    if not isinstance(module, nn.Linear) or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None
-    return LayerShape(module.in_features, module.out_features, "input")
-
-
-def _hf_conv1d(module: nn.Module) -> LayerShape | None:
-    owner = sys.modules.get("transformers.pytorch_utils")  # a model that has one has imported it
-    if owner is None or not isinstance(module, owner.Conv1D):
-        return None
-    return LayerShape(module.nx, module.nf, "x")
-
-
-_ADAPTERS: tuple[Callable[[nn.Module], LayerShape | None], ...] = (_linear, _hf_conv1d)
+from logra_kernels.nn.adapters import ADAPTERS, DEFAULT_KINDS, Adapter, adapt
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One tapped weight: the modules that hold it (several when it is tied), under the first one's name."""
+    """One tapped weight under the first module's name, with every module that holds it (several when it is tied)."""
 
     name: str
-    shape: LayerShape
     weight: Tensor
-    modules: tuple[nn.Module, ...]
+    holders: tuple[tuple[nn.Module, Adapter], ...]
+
+    @property
+    def d_in(self) -> int:
+        return self.holders[0][1].d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.holders[0][1].d_out
 
 
 def find_layers(
-    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    kinds: Sequence[str] = DEFAULT_KINDS,
+    bias: bool = False,
 ) -> list[Layer]:
-    """The layers of `model` that the filters choose, in the model's own order.
+    """The layers of `model` that kinds and filters choose, in the model's own order.
 
     Args:
         model: Any module; `torch.compile`'s wrapper is looked through.
-        include: Glob patterns on module names ("*.mlp.*"); None takes every layer that can be tapped.
+        include: Glob patterns on module names ("*.mlp.*"); None takes every layer of the kinds.
         exclude: Glob patterns taken away from these.
+        kinds: Of "linear", "conv", "embedding", "norm".
+        bias: Give linear layers that have a bias one more input column, its gradient.
 
     Raises:
-        ValueError: A pattern matches no layer, or nothing is left.
+        ValueError: An unknown kind, a pattern that matches no layer, or nothing is left.
     """
+    unknown = [kind for kind in kinds if kind not in ADAPTERS]
+    if unknown:
+        raise ValueError(f"capture: kinds {unknown} are unknown; they must be of {', '.join(ADAPTERS)}")
     model = getattr(model, "_orig_mod", model)
-    shapes = {name: shape for name, module in model.named_modules() if (shape := _shape(module)) is not None}
-    if not shapes:
-        raise ValueError(f"capture: {type(model).__name__} has no layer that can be tapped (nn.Linear, Conv1D)")
+    found = {name: a for name, module in model.named_modules() if (a := adapt(module, tuple(kinds), bias)) is not None}
+    if not found:
+        raise ValueError(f"capture: {type(model).__name__} has no layer of the kinds {', '.join(kinds)}")
     for pattern in [*(include or ()), *(exclude or ())]:
-        if not any(fnmatchcase(name, pattern) for name in shapes):
-            some = ", ".join(list(shapes)[:8])
-            raise ValueError(f"capture: the filter {pattern!r} matches none of the {len(shapes)} layers ({some}, ...)")
-    chosen = [name for name in shapes if include is None or any(fnmatchcase(name, pattern) for pattern in include)]
+        if not any(fnmatchcase(name, pattern) for name in found):
+            some = ", ".join(list(found)[:8])
+            raise ValueError(f"capture: the filter {pattern!r} matches none of the {len(found)} layers ({some}, ...)")
+    chosen = [name for name in found if include is None or any(fnmatchcase(name, pattern) for pattern in include)]
     chosen = [name for name in chosen if not any(fnmatchcase(name, pattern) for pattern in exclude or ())]
     if not chosen:
         raise ValueError("capture: the filters leave no layer")
-    return _group_tied(model, chosen, shapes)
-
-
-def _shape(module: nn.Module) -> LayerShape | None:
-    return next((shape for adapter in _ADAPTERS if (shape := adapter(module)) is not None), None)
-
-
-def _group_tied(model: nn.Module, names: list[str], shapes: dict[str, LayerShape]) -> list[Layer]:
-    groups: dict[int, list[str]] = {}
-    for name in names:
-        groups.setdefault(id(model.get_submodule(name).weight), []).append(name)
-    layers = []
-    for tied in groups.values():
-        modules = tuple(model.get_submodule(name) for name in tied)
-        layers.append(Layer(tied[0], shapes[tied[0]], modules[0].weight, modules))  # type: ignore[arg-type]
-    return layers
+    tied: dict[int, list[str]] = {}
+    for name in chosen:
+        tied.setdefault(id(model.get_submodule(name).weight), []).append(name)
+    return [
+        Layer(
+            names[0],
+            model.get_submodule(names[0]).weight,  # type: ignore[arg-type]
+            tuple((model.get_submodule(name), found[name]) for name in names),
+        )
+        for names in tied.values()
+    ]

@@ -1,0 +1,4 @@
+from logra_kernels.curvature.factor import Factor
+from logra_kernels.curvature.fisher import RawFisher
+
+__all__ = ["Factor", "RawFisher"]
