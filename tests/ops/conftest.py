@@ -27,6 +27,12 @@ def target(request) -> Target:
     return request.param
 
 
+@pytest.fixture(params=[_param(name, target) for name, target in TARGETS.items() if target.backend != "reference"])
+def kernel(request) -> Target:
+    """Each backend that is not the reference."""
+    return request.param
+
+
 @pytest.fixture(params=[_param(name, name) for name in (["cpu", "cuda"] if CUDA else ["cpu"])])
 def device(request) -> str:
     """Each device type of this machine, with the backend that `auto` takes there."""

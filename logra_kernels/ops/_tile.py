@@ -1,0 +1,59 @@
+"""What the Triton kernels share: one tile of a matrix product, and how a launcher sizes and places it."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+
+@triton.jit
+def dot_tile(
+    a, b, a_ok, b_ok, stride_a, stride_b, D,
+    ACC: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """C[m,n] = sum_d A[m,d] B[n,d]
+
+    a [M] and b [N] point at each row's first element; a row that is not ok is never read and counts as zeros.
+    """
+    acc = tl.zeros([a.shape[0], b.shape[0]], ACC)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        ok = d < D
+        step = d.to(tl.int64)
+        left = tl.load(a[:, None] + (step * stride_a)[None, :], mask=a_ok[:, None] & ok[None, :], other=0.0)
+        right = tl.load(b[None, :] + (step * stride_b)[:, None], mask=b_ok[None, :] & ok[:, None], other=0.0)
+        if UPCAST:
+            left, right = left.to(ACC), right.to(ACC)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc
+
+
+INTERPRETED = isinstance(dot_tile, InterpretedFunction)
+OPTIONS = {"num_stages": 3, "enable_fp_fusion": True}  # fused multiply-add is Triton's default only before 3.10
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def must_upcast(a: torch.dtype, b: torch.dtype) -> bool:
+    """Whether a product of these needs fp32 operands: the interpreter multiplies bf16 bit patterns (triton #11584)."""
+    return INTERPRETED or a != b
+
+
+def fp32_precision() -> str:
+    """How tl.dot multiplies fp32 operands: exactly, unless torch itself may use tf32."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def block(size: int, most: int) -> int:
+    """A tile's extent along a dimension of `size`: a power of two from 16 (the least tl.dot takes) to `most`."""
+    return min(most, max(16, triton.next_power_of_2(size)))
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,42 @@
+"""Triton kernel: rows times projection, one program for a tile of rows; x is read once for each 128 of k."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from logra_kernels.ops._check import accumulator_dtype
+from logra_kernels.ops._tile import OPTIONS, accumulator, block, device_of, dot_tile, fp32_precision, must_upcast
+
+
+@triton.jit
+def _project_rows_kernel(
+    x, p, a,
+    R, T, D, K, stride_xn, stride_xt, stride_xd, stride_pk, stride_pd,
+    ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """a[r,k] = sum_d x[n,t,d] p[k,d] for row r = n T + t"""
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    x_rows = x + (r // T) * stride_xn + (r % T) * stride_xt
+    tile = dot_tile(x_rows, p + k * stride_pk, r < R, k < K, stride_xd, stride_pd, D, ACC, BLOCK_D, PRECISION, UPCAST)
+    tl.store(a + r[:, None] * K + k[None, :], tile, mask=(r < R)[:, None] & (k < K)[None, :])
+
+
+def launch(x: Tensor, p: Tensor) -> Tensor:
+    n, t, d = x.shape
+    k = p.shape[0]
+    a = torch.empty((n, t, k), dtype=accumulator_dtype(x.dtype), device=x.device)
+    if not a.numel():
+        return a
+    wide = x.element_size() > 2
+    block_r, block_k = block(n * t, 64), block(k, 128)
+    with device_of(x):
+        _project_rows_kernel[triton.cdiv(n * t, block_r), triton.cdiv(k, block_k)](
+            x, p, a, n * t, t, d, k, *x.stride(), *p.stride(),
+            ACC=accumulator(x.dtype), BLOCK_R=block_r, BLOCK_K=block_k, BLOCK_D=block(d, 32 if wide else 64),
+            PRECISION=fp32_precision(), UPCAST=must_upcast(x.dtype, p.dtype),
+            num_warps=4, **OPTIONS,
+        )  # fmt: skip
+    return a
