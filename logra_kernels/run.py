@@ -126,7 +126,7 @@ class Run:
 
         Raises:
             LograError: A layer received no gradient.
-            StoreError: A gradient is NaN or infinite, an id is a duplicate, or the disk is full; what was committed stays.
+            StoreError: A gradient is NaN or infinite, an id is a duplicate, the disk is full; what was committed stays.
         """
         ids = [str(i) for i in ids]
         with self._tapped(ids, weights):

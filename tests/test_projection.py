@@ -43,7 +43,8 @@ def test_orthonormal_rows():
 def test_random_factors_keep_norms_on_average(kind):
     x = torch.randn(64, dtype=torch.float64)
     norms = [
-        (lk.Projection(rank=32, kind=kind, seed=s).factor("a", "in", 64).double() @ x).square().sum() for s in range(200)
+        (lk.Projection(rank=32, kind=kind, seed=s).factor("a", "in", 64).double() @ x).square().sum()
+        for s in range(200)
     ]
     assert torch.stack(norms).mean() / x.square().sum() == pytest.approx(1.0, abs=0.06)  # s.e. sqrt(2/32/200) = 0.018
 

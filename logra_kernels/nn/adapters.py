@@ -1,7 +1,7 @@
 """How each kind of layer is seen as a matrix product, so that one tap serves them all.
 
-Every adapter writes a sample's weight gradient as dW = sum_t left[t] (x) right[t], [d_out, d_in], and says what to keep from
-the forward and how to project both sides. A new layer kind is one class here and one entry in `ADAPTERS`.
+Every adapter writes a sample's weight gradient as dW = sum_t left[t] (x) right[t], [d_out, d_in], and says what to keep
+from the forward and how to project both sides. A new layer kind is one class here and one entry in `ADAPTERS`.
 """
 
 import math
@@ -55,7 +55,7 @@ def positions_flat(x: Tensor) -> Tensor:
 
 
 class LinearAdapter(Adapter):
-    """y = W x (+ b): dW = sum_t dy[t] (x) x[t]. With `bias` the bias's gradient is one more column, that of an input 1."""
+    """y = W x (+ b): dW = sum_t dy[t] (x) x[t]. With `bias`, the bias's gradient is one more column: an input of 1."""
 
     kind = "linear"
 
@@ -88,7 +88,7 @@ class ConvAdapter(Adapter):
     """y = conv(x, W), groups side by side: dW = sum over groups and output positions of dy[g,t] (x) patch[g,t].
 
     The patches are never laid out: P_in seen as k_in filters is itself a convolution of x, with the layer's own stride,
-    padding and dilation. dW is [C_out, C_in/groups * kernel]; P_out acts on all C_out rows, so each group uses its columns.
+    padding and dilation. dW is [C_out, C_in/groups * kernel]; P_out acts on all C_out rows, so a group uses its columns.
     """
 
     kind = "conv"
@@ -179,7 +179,8 @@ class NormAdapter(Adapter):
     def check(self, name: str, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[-1] != self.d_out:
             raise ValueError(
-                f"capture: layer {name!r} got an input {tuple(x.shape)}; it must be [N, ..., {self.d_out}], samples first"
+                f"capture: layer {name!r} got an input {tuple(x.shape)}; it must be [N, ..., {self.d_out}],"
+                " samples first"
             )
 
     def keep(self, x: Tensor, p_in: Tensor | None) -> Tensor:
@@ -219,15 +220,16 @@ def _embedding(module: nn.Module, bias: bool) -> Adapter | None:
 
 
 def _norm(module: nn.Module, bias: bool) -> Adapter | None:
-    if getattr(module, "weight", None) is None or module.weight.dim() != 1:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
-    width = module.weight.shape[0]
     if isinstance(module, nn.LayerNorm):
-        return NormAdapter(width, "input", module.eps, centred=True)
+        return NormAdapter(len(weight), "input", module.eps, centred=True)
     if isinstance(module, nn.RMSNorm):
-        return NormAdapter(width, "x", module.eps or torch.finfo(module.weight.dtype).eps, centred=False)
-    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):  # Hugging Face's own copies
-        return NormAdapter(width, "hidden_states", float(module.variance_epsilon), centred=False)
+        return NormAdapter(len(weight), "x", module.eps or torch.finfo(weight.dtype).eps, centred=False)
+    eps = getattr(module, "variance_epsilon", None)  # Hugging Face's own copies
+    if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float):
+        return NormAdapter(len(weight), "hidden_states", eps, centred=False)
     return None
 
 

@@ -131,7 +131,7 @@ class Taps:
 
     @property
     def probes(self) -> dict[str, Tensor]:
-        """Layer name -> the zero leaf [N, k_out, k_in] whose gradient is the projected one, for `torch.autograd.grad`."""
+        """Layer name -> the zero leaf [N, k_out, k_in] whose gradient is the projected one, for `autograd.grad`."""
         return {name: probe.leaf for name, probe in self._probes.items() if probe.leaf is not None}
 
     @property
@@ -166,7 +166,7 @@ def capture(
     kinds: Sequence[str] = DEFAULT_KINDS,
     bias: bool = False,
 ) -> Taps:
-    """Tap a model's layers: inside the `with`, every backward leaves each sample's projected gradient in `taps.grads`.
+    """Tap a model's layers: inside the `with`, a backward leaves each sample's projected gradient in `taps.grads`.
 
     The layers, the loss and the weights' own gradients are untouched; weights may be frozen. The loss must be a sum over
     samples (a batch mean would divide every gradient by the batch size).

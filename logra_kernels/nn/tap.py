@@ -1,10 +1,10 @@
 """The tap: an autograd Function that lets y and dy pass and gives a probe the projected gradient of each sample.
 
-    forward    what the layer's adapter keeps of x is saved (for a linear layer a[n,t] = P_in x[n,t]);  y passes through
+    forward    what the layer's adapter keeps of x is saved (a[n,t] = P_in x[n,t] for a linear one);  y passes through
     backward   d loss / d probe[n] := sum_t w[n,t] (P_out dy[n,t]) (x) a[n,t];  dy passes through
 
-Adding a zero probe[n] to the projected weight of sample n would have this gradient, so autograd itself sums over reuse and
-tied weights, and `torch.autograd.grad(loss, probe)`, checkpointing and torch.compile need nothing special.
+Adding a zero probe[n] to the projected weight of sample n would have this gradient, so autograd itself sums over reuse
+and tied weights, and `torch.autograd.grad(loss, probe)`, checkpointing and torch.compile need nothing special.
 """
 
 import torch
@@ -24,7 +24,7 @@ class Tap(torch.autograd.Function):
         p_out: Tensor | None,
         weights: Tensor | None,
         adapter: Adapter,
-    ) -> Tensor:  # type: ignore[override]
+    ) -> Tensor:
         ctx.save_for_backward(adapter.keep(x, p_in), p_in, p_out, weights)
         ctx.adapter = adapter
         # a plain alias: returning y itself would make it a view that in-place activations may not write to
@@ -32,6 +32,6 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):  # type: ignore[override]
+    def backward(ctx, dy: Tensor):
         kept, p_in, p_out, weights = ctx.saved_tensors
         return dy, None, ctx.adapter.gradient(kept, dy, p_in, p_out, weights), None, None, None, None

@@ -1,7 +1,7 @@
 """The op library, and the one rule that picks an implementation behind the op boundary.
 
-An op names its implementations per device type, best first. ``auto`` takes the first that works here; a backend asked for
-by name is used or raises. When ``auto`` is left with the reference alone, it says once what is missing.
+An op names its implementations per device type, best first. ``auto`` takes the first that works here; a backend asked
+for by name is used or raises. When ``auto`` is left with the reference alone, it says once what is missing.
 """
 
 import importlib
@@ -95,7 +95,7 @@ def _warn_fallback(device: str, why: str) -> None:
 
 
 def backends() -> list[Backend]:
-    """Every implementation of every op for the device types of this machine: which works, which `auto` takes, and why."""
+    """Every implementation of every op for this machine's device types: which works, which `auto` takes, and why."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found = []
     for op in OPS:
@@ -105,6 +105,6 @@ def backends() -> list[Backend]:
             chosen = FORCED if FORCED != "auto" else works[0]
             for name in order:
                 why = _missing(name, device)
-                reason = why or ("LOGRA_KERNELS_BACKEND" if FORCED == name else "first that works")
+                reason = why or ("LOGRA_KERNELS_BACKEND" if name == FORCED else "first that works")
                 found.append(Backend(op, device, name, why is None, name == chosen, reason))
     return found

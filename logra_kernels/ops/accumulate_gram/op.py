@@ -1,6 +1,6 @@
 """accumulate_gram: running second moment of rows, the raw projected Fisher before its division by N.
 
-    out += g^T g        [d, d], fp32 or fp64, in place
+out += g^T g        [d, d], fp32 or fp64, in place
 """
 
 import torch
@@ -43,7 +43,9 @@ def accumulate_gram(g: Tensor, out: Tensor, *, backend: str = "auto") -> None:
     if g.dim() != 2 or out.shape != (g.shape[1], g.shape[1]):
         raise ValueError(f"accumulate_gram: g {tuple(g.shape)} must be [N, d] and out {tuple(out.shape)} [d, d]")
     if out.dtype != accumulator_dtype(g.dtype):
-        raise ValueError(f"accumulate_gram: out is {out.dtype}; it must be {accumulator_dtype(g.dtype)} for {g.dtype} g")
+        raise ValueError(
+            f"accumulate_gram: out is {out.dtype}; it must be {accumulator_dtype(g.dtype)} for {g.dtype} g"
+        )
     if not out.is_contiguous():
         raise ValueError("accumulate_gram: out must be contiguous, as it is written in place")
     _op(g, out, backend)

@@ -5,6 +5,8 @@
 A batch is R positions cut into N samples by `offsets`; a dense [N, T, d] batch is the case of equal lengths.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def _launch(
 
 def _check_offsets(offsets: Tensor, rows: int) -> None:
     cuts = offsets.tolist()
-    if cuts[0] < 0 or cuts[-1] > rows or any(b < a for a, b in zip(cuts, cuts[1:], strict=False)):
+    if cuts[0] < 0 or cuts[-1] > rows or any(b < a for a, b in pairwise(cuts)):
         raise ValueError(f"project_grad: offsets {cuts[:8]}... must not decrease and must stay within 0..{rows}")
 
 

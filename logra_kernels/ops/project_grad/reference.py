@@ -1,5 +1,7 @@
 """The definition of project_grad. Runs on any device and dtype; fp64 in, fp64 out."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def project_grad(
 ) -> Tensor:
     if offsets is not None:
         cuts = offsets.tolist()
-        spans = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        spans = [slice(a, b) for a, b in pairwise(cuts)]
         w = [None if weights is None else weights[None, span] for span in spans]
         parts = [project_grad(x[None, s], dy[None, s], p_in, p_out, None, v) for s, v in zip(spans, w, strict=True)]
         k_out, k_in = (v.shape[-1] if p is None else p.shape[0] for v, p in ((dy, p_out), (x, p_in)))

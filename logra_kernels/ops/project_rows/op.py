@@ -1,6 +1,6 @@
 """project_rows: skinny projection of rows, used in forward so that only k numbers a position are kept.
 
-    A[n,t] = P x[n,t]        [N, T, k], fp32 (fp64 for fp64 input)
+A[n,t] = P x[n,t]        [N, T, k], fp32 (fp64 for fp64 input)
 """
 
 import torch

@@ -1,6 +1,6 @@
 """score_block: every query against every row of a block.
 
-    S[q,n] = sum_d queries[q,d] rows[n,d]        [Q, N], fp32 (fp64 for fp64 input)
+S[q,n] = sum_d queries[q,d] rows[n,d]        [Q, N], fp32 (fp64 for fp64 input)
 """
 
 import torch
