@@ -47,13 +47,13 @@ class Appender:
         with self._appending:
             check_rows(self._directory, manifest, rows, ids)
             self.writer.check()
+            if len(ids) == 0:
+                return 0
             table = build_table(ids, columns, self._schema)
             skip = committed_prefix(self.row_of, self._opened_with, len(self.row_of), ids) if skip_committed else 0
             rows, ids, table = rows[skip:], ids[skip:], table.slice(skip)
             check_new(self.row_of, ids)
             check_finite(manifest, rows, ids)
-            if len(ids) == 0:
-                return 0
             self._schema = table.schema
             step = max(1, SLICE_BYTES // (manifest.dim * manifest.torch_dtype.itemsize))
             for start in range(0, len(ids), step):

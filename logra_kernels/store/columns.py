@@ -35,12 +35,24 @@ def build_table(ids: Sequence[str], columns: Mapping[str, Any] | None, schema: p
     arrays = [_array(ID, ids, pa.string(), len(ids))]
     for name in names:
         arrays.append(_array(name, columns[name], schema.field(name).type if schema is not None else None, len(ids)))
-    return pa.table(arrays, names=[ID, *names])
+    table = pa.table(arrays, names=[ID, *names])
+    return table if schema is not None else _as_read_back(table)
+
+
+def _as_read_back(table: pa.Table) -> pa.Table:
+    """The types that Parquet gives back (it renames the items of lists, widens timestamps): rows that come from a short
+    shard and rows that come from the caller must make the same file."""
+    try:
+        return table.cast(from_parquet(bytes(to_parquet(table.schema.empty_table()))).schema)
+    except pa.ArrowException as error:
+        raise StoreError(f"the columns cannot be stored as Parquet: {' '.join(str(error).split())}") from None
 
 
 def _array(name: str, values: Any, kind: pa.DataType | None, count: int) -> pa.Array:
     if isinstance(values, torch.Tensor):
         values = values.tolist()
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
     if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
         raise StoreError(f"column {name!r} is a {type(values).__name__}; it must be a list with one value for each row")
     if len(values) != count:
@@ -61,7 +73,7 @@ def to_parquet(table: pa.Table) -> memoryview:
     """Parquet bytes; equal tables give equal bytes, however they were put together."""
     sink = pa.BufferOutputStream()
     table = table.combine_chunks().replace_schema_metadata(None)
-    pq.write_table(table, sink, row_group_size=max(1, table.num_rows), compression="zstd")
+    pq.write_table(table, sink, row_group_size=max(1, table.num_rows), compression="zstd", store_schema=False)
     return memoryview(sink.getvalue())
 
 
