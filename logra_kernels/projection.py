@@ -1,8 +1,8 @@
 """The factors P_in and P_out that a layer's gradient is projected with (Choe et al. 2024, section 3.1).
 
 A factor depends on nothing but the projection's settings, the layer's name and the side: it is drawn on the host from
-a counter-based generator (Philox) and then moved, so every device, rank and process has the same one, and the settings in a
-store's manifest are enough to have it again.
+a counter-based generator (Philox) and then moved, so every device, rank and process has the same one, and the settings
+in a store's manifest are enough to have it again.
 """
 
 import hashlib

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from logra_kernels import influence
 from logra_kernels.curvature import Factor, RawFisher
 from logra_kernels.errors import LograError, StoreError, StoreMismatch
-from logra_kernels.nn import Taps, capture, model_fingerprint
+from logra_kernels.nn import DEFAULT_KINDS, KINDS, Taps, capture, model_fingerprint
 from logra_kernels.projection import Projection
 from logra_kernels.store import GradientStore
 
@@ -42,6 +42,7 @@ class Run:
             store's own layers where it exists.
         projection: Default `Projection()`, or the store's own where it exists.
         dtype: Of the stored rows, "fp32" or "bf16".
+        kinds, bias: As in `capture`; default linear and convolution layers without bias, or as the store has them.
         rows_per_shard: How many rows a shard holds; default about 64 MB worth.
         fingerprints: More facts that queries must share with the store, as strings (tokenizer, loss, ...).
         freeze: Keep the weights from gathering gradients of their own inside `log` and `query`, which halves the
@@ -62,6 +63,8 @@ class Run:
         projection: Projection | None = None,
         dtype: str | None = None,
         *,
+        kinds: Sequence[str] | None = None,
+        bias: bool | None = None,
         rows_per_shard: int | None = None,
         fingerprints: dict[str, str] | None = None,
         freeze: bool = True,
@@ -74,10 +77,12 @@ class Run:
         self._store = GradientStore.open(self.path) if GradientStore.exists(self.path) else None
         if self._store is not None:
             projection = projection or Projection.from_dict(self._store.projection or {})
-            if include is None and exclude is None:
-                include = list(self._store.layers)
+            bias = self._store.meta.get("bias", False) if bias is None else bias
+            if include is None and exclude is None and kinds is None:
+                include, kinds = list(self._store.layers), list(KINDS)
         self._dtype = dtype or (self._store.dtype if self._store is not None else "fp32")
-        self.taps: Taps = capture(model, projection, include, exclude)
+        self._bias = bool(bias)
+        self.taps: Taps = capture(model, projection, include, exclude, kinds=kinds or DEFAULT_KINDS, bias=self._bias)
         self.fingerprints = {"model": model_fingerprint(model), **(fingerprints or {})}
         if self._store is not None:
             self._check(self._store)
@@ -92,6 +97,8 @@ class Run:
             differs.append(f"layers ({len(store.layers)} there, {len(self.taps.layers)} here)")
         if store.projection != self.taps.projection.to_dict():
             differs.append(f"projection ({store.projection} there, {self.taps.projection.to_dict()} here)")
+        if store.meta.get("bias", False) != self._bias:
+            differs.append(f"bias ({not self._bias} there, {self._bias} here)")
         if store.dtype != self._dtype:
             differs.append(f"dtype ({store.dtype} there, {self._dtype} here)")
         if differs:
@@ -181,6 +188,7 @@ class Run:
                 projection=self.taps.projection.to_dict(),
                 fingerprints=self.fingerprints,
                 rows_per_shard=self._rows_per_shard,
+                meta={"bias": self._bias},
             )
         elif not self._writing:
             self._store = GradientStore.open(self.path, mode="append")

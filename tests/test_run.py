@@ -177,6 +177,18 @@ def test_another_model_projection_layers_or_dtype_is_refused(tmp_path):
         lk.Run(tmp_path / "s", model, dtype="bf16", fingerprints={"loss": "mse"})
 
 
+def test_other_kinds_of_layers_and_biases_are_found_again(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    with lk.Run(tmp_path / "s", model, kinds=["linear", "norm"], bias=True) as run:
+        log_all(run, model)
+        layers = run.taps.layers
+    with lk.Run(tmp_path / "s", model) as run:
+        assert run.taps.layers == layers == {"0": (8, 7), "1": (8, 1), "2": (3, 9)}
+        run.topk(ask(run, model)[0], k=2)
+    with pytest.raises(StoreMismatch, match="bias"):
+        lk.Run(tmp_path / "s", model, kinds=["linear", "norm"], bias=False)
+
+
 def test_nan_loss_leaves_the_store_as_it_was(tmp_path):
     model = make_model()
     x, target = make_data()

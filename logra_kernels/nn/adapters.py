@@ -55,7 +55,7 @@ def positions_flat(x: Tensor) -> Tensor:
 
 
 class LinearAdapter(Adapter):
-    """y = W x (+ b): dW = sum_t dy[t] (x) x[t]. With `bias`, the bias's gradient is one more column: an input of 1."""
+    """y = W x (+ b): dW = sum_t dy[t] (x) x[t]. With `bias`, its gradient is one more column: an input of 1."""
 
     kind = "linear"
 
@@ -88,7 +88,7 @@ class ConvAdapter(Adapter):
     """y = conv(x, W), groups side by side: dW = sum over groups and output positions of dy[g,t] (x) patch[g,t].
 
     The patches are never laid out: P_in seen as k_in filters is itself a convolution of x, with the layer's own stride,
-    padding and dilation. dW is [C_out, C_in/groups * kernel]; P_out acts on all C_out rows, so a group uses its columns.
+    padding and dilation. dW is [C_out, C_in/groups * kernel]; P_out acts on all C_out rows, so a group has its columns.
     """
 
     kind = "conv"
@@ -239,6 +239,7 @@ ADAPTERS: dict[str, tuple[Callable[[nn.Module, bool], Adapter | None], ...]] = {
     "embedding": (_embedding,),
     "norm": (_norm,),
 }
+KINDS = tuple(ADAPTERS)
 DEFAULT_KINDS = ("linear", "conv")
 X_SIDE_KINDS = ("linear", "conv")  # those whose P_in meets x itself, in x's dtype
 

@@ -166,10 +166,10 @@ def capture(
     kinds: Sequence[str] = DEFAULT_KINDS,
     bias: bool = False,
 ) -> Taps:
-    """Tap a model's layers: inside the `with`, a backward leaves each sample's projected gradient in `taps.grads`.
+    """Tap a model's layers: inside the `with`, each sample's projected gradient ends in `taps.grads`.
 
-    The layers, the loss and the weights' own gradients are untouched; weights may be frozen. The loss must be a sum over
-    samples (a batch mean would divide every gradient by the batch size).
+    The layers, the loss and the weights' own gradients are untouched; weights may be frozen. The loss must be a sum
+    over samples (a batch mean would divide every gradient by the batch size).
 
     Args:
         model: Any module; its inputs must hold the samples in dimension 0 of every tapped layer.

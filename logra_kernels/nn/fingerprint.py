@@ -15,5 +15,5 @@ def model_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         flat = value.detach().contiguous().reshape(-1)
         if flat.numel():
-            digest.update(memoryview(flat.cpu().view(torch.uint8).numpy()))
+            digest.update(flat.cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
