@@ -1,0 +1,97 @@
+#include "accumulate_gram/cpu.h"
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "common/buffer.h"
+#include "common/kernels.h"
+#include "common/threads.h"
+
+namespace lgk::accumulate_gram {
+namespace {
+
+constexpr int64_t kPanelsPerRun = 32;
+constexpr int64_t kMostBlock = 192;  // side of a block of out: two packed panels and their product fit the L2 cache
+constexpr int64_t kLeastBlock = 48;  // below this, packing costs more than a second thread gains
+
+// The upper triangle of out in square blocks, in row-major order.
+struct Triangle {
+  int64_t d, block;
+
+  int64_t side() const { return ceil_div(d, block); }
+  int64_t tasks() const { return side() * (side() + 1) / 2; }
+  void locate(int64_t task, int64_t* i, int64_t* j) const {
+    int64_t row = 0;
+    for (; task >= side() - row; ++row) task -= side() - row;
+    *i = row * block;
+    *j = (row + task) * block;
+  }
+};
+
+Triangle cut(int64_t d, int n_threads) {
+  Triangle triangle = {d, kMostBlock};
+  while (triangle.block > kLeastBlock && triangle.tasks() < 4 * n_threads) triangle.block /= 2;
+  return triangle;
+}
+
+template <typename T>
+struct Tile {
+  const Kernels<T>& kernels;
+  int64_t ld;
+  T *left, *right, *sum;
+
+  static int64_t row_length(const Kernels<T>& kernels, int64_t block) { return round_up(block, kernels.lanes) + 16; }
+  static int64_t size(int64_t ld, int64_t block) { return (2 * (kPanel + 8) + block + 8) * ld; }
+
+  void add(const Rows& g, Shape shape, int64_t i, int64_t j, int64_t block, T* out) const {
+    const int64_t rows = std::min(block, shape.d - i), columns = std::min(block, shape.d - j);
+    for (int64_t start = 0; start < shape.rows; start += kPanel) {
+      const int64_t depth = std::min(kPanel, shape.rows - start);
+      const int64_t panel = start / kPanel % kPanelsPerRun;
+      kernels.pack_rows(g, start, depth, i, rows, left, ld);
+      if (i != j) kernels.pack_rows(g, start, depth, j, columns, right, ld);
+      kernels.outer(left, ld, rows, i == j ? left : right, ld, columns, depth, sum, ld, panel > 0);
+      if (panel == kPanelsPerRun - 1 || start + depth == shape.rows) flush(shape.d, i, j, rows, columns, out);
+    }
+  }
+
+  void flush(int64_t d, int64_t i, int64_t j, int64_t rows, int64_t columns, T* out) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) out[(i + r) * d + j + c] += sum[r * ld + c];
+    }
+    if (i == j) return;
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t r = 0; r < rows; ++r) out[(j + c) * d + i + r] += sum[r * ld + c];
+    }
+  }
+};
+
+}  // namespace
+
+template <typename T>
+void accumulate_gram(const Rows& g, T* out, Shape shape, int n_threads) {
+  if (shape.rows == 0 || shape.d == 0) return;
+  const Kernels<T>& kernels = lgk::kernels<T>();
+  n_threads = threads_for(double(shape.rows) * shape.d * shape.d / 2, n_threads);
+  const Triangle triangle = cut(shape.d, n_threads);
+  const int64_t ld = Tile<T>::row_length(kernels, triangle.block), size = Tile<T>::size(ld, triangle.block);
+  const Buffer<T> scratch(size * n_threads);
+
+#pragma omp parallel num_threads(n_threads)
+  {
+    T* mine = scratch.data() + size * omp_get_thread_num();
+    const Tile<T> tile = {kernels, ld, mine, mine + (kPanel + 8) * ld, mine + 2 * (kPanel + 8) * ld};
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < triangle.tasks(); ++task) {
+      int64_t i, j;
+      triangle.locate(task, &i, &j);
+      tile.add(g, shape, i, j, triangle.block, out);
+    }
+  }
+}
+
+template void accumulate_gram<float>(const Rows&, float*, Shape, int);
+template void accumulate_gram<double>(const Rows&, double*, Shape, int);
+
+}  // namespace lgk::accumulate_gram

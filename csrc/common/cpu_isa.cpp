@@ -1,0 +1,84 @@
+// The run-time choice of an instruction set, made once.
+#include <cstdlib>
+
+#include "common/check.h"
+#include "common/isa.h"
+#include "common/kernels.h"
+
+namespace lgk {
+
+extern const KernelSet kKernelsBase;
+#if LGK_HAS_X86_SETS
+extern const KernelSet kKernelsV3, kKernelsV4;
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  const KernelSet* kernels;
+  bool supported;
+};
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> found = {{"base", &kKernelsBase, true}};
+#if LGK_HAS_X86_SETS
+    __builtin_cpu_init();
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                    __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("lzcnt");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+    found.push_back({"v3", &kKernelsV3, v3});
+    found.push_back({"v4", &kKernelsV4, v4});
+#endif
+    return found;
+  }();
+  return all;
+}
+
+const Isa& choose() {
+  const char* asked = std::getenv("LOGRA_KERNELS_ISA");
+  const Isa* widest = nullptr;
+  std::string have;
+  for (const Isa& isa : isas()) {
+    if (!isa.supported) continue;
+    have += std::string(have.empty() ? "" : ", ") + isa.name;
+    widest = &isa;
+    if (asked != nullptr && std::string(asked) == isa.name) return isa;
+  }
+  LGK_CHECK(asked == nullptr,
+            std::string("LOGRA_KERNELS_ISA=") + asked + " is unknown or not supported here (have: " + have + ")");
+  return *widest;
+}
+
+const Isa& chosen() {
+  static const Isa& isa = choose();
+  return isa;
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return chosen().kernels->f32;
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+  return chosen().kernels->f64;
+}
+
+const char* isa_name() { return chosen().name; }
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) {
+    if (isa.supported) names.push_back(isa.name);
+  }
+  return names;
+}
+
+}  // namespace lgk

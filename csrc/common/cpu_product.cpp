@@ -1,0 +1,113 @@
+#include <omp.h>
+
+#include <algorithm>
+
+#include "common/buffer.h"
+#include "common/kernels.h"
+#include "common/product.h"
+#include "common/threads.h"
+
+namespace lgk {
+namespace {
+
+constexpr int64_t kPanelsPerRun = 32;
+constexpr int64_t kRun = kPanelsPerRun * kPanel;
+// Columns of b that are packed at a time, which bounds the packed copy to kColumns * kRun numbers.
+constexpr int64_t kColumns = 256;
+constexpr int64_t kMostTileRows = 120;
+
+template <typename T>
+void add_tile(const T* tile, int64_t ld, int64_t rows, int64_t columns, Output<T> c, bool add) {
+  if (c.column_stride == 1) {
+    for (int64_t i = 0; i < rows; ++i) {
+      T* out = c.data + i * c.row_stride;
+      for (int64_t j = 0; j < columns; ++j) out[j] = add ? out[j] + tile[i * ld + j] : tile[i * ld + j];
+    }
+    return;
+  }
+  for (int64_t j = 0; j < columns; ++j) {
+    T* out = c.data + j * c.column_stride;
+    for (int64_t i = 0; i < rows; ++i) {
+      T& to = out[i * c.row_stride];
+      to = add ? to + tile[i * ld + j] : tile[i * ld + j];
+    }
+  }
+}
+
+// One block of columns of b and one run of the depth.
+template <typename T>
+struct Block {
+  const Kernels<T>& kernels;
+  Rows b;
+  int64_t column, columns;
+  int64_t depth_start, depth;
+  T* packed;
+
+  int64_t padded() const { return round_up(columns, kernels.lanes); }
+  int64_t column_groups() const { return ceil_div(columns, 2 * kernels.lanes); }
+  int64_t pack_tasks() const { return column_groups() * ceil_div(depth, kPanel); }
+
+  void pack(int64_t task, T* scratch) const {
+    const int64_t k = task / column_groups() * kPanel, j = task % column_groups() * 2 * kernels.lanes;
+    const int64_t here = std::min(kPanel, depth - k);
+    kernels.pack_columns(b, column + j, std::min(2 * kernels.lanes, columns - j), depth_start + k, here,
+                         packed + padded() * k + j * here, scratch);
+  }
+
+  void multiply(const Rows& a, int64_t row, int64_t rows, T* a_tile, T* c_tile, int64_t ld) const {
+    for (int64_t k = 0; k < depth; k += kPanel) {
+      const int64_t here = std::min(kPanel, depth - k);
+      kernels.pack_rows(a, row, rows, depth_start + k, here, a_tile, kTileLd);
+      kernels.multiply(a_tile, rows, packed + padded() * k, columns, here, c_tile, ld, k > 0);
+    }
+  }
+};
+
+}  // namespace
+
+template <typename T>
+void multiply_rows(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<T> c, int n_threads) {
+  if (m == 0 || n == 0) return;
+  if (n > m) return multiply_rows<T>(b, n, a, m, depth, {c.data, c.column_stride, c.row_stride}, n_threads);
+  const Kernels<T>& kernels = lgk::kernels<T>();
+  if (depth == 0) {
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) c.data[i * c.row_stride + j * c.column_stride] = 0;
+    }
+    return;
+  }
+  n_threads = threads_for(double(m) * n * depth, n_threads);
+  const int64_t tile_rows =
+      std::min(kMostTileRows, round_up(ceil_div(m, std::min<int64_t>(n_threads, m)), kernels.row_tile));
+  const int64_t widest = round_up(std::min(n, kColumns), kernels.lanes);
+  const int64_t ld = widest + kernels.lanes;
+  const int64_t scratch_size =
+      round_up(std::max(tile_rows + kernels.row_tile, kernels.lanes) * kTileLd, kernels.lanes) +
+      (tile_rows + kernels.row_tile) * ld;
+  const Buffer<T> packed(widest * std::min(depth, kRun)), scratch(scratch_size * n_threads);
+
+#pragma omp parallel num_threads(n_threads)
+  {
+    T* a_tile = scratch.data() + scratch_size * omp_get_thread_num();
+    T* c_tile = a_tile + scratch_size - (tile_rows + kernels.row_tile) * ld;
+    for (int64_t j = 0; j < n; j += kColumns) {
+      for (int64_t k = 0; k < depth; k += kRun) {
+        const Block<T> block = {kernels, b, j, std::min(kColumns, n - j), k, std::min(kRun, depth - k), packed.data()};
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < block.pack_tasks(); ++task) block.pack(task, a_tile);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < m; i += tile_rows) {
+          const int64_t rows = std::min(tile_rows, m - i);
+          block.multiply(a, i, rows, a_tile, c_tile, ld);
+          add_tile<T>(c_tile, ld, rows, block.columns,
+                      {c.data + i * c.row_stride + j * c.column_stride, c.row_stride, c.column_stride}, k > 0);
+        }
+      }
+    }
+  }
+}
+
+template void multiply_rows<float>(const Rows&, int64_t, const Rows&, int64_t, int64_t, Output<float>, int);
+template void multiply_rows<double>(const Rows&, int64_t, const Rows&, int64_t, int64_t, Output<double>, int);
+
+}  // namespace lgk

@@ -1,0 +1,8 @@
+// Whether the wider instruction sets are built: they need GCC's target pragma, which Clang ignores.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define LGK_HAS_X86_SETS 1
+#else
+#define LGK_HAS_X86_SETS 0
+#endif

@@ -1,0 +1,57 @@
+// The only code that depends on the instruction set: four kernels in two precisions, one table for each set.
+//
+// Operands are first packed into tiles of T (float for fp32, bf16 and fp16; double for fp64), padded with zeros, so
+// that the inner loops know neither dtypes nor strides nor ragged edges. A padded row or column only ever reaches
+// padded results.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "common/rows.h"
+
+namespace lgk {
+
+// Terms that are summed one after the other; the sums of such panels are then added. Bounds the rounding error of long
+// sums.
+constexpr int64_t kPanel = 256;
+// Row length of an A tile: a constant, so that the rows of a register tile are constant offsets from one pointer; not a
+// power of two, so that they do not share cache sets.
+constexpr int64_t kTileLd = kPanel + 16;
+
+template <typename T>
+struct Kernels {
+  int64_t lanes;     // packed columns are padded to a multiple of this
+  int64_t row_tile;  // packed rows are padded to a multiple of this
+
+  // dst[r][c] = src[row + r, column + c], row length ld; zeros up to whole lanes and whole row tiles.
+  void (*pack_rows)(const Rows& src, int64_t row, int64_t rows, int64_t column, int64_t columns, T* dst, int64_t ld);
+
+  // The transpose, for multiply's b: rows row.. of src become the columns of panels [2 * lanes][depth], the last one
+  // maybe of lanes columns. scratch holds lanes * kTileLd; depth <= kPanel.
+  void (*pack_columns)(const Rows& src, int64_t row, int64_t rows, int64_t column, int64_t depth, T* dst, T* scratch);
+
+  // c[i][j] (+)= sum_k a[i][k] b[j][k]: a from pack_rows with ld = kTileLd, b from pack_columns; k ascending.
+  void (*multiply)(const T* a, int64_t rows, const T* b, int64_t columns, int64_t depth, T* c, int64_t ldc, bool add);
+
+  // c[i][j] (+)= sum_k a[k][i] b[k][j]: both from pack_rows; k ascending.
+  void (*outer)(const T* a, int64_t lda, int64_t rows, const T* b, int64_t ldb, int64_t columns, int64_t depth, T* c,
+                int64_t ldc, bool add);
+};
+
+struct KernelSet {
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+// The table for the instruction set in use: the widest this machine has, or the one LOGRA_KERNELS_ISA names. Throws
+// std::invalid_argument when that one is unknown or missing here.
+template <typename T>
+const Kernels<T>& kernels();
+
+const char* isa_name();
+
+// The sets this machine can run, narrowest first.
+std::vector<std::string> supported_isas();
+
+}  // namespace lgk

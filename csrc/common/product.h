@@ -1,0 +1,21 @@
+// Products of two sets of rows: what project_rows, score_block and score_topk have in common.
+#pragma once
+#include "common/rows.h"
+
+namespace lgk {
+
+template <typename T>
+struct Output {
+  T* data;
+  int64_t row_stride, column_stride;
+};
+
+// c[i][j] = sum_k a[i][k] b[j][k] for i < m, j < n, k < depth; sizes 0 are allowed and a sum of nothing is 0.
+//
+// Order of summation: panels of kPanel terms, each a chain; the sums of kPanelsPerRun panels are added in order, and
+// then the sums of these runs. Neither m, n nor the thread count changes the bits of a result. a and b may be
+// exchanged.
+template <typename T>
+void multiply_rows(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<T> c, int n_threads);
+
+}  // namespace lgk

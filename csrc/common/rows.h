@@ -1,0 +1,32 @@
+// A matrix of rows as it lies in memory: any dtype, any strides. Nothing here owns memory.
+#pragma once
+#include <cstdint>
+
+namespace lgk {
+
+enum class Dtype : int { kF32 = 0, kBF16 = 1, kF16 = 2, kF64 = 3 };
+
+inline int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : 2; }
+
+// Row r of an [outer, inner, columns] array is (r / inner, r % inner). Strides are in elements and may be 0.
+struct Rows {
+  const void* data;
+  Dtype dtype;
+  int64_t inner;
+  int64_t outer_stride, row_stride, column_stride;
+
+  int64_t offset(int64_t r) const { return inner > 0 ? r / inner * outer_stride + r % inner * row_stride : 0; }
+
+  // The same matrix without its first `rows` rows; only for one without an outer dimension.
+  Rows from(int64_t rows) const {
+    Rows rest = *this;
+    rest.data = static_cast<const char*>(data) + rows * row_stride * dtype_bytes(dtype);
+    return rest;
+  }
+};
+
+inline Rows matrix(const void* data, Dtype dtype, int64_t row_stride, int64_t column_stride) {
+  return {data, dtype, INT64_MAX, 0, row_stride, column_stride};
+}
+
+}  // namespace lgk

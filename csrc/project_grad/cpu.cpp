@@ -1,0 +1,205 @@
+#include "project_grad/cpu.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common/buffer.h"
+#include "common/kernels.h"
+#include "common/threads.h"
+
+namespace lgk::project_grad {
+namespace {
+
+constexpr int64_t kMostTileRows = 120;
+// Numbers of a thread's share of a block of projected positions: what is left of an L2 cache of 1 MiB beside an A tile.
+constexpr int64_t kTileNumbers = 49152;
+constexpr int64_t kOuterRows = 48;  // rows of G that make a task
+
+template <typename T>
+T weight_at(const Rows& weights, int64_t r) {
+  return static_cast<const T*>(weights.data)[weights.offset(r)];
+}
+
+// One side's projection, packed once a call, and the block of projected positions it fills.
+template <typename T>
+struct Projector {
+  const Kernels<T>& kernels;
+  Side side;
+  int64_t d, k;
+  T* packed;
+  T* block;
+
+  int64_t ld() const { return round_up(k, kernels.lanes) + kernels.lanes; }
+  int64_t groups() const { return ceil_div(k, 2 * kernels.lanes); }
+  int64_t packed_size() const { return side.has_projection ? round_up(k, kernels.lanes) * d : 0; }
+  int64_t pack_tasks() const { return side.has_projection ? groups() * ceil_div(d, kPanel) : 0; }
+
+  void pack(int64_t task, T* scratch) const {
+    const int64_t column = task / groups() * kPanel, j = task % groups() * 2 * kernels.lanes;
+    const int64_t depth = std::min(kPanel, d - column);
+    kernels.pack_columns(side.projection, j, std::min(2 * kernels.lanes, k - j), column, depth,
+                         packed + round_up(k, kernels.lanes) * column + j * depth, scratch);
+  }
+
+  // Positions start .. start + rows - 1 into rows at.. of the block. A position of weight 0 is read as zeros.
+  void project(int64_t start, int64_t rows, int64_t at, const Rows& weights, T* a_tile) const {
+    T* to = block + at * ld();
+    if (!side.has_projection) return copy(start, 0, rows, k, weights, to, ld());
+    if (d == 0) std::fill_n(to, rows * ld(), T{0});
+    for (int64_t column = 0; column < d; column += kPanel) {
+      const int64_t depth = std::min(kPanel, d - column);
+      copy(start, column, rows, depth, weights, a_tile, kTileLd);
+      kernels.multiply(a_tile, rows, packed + round_up(k, kernels.lanes) * column, k, depth, to, ld(), column > 0);
+    }
+  }
+
+  void copy(int64_t start, int64_t column, int64_t rows, int64_t columns, const Rows& weights, T* to,
+            int64_t to_ld) const {
+    kernels.pack_rows(side.positions, start, rows, column, columns, to, to_ld);
+    if (weights.data == nullptr) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (weight_at<T>(weights, start + r) == 0) std::fill_n(to + r * to_ld, columns, T{0});
+    }
+  }
+
+  void weigh(int64_t start, int64_t rows, int64_t at, const Rows& weights) const {
+    if (weights.data == nullptr) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T w = weight_at<T>(weights, start + r);
+      T* to = block + (at + r) * ld();
+      for (int64_t j = 0; j < k; ++j) to[j] *= w;
+    }
+  }
+};
+
+// Whole panels of one sample. The first part of a sample writes its G, so that an empty sample needs a part too.
+struct Part {
+  int64_t sample, start, count;
+  bool first;
+};
+
+// Parts in the order of positions, and where each block of them starts.
+struct Plan {
+  std::vector<Part> parts;
+  std::vector<size_t> blocks;
+};
+
+Plan make_plan(const Shape& shape, int64_t capacity) {
+  Plan plan;
+  int64_t used = 0;
+  plan.blocks.push_back(0);
+  for (int64_t n = 0; n < shape.samples; ++n) {
+    int64_t at = shape.start(n);
+    const int64_t first = at, end = shape.start(n + 1);
+    do {
+      int64_t room = (capacity - used) / kPanel * kPanel;
+      if (end - at <= capacity - used) room = end - at;
+      if (room > 0 || at == end) plan.parts.push_back({n, at, room, at == first});
+      at += room;
+      used += room;
+      if (at < end) {
+        plan.blocks.push_back(plan.parts.size());
+        used = 0;
+      }
+    } while (at < end);
+  }
+  plan.blocks.push_back(plan.parts.size());
+  return plan;
+}
+
+template <typename T>
+struct Accumulator {
+  const Projector<T>&x, &dy;
+  T* out;
+  int64_t tasks_per_part() const { return ceil_div(dy.k, kOuterRows); }
+
+  // Rows task * kOuterRows.. of the part's G. `at` is the part's first row in the blocks.
+  void add(const Part& part, int64_t at, int64_t task, T* sum) const {
+    const int64_t row = task * kOuterRows, rows = std::min(kOuterRows, dy.k - row);
+    T* g = out + (part.sample * dy.k + row) * x.k;
+    if (part.count == 0) std::fill_n(g, rows * x.k, T{0});
+    for (int64_t t = 0; t < part.count; t += kPanel) {
+      const int64_t depth = std::min(kPanel, part.count - t);
+      x.kernels.outer(dy.block + (at + t) * dy.ld() + row, dy.ld(), rows, x.block + (at + t) * x.ld(), x.ld(), x.k,
+                      depth, sum, x.ld(), false);
+      const bool store = part.first && t == 0;
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < x.k; ++j)
+          g[i * x.k + j] = store ? sum[i * x.ld() + j] : g[i * x.k + j] + sum[i * x.ld() + j];
+      }
+    }
+  }
+};
+
+// The number of rows a tile should have, so that each thread gets as many tiles as the next.
+int64_t even_tile(int64_t positions, int64_t row_tile, int n_threads) {
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(positions, kMostTileRows * n_threads)) * n_threads;
+  return std::max(row_tile, round_up(ceil_div(positions, tiles), row_tile));
+}
+
+// Run by every thread of a parallel region.
+template <typename T>
+void run_block(const Projector<T>& x, const Projector<T>& dy, const Rows& weights, T* out, const Part* parts,
+               int64_t count, T* scratch, int n_threads) {
+  const int64_t start = parts[0].start, positions = parts[count - 1].start + parts[count - 1].count - start;
+  const int64_t tile = even_tile(positions, x.kernels.row_tile, n_threads), tiles = ceil_div(positions, tile);
+#pragma omp for schedule(dynamic)
+  for (int64_t task = 0; task < 2 * tiles; ++task) {
+    const int64_t at = task / 2 * tile, rows = std::min(tile, positions - at);
+    const Projector<T>& side = task % 2 == 0 ? x : dy;
+    side.project(start + at, rows, at, weights, scratch);
+    if (task % 2 == 1) side.weigh(start + at, rows, at, weights);
+  }
+  const Accumulator<T> sums = {x, dy, out};
+#pragma omp for schedule(dynamic)
+  for (int64_t task = 0; task < count * sums.tasks_per_part(); ++task) {
+    const Part& part = parts[task / sums.tasks_per_part()];
+    sums.add(part, part.start - start, task % sums.tasks_per_part(), scratch);
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void project_grad(const Side& x_side, const Side& dy_side, const Rows& weights, T* out, Shape shape, int n_threads) {
+  if (shape.samples == 0 || shape.k_in == 0 || shape.k_out == 0) return;
+  const Kernels<T>& kernels = lgk::kernels<T>();
+  const int64_t positions = shape.start(shape.samples) - shape.start(0);
+  n_threads =
+      threads_for(double(positions) * (double(shape.d_in) * shape.k_in + double(shape.d_out) * shape.k_out), n_threads);
+  Projector<T> x = {kernels, x_side, shape.d_in, shape.k_in, nullptr, nullptr};
+  Projector<T> dy = {kernels, dy_side, shape.d_out, shape.k_out, nullptr, nullptr};
+  const int64_t share = std::max(kPanel, kTileNumbers / (x.ld() + dy.ld()) / kernels.row_tile * kernels.row_tile);
+  const int64_t capacity = std::min(share * n_threads, std::max(kPanel, positions));
+  const Plan plan = make_plan(shape, capacity);
+
+  const int64_t scratch_size =
+      std::max((kMostTileRows + kernels.row_tile) * kTileLd, (kOuterRows + kernels.row_tile) * x.ld());
+  const Buffer<T> x_packed(x.packed_size()), dy_packed(dy.packed_size());
+  const Buffer<T> x_block((capacity + kernels.row_tile) * x.ld()), dy_block((capacity + kernels.row_tile) * dy.ld());
+  const Buffer<T> scratch(scratch_size * n_threads);
+  x.packed = x_packed.data();
+  x.block = x_block.data();
+  dy.packed = dy_packed.data();
+  dy.block = dy_block.data();
+
+#pragma omp parallel num_threads(n_threads)
+  {
+    T* mine = scratch.data() + scratch_size * omp_get_thread_num();
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < x.pack_tasks() + dy.pack_tasks(); ++task) {
+      task < x.pack_tasks() ? x.pack(task, mine) : dy.pack(task - x.pack_tasks(), mine);
+    }
+    for (size_t block = 0; block + 1 < plan.blocks.size(); ++block) {
+      const int64_t first = plan.blocks[block], count = plan.blocks[block + 1] - first;
+      if (count > 0) run_block(x, dy, weights, out, plan.parts.data() + first, count, mine, n_threads);
+    }
+  }
+}
+
+template void project_grad<float>(const Side&, const Side&, const Rows&, float*, Shape, int);
+template void project_grad<double>(const Side&, const Side&, const Rows&, double*, Shape, int);
+
+}  // namespace lgk::project_grad

@@ -1,0 +1,15 @@
+#include "project_rows/cpu.h"
+
+#include "common/product.h"
+
+namespace lgk::project_rows {
+
+template <typename T>
+void project_rows(const Rows& x, const Rows& p, T* out, Shape shape, int n_threads) {
+  multiply_rows<T>(x, shape.rows, p, shape.k, shape.d, {out, shape.k, 1}, n_threads);
+}
+
+template void project_rows<float>(const Rows&, const Rows&, float*, Shape, int);
+template void project_rows<double>(const Rows&, const Rows&, double*, Shape, int);
+
+}  // namespace lgk::project_rows

@@ -1,0 +1,43 @@
+"""C++ launcher of project_grad."""
+
+import torch
+from torch import Tensor
+
+from logra_kernels import _C
+from logra_kernels.ops._check import accumulator_dtype
+from logra_kernels.ops._native import matrix, positions
+
+
+def launch(
+    x: Tensor,
+    dy: Tensor,
+    p_in: Tensor | None,
+    p_out: Tensor | None,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+) -> Tensor:
+    rows = x.shape[:-1].numel()
+    n, t = x.shape[:2] if offsets is None else (offsets.shape[0] - 1, 0)
+    cuts = None if offsets is None else offsets.to(torch.int64).contiguous()
+    d_in, d_out = x.shape[-1], dy.shape[-1]
+    k_in = d_in if p_in is None else p_in.shape[0]
+    k_out = d_out if p_out is None else p_out.shape[0]
+    out = torch.empty(n, k_out, k_in, dtype=accumulator_dtype(dy.dtype))
+    _C.project_grad(
+        positions(x),
+        positions(dy),
+        None if p_in is None else matrix(p_in),
+        None if p_out is None else matrix(p_out),
+        None if weights is None else positions(weights.unsqueeze(-1)),
+        0 if cuts is None else cuts.data_ptr(),
+        out.data_ptr(),
+        n,
+        t,
+        rows,
+        d_in,
+        d_out,
+        k_in,
+        k_out,
+        torch.get_num_threads(),
+    )
+    return out

@@ -1,0 +1,38 @@
+#include <pybind11/stl.h>
+
+#include "arguments.h"
+#include "score_topk/cpu.h"
+
+namespace py = pybind11;
+using namespace lgk;
+
+void bind_score_topk(py::module_& m) {
+  m.def(
+      "score_topk",
+      [](const Matrix& query_tensor, const Matrix& row_tensor, const std::optional<Matrix>& scale_tensor,
+         Address values, Address indices, int64_t n_queries, int64_t n_rows, int64_t d, int64_t k, bool largest,
+         int n_threads) {
+        const char* op = "score_topk";
+        check_sizes(op, {n_queries, d});
+        check_sizes(op, {n_rows, d});
+        check_sizes(op, {n_queries, k});
+        check_threads(op, n_threads);
+        LGK_CHECK(k >= std::min<int64_t>(1, n_rows) && k <= n_rows,
+                  "score_topk: k " + std::to_string(k) + " is not in 1.." + std::to_string(n_rows));
+        const Rows queries = rows_of(op, query_tensor), rows = rows_of(op, row_tensor);
+        const Rows scale = scale_tensor ? rows_of(op, *scale_tensor) : Rows{};
+        const bool wide = is_double(op, {queries.dtype, rows.dtype});
+        LGK_CHECK(!scale_tensor || scale.dtype == (wide ? Dtype::kF64 : Dtype::kF32),
+                  "score_topk: row_scale must be fp32, or fp64 for fp64 rows");
+        const score_topk::Shape shape = {n_queries, n_rows, d, k, largest};
+        auto* index = reinterpret_cast<int64_t*>(indices);
+        py::gil_scoped_release unlocked;
+        if (wide) {
+          score_topk::score_topk(queries, rows, scale, reinterpret_cast<double*>(values), index, shape, n_threads);
+        } else {
+          score_topk::score_topk(queries, rows, scale, reinterpret_cast<float*>(values), index, shape, n_threads);
+        }
+      },
+      py::arg("queries"), py::arg("rows"), py::arg("row_scale"), py::arg("values"), py::arg("indices"),
+      py::arg("n_queries"), py::arg("n_rows"), py::arg("d"), py::arg("k"), py::arg("largest"), py::arg("n_threads"));
+}

@@ -1,0 +1,24 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+// One translation unit: pybind11's headers cost more seconds a file than all the kernels.
+#include "bind_accumulate_gram.cpp"
+#include "bind_project_grad.cpp"
+#include "bind_project_rows.cpp"
+#include "bind_score_block.cpp"
+#include "bind_score_topk.cpp"
+#include "common/kernels.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "Torch-free kernels of logra_kernels; arguments are raw addresses, checked by the Python caller.";
+  m.def("isa", &lgk::isa_name,
+        "The instruction set in use; ValueError if LOGRA_KERNELS_ISA names none of this machine's.");
+  m.def("isas", &lgk::supported_isas, "The instruction sets this machine can run, narrowest first.");
+  bind_project_rows(m);
+  bind_project_grad(m);
+  bind_accumulate_gram(m);
+  bind_score_block(m);
+  bind_score_topk(m);
+}
