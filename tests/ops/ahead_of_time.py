@@ -1,4 +1,4 @@
-"""Compiles what the Triton launchers launch, for a GPU that is not there: `python ahead_of_time.py 90`.
+"""Compiles what the Triton launchers launch, for a GPU that is not there: `python ahead_of_time.py 90 bfloat16`.
 
 The launchers run on CPU tensors with JITFunction.run replaced: the arguments of each launch become a signature and go
 through Triton and ptxas. Prints one JSON line a launch.
@@ -6,6 +6,7 @@ through Triton and ptxas. Prints one JSON line a launch.
 
 import json
 import sys
+from collections.abc import Callable
 
 import torch
 import triton
@@ -46,54 +47,64 @@ def signature_of(kernel: JITFunction, args: tuple, options: dict) -> tuple[dict,
     return signature, constants, attributes
 
 
-def compiling_instead(arch: int, launches: list):
+def compiling_instead(arch: int, kernels: list[str]):
     def run(self: JITFunction, *args, grid, warmup, **options):
         signature, constants, attributes = signature_of(self, args, options)
         source = ASTSource(self, signature, constants, attributes)
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        launches.append({"kernel": self.__name__, "cubin": len(made.asm["cubin"]), "shared": made.metadata.shared})
+        assert made.asm["cubin"]
+        kernels.append(self.__name__)
 
     return run
 
 
-def rows(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-def cases(dtype: torch.dtype) -> dict:
-    x, dy, p_in, p_out = (rows(*s, dtype=dtype) for s in ((2, 96, 256), (2, 96, 384), (64, 256), (100, 384)))
+def cases(dtype: torch.dtype) -> dict[str, Callable]:
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    odd = rows(2, 96, 257, dtype=dtype)[..., 1:]
-    weights, offsets = rows(192, dtype=acc), torch.tensor([0, 90, 192])
-    queries, store, scale = rows(8, 512, dtype=acc), rows(64, 512, dtype=dtype), rows(64, dtype=acc)
+    x, dy, p_in, p_out = (zeros(dtype, *shape) for shape in ((2, 96, 256), (2, 96, 384), (64, 256), (100, 384)))
+    queries, rows, scale = zeros(acc, 8, 512), zeros(dtype, 64, 512), zeros(acc, 64)
     return {
         "project_rows": lambda: project_rows(x, p_in),
-        "project_rows-odd": lambda: project_rows(odd, p_in[:, ::2].expand(64, 128).repeat(1, 2)[:7]),
         "project_grad": lambda: project_grad(x, dy, p_in, p_out, None, None),
-        "project_grad-large": lambda: project_grad(
-            x, dy, rows(300, 256, dtype=dtype), rows(256, 384, dtype=dtype), None, None
-        ),
-        "project_grad-ragged": lambda: project_grad(odd.flatten(0, 1), dy.flatten(0, 1), p_in, p_out, offsets, weights),
-        "project_grad-projected": lambda: project_grad(rows(2, 96, 64, dtype=acc), dy, None, p_out, None, None),
-        "accumulate_gram": lambda: accumulate_gram(rows(50, 200, dtype=dtype), rows(200, 200, dtype=acc)),
-        "score_block": lambda: score_block(store[:8], store),
-        "score_block-mixed": lambda: score_block(queries, store),
-        "score_topk": lambda: score_topk(queries, store, 5, scale, True),
+        "accumulate_gram": lambda: accumulate_gram(zeros(dtype, 50, 200), zeros(acc, 200, 200)),
+        "score_block": lambda: score_block(rows[:8], rows),
+        "score_topk": lambda: score_topk(queries, rows, 5, scale, True),
     }
 
 
-def main(arch: int, *dtypes: str) -> None:
-    for dtype in dtypes:
-        for name, launch in cases(getattr(torch, dtype)).items():
-            launches: list = []
-            JITFunction.run = compiling_instead(arch, launches)
-            line = {"case": name, "dtype": dtype, "error": None}
-            try:
-                launch()
-            except Exception as error:
-                line["error"] = f"{type(error).__name__}: {error}"[:2000]
-            print(json.dumps(line | {"launches": launches}), flush=True)
+def variants(dtype: torch.dtype) -> dict[str, Callable]:
+    """More signatures of the same kernels: unaligned, ragged and weighted, projected, k beyond one tile, mixed."""
+    odd, dy = zeros(dtype, 192, 257)[:, 1:], zeros(dtype, 192, 384)
+    p_in, p_out = zeros(dtype, 300, 256), zeros(dtype, 256, 384)
+    offsets, weights = torch.tensor([0, 90, 192]), zeros(torch.float32, 192)
+    projected, queries, rows = (zeros(torch.float32, *shape) for shape in ((2, 96, 64), (8, 512), (64, 512)))
+    return {
+        "project_rows, unaligned": lambda: project_rows(odd[None], p_in[:7, ::2].repeat(1, 2)),
+        "project_grad, ragged": lambda: project_grad(odd, dy, p_in[:20], p_out[:7], offsets, weights),
+        "project_grad, projected": lambda: project_grad(projected, dy.view(2, 96, 384), None, p_out[:64], None, None),
+        "project_grad, large k": lambda: project_grad(odd[None], dy[None], p_in, p_out, None, None),
+        "score_block, mixed": lambda: score_block(queries, rows.to(dtype)),
+        "score_topk, plain": lambda: score_topk(rows[:8].to(dtype), rows.to(dtype), 5, None, False),
+    }
+
+
+def main(arch: int, name: str) -> None:
+    if name == "tf32":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    dtype = getattr(torch, "float32" if name == "tf32" else name)
+    for case, launch in (cases(dtype) | (variants(dtype) if name == "bfloat16" else {})).items():
+        kernels: list[str] = []
+        JITFunction.run = compiling_instead(arch, kernels)
+        line = {"case": case, "kernels": kernels, "error": None}
+        try:
+            launch()
+        except Exception as error:
+            line["error"] = f"{type(error).__name__}: {error}"[:2000]
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2])

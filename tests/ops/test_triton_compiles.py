@@ -1,0 +1,42 @@
+"""Every Triton kernel compiles to machine code for the GPUs we name, also where there is none to run it."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+SCRIPT = Path(__file__).with_name("ahead_of_time.py")
+ONLY_SM_90 = [(90, "float16"), (90, "tf32")]
+KERNELS = {
+    "project_rows": "_project_rows_kernel",
+    "project_grad": "_project_grad_kernel",
+    "accumulate_gram": "_accumulate_gram_kernel",
+    "score_block": "_score_block_kernel",
+    "score_topk": "_scaled_score_kernel",
+}
+
+
+@pytest.mark.skipif(not PTXAS.exists(), reason="this Triton ships no ptxas")
+@pytest.mark.parametrize(("arch", "dtype"), [*product((80, 90), ("bfloat16", "float32", "float64")), *ONLY_SM_90])
+def test_compiles(arch, dtype):
+    ran = subprocess.run(
+        [sys.executable, str(SCRIPT), str(arch), dtype],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [line["error"] for line in lines if line["error"]] == []
+    for op, kernel in KERNELS.items():
+        compiled = [line["kernels"] for line in lines if line["case"].partition(",")[0] == op]
+        assert compiled
+        assert all(kernels == [kernel] for kernels in compiled)
