@@ -1,4 +1,22 @@
+from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.factor import Factor
 from logra_kernels.curvature.fisher import RawFisher
+from logra_kernels.curvature.kronecker import CorrectedKronecker, Kronecker
+from logra_kernels.curvature.simple import Diagonal, Identity
+from logra_kernels.curvature.statistics import Curvature
 
-__all__ = ["Factor", "RawFisher"]
+CURVATURES: dict[str, type[Curvature]] = {
+    curvature.kind: curvature for curvature in (Identity, RawFisher, Diagonal, Kronecker, CorrectedKronecker)
+}
+
+__all__ = [
+    "CURVATURES",
+    "CorrectedKronecker",
+    "Curvature",
+    "Damping",
+    "Diagonal",
+    "Factor",
+    "Identity",
+    "Kronecker",
+    "RawFisher",
+]

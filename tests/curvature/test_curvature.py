@@ -1,89 +1,176 @@
-"""The raw Fisher and its factorised solve against the dense textbook formulas in fp64."""
+"""Every curvature and its factorised solve against the dense textbook formulas in fp64."""
 
 import pytest
 import torch
 
-from logra_kernels.curvature import Factor, RawFisher
+from logra_kernels.curvature import CURVATURES, Damping, RawFisher
+from logra_kernels.curvature.solver import CholeskySolver, KroneckerSolver, SpectralSolver
 from logra_kernels.errors import LograError
 from logra_kernels.store import GradientStore
 
 LAYERS = {"a": (3, 4), "b": (2, 5)}
 WIDTHS = [12, 10]
+DAMPINGS = [None, 1e-3, 10.0, Damping(relative=0.7)]
 
 
-@pytest.fixture
-def store(tmp_path):
-    rows = torch.randn(37, 22) * torch.linspace(0.1, 3, 22)
-    with GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=8) as writer:
-        writer.append(rows, [f"r{i}" for i in range(37)])
-    return GradientStore.open(tmp_path / "s"), rows.double()
+def make_store(path, count: int = 37, rows: torch.Tensor | None = None) -> tuple[GradientStore, torch.Tensor]:
+    rows = torch.randn(count, 22) * torch.linspace(0.1, 3, 22) if rows is None else rows
+    with GradientStore.create(path, LAYERS, rows_per_shard=8) as writer:
+        writer.append(rows, [f"r{i}" for i in range(len(rows))])
+    return GradientStore.open(path), rows.double()
 
 
-def dense(rows, damping=None):
-    """[D, D] block-diagonal H + lambda I."""
-    blocks = []
-    for part in rows.split(WIDTHS, dim=1):
-        h = part.T @ part / len(part)
-        lam = 0.1 * h.trace() / len(h) if damping is None else damping
-        blocks.append(h + lam * torch.eye(len(h), dtype=h.dtype))
-    return torch.block_diag(*blocks)
+def damped(h: torch.Tensor, damping) -> torch.Tensor:
+    if damping is None:
+        damping = Damping()
+    value = damping if isinstance(damping, float) else damping.relative * float(h.trace()) / len(h)
+    return h + value * torch.eye(len(h), dtype=h.dtype)
 
 
-def test_fisher_is_the_mean_outer_product(store):
-    store, rows = store
-    fisher = RawFisher.of(store)
+def dense_block(kind: str, part: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """H of one layer, [d, d], as the literature writes it."""
+    g, n = part.unflatten(1, shape), len(part)
+    fisher = part.T @ part / n
+    if kind == "raw":
+        return fisher
+    if kind == "diagonal":
+        return fisher.diagonal().diag()
+    left = sum(m @ m.T for m in g) / n
+    right = sum(m.T @ m for m in g) / n
+    if kind == "kronecker":
+        return torch.kron(left, right) / left.trace()
+    basis = torch.kron(torch.linalg.eigh(left)[1], torch.linalg.eigh(right)[1])
+    return basis @ (basis.T @ fisher @ basis).diagonal().diag() @ basis.T
+
+
+def dense(kind: str, rows: torch.Tensor, damping) -> torch.Tensor:
+    if kind == "identity":
+        return torch.eye(22, dtype=torch.float64)
+    parts = zip(rows.split(WIDTHS, dim=1), LAYERS.values(), strict=True)
+    return torch.block_diag(*[damped(dense_block(kind, part, shape), damping) for part, shape in parts])
+
+
+@pytest.mark.parametrize("count", [37, 7], ids=["more rows than dims", "fewer"])
+@pytest.mark.parametrize("damping", DAMPINGS, ids=str)
+@pytest.mark.parametrize("kind", list(CURVATURES))
+def test_solve_whiten_and_quadratic(tmp_path, kind, damping, count):
+    store, rows = make_store(tmp_path / "s", count)
+    factor = CURVATURES[kind].of(store).factorize(damping)
+    inverse = torch.linalg.inv(dense(kind, rows, damping))
+    queries = torch.randn(4, 22)
+    exact = queries.double() @ inverse
+    torch.testing.assert_close(factor.solve(queries).double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+    products = exact @ queries.double().T
+    white = factor.whiten(queries).double()
+    torch.testing.assert_close(white @ white.T, products, rtol=1e-5, atol=1e-5 * products.abs().max().item())
+    torch.testing.assert_close(factor.quadratic(queries), products.diagonal(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", list(CURVATURES))
+@pytest.mark.parametrize("count", [37, 7])
+def test_kept_beside_the_store_and_following_the_rows(tmp_path, kind, count):
+    store, _ = make_store(tmp_path / "s", count)
+    queries = torch.randn(4, 22)
+    first = CURVATURES[kind].of(store).factorize().solve(queries)
+    seen: list[int] = []
+    again = CURVATURES[kind].of(GradientStore.open(store.path), progress=seen.append)
+    few = kind == "raw" and count == 7  # the rows themselves are what would be kept
+    assert seen == ([7] if few else []), "the kept one was measured again"
+    assert torch.equal(again.factorize().solve(queries), first)
+    with GradientStore.open(store.path, mode="append") as writer:
+        writer.append(torch.randn(5, 22), [f"more{i}" for i in range(5)])
+    grown = CURVATURES[kind].of(GradientStore.open(store.path))
+    assert grown.rows == count + 5
+    assert kind == "identity" or not torch.equal(grown.factorize().solve(queries), first)
+
+
+def test_raw_fisher_is_symmetric_to_the_bit_and_counts_its_rows(tmp_path):
+    store, rows = make_store(tmp_path / "s")
+    seen: list[int] = []
+    fisher = RawFisher.of(store, progress=seen.append)
     for (name, block), part in zip(fisher.blocks.items(), rows.split(WIDTHS, dim=1), strict=True):
         torch.testing.assert_close(block.double(), part.T @ part / 37, rtol=1e-5, atol=1e-6)
         assert torch.equal(block, block.T), name
-    assert fisher.rows == 37
+    assert sum(seen) == fisher.rows == 37
 
 
-@pytest.mark.parametrize("damping", [None, 1e-3, 10.0])
-def test_solve_and_quadratic(store, damping):
-    store, rows = store
-    factor = RawFisher.of(store).factorize(damping)
-    h = dense(rows, damping)
-    queries = torch.randn(4, 22)
-    exact = torch.linalg.solve(h, queries.double().T).T
-    torch.testing.assert_close(factor.solve(queries).double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
-    own = (queries.double() @ torch.linalg.inv(h) * queries.double()).sum(1)
-    torch.testing.assert_close(factor.quadratic(queries), own, rtol=1e-4, atol=0)
+def test_few_rows_take_the_dual_form(tmp_path):
+    store, _ = make_store(tmp_path / "s", 11)
+    fisher = RawFisher.of(store)
+    assert (list(fisher.blocks), list(fisher.thin)) == (["b"], ["a"])
+    assert isinstance(fisher.solver("a", Damping()), SpectralSolver)
+    assert isinstance(fisher.solver("b", Damping()), CholeskySolver)
 
 
-def test_fisher_is_kept_and_follows_the_rows(store, monkeypatch):
-    store, _ = store
-    first = RawFisher.of(store)
-    seen = []
-    kept = RawFisher.of(GradientStore.open(store.path), progress=seen.append)
-    assert seen == [], "the kept one was computed again"
-    assert all(torch.equal(kept.blocks[name], first.blocks[name]) for name in LAYERS)
-    with GradientStore.open(store.path, mode="append") as writer:
-        writer.append(torch.randn(5, 22), [f"more{i}" for i in range(5)])
-    grown = RawFisher.of(GradientStore.open(store.path))
-    assert grown.rows == 42
-    assert not torch.equal(grown.blocks["a"], first.blocks["a"])
+def test_repeated_rows_do_not_upset_the_dual_form(tmp_path):
+    row = torch.randn(1, 22)
+    store, rows = make_store(tmp_path / "s", rows=torch.cat([row, row, 2 * row, torch.randn(2, 22)]))
+    exact = torch.linalg.inv(dense("raw", rows, None))
+    queries = torch.randn(3, 22).double()
+    got = RawFisher.of(store).factorize().solve(queries).double()
+    torch.testing.assert_close(got, queries @ exact, rtol=1e-5, atol=1e-5)
 
 
-def test_fewer_rows_than_dims_are_damped():
-    rows = torch.randn(3, 12).double()
-    factor = Factor({"a": rows.T @ rows / 3})
-    assert factor.quadratic(rows).isfinite().all()
+def test_a_kronecker_product_is_found_exactly(tmp_path):
+    left, right = torch.randn(3, 3).double(), torch.randn(4, 4).double()
+    g = torch.stack([left[:, [o]] @ right[:, [i]].T for o in range(3) for i in range(4)]) * 12**0.5
+    rows = torch.cat([g.flatten(1), torch.randn(12, 10).double()], dim=1).float()
+    store, rows64 = make_store(tmp_path / "s", rows=rows)
+    fisher = rows64[:, :12].T @ rows64[:, :12] / 12
+    torch.testing.assert_close(fisher, torch.kron(left @ left.T, right @ right.T), rtol=1e-5, atol=1e-5)
+    queries = torch.randn(2, 22)
+    exact = queries[:, :12].double() @ torch.linalg.inv(damped(fisher, 0.1))
+    for kind in ("kronecker", "corrected-kronecker"):
+        got = CURVATURES[kind].of(store).factorize(0.1).solve(queries)[:, :12].double()
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
 
 
-def test_errors_say_what_to_do():
-    with pytest.raises(LograError, match="gradients of layer 'a' are zero; exclude it"):
-        Factor({"a": torch.zeros(4, 4)})
+@pytest.mark.parametrize("kind", [kind for kind in CURVATURES if kind != "identity"])
+def test_a_layer_without_gradients_is_named(tmp_path, kind):
+    rows = torch.randn(37, 22)
+    rows[:, 12:] = 0
+    store, _ = make_store(tmp_path / "s", rows=rows)
+    with pytest.raises(LograError, match="gradients of layer 'b' are zero; exclude it"):
+        CURVATURES[kind].of(store).factorize()
+
+
+@pytest.mark.parametrize("kind", ["raw", "diagonal", "kronecker", "corrected-kronecker"])
+def test_singular_without_damping_is_an_error(tmp_path, kind):
+    rows = torch.randn(37, 22)
+    rows[:, :4] = 0
+    store, _ = make_store(tmp_path / "s", rows=rows)
+    with pytest.raises(LograError, match="layer 'a' is (singular|not positive definite); use a larger damping"):
+        CURVATURES[kind].of(store).factorize(0.0)
     with pytest.raises(LograError, match="must not be negative"):
-        Factor({"a": torch.eye(4)}, damping=-1.0)
-    g = torch.zeros(4, 4)
-    g[0, 0] = 1.0
-    with pytest.raises(LograError, match="layer 'a' is not positive definite; use a larger damping"):
-        Factor({"a": g}, damping=0.0)
-    with pytest.raises(ValueError, match=r"rows \(2, 5\) must be \[N, 4\]"):
-        Factor({"a": torch.eye(4)}).solve(torch.randn(2, 5))
+        CURVATURES[kind].of(store).factorize(-1.0)
 
 
-def test_empty_store(tmp_path):
-    GradientStore.create(tmp_path / "s", LAYERS).close()
+def test_too_few_rows_without_damping_is_an_error(tmp_path):
+    store, _ = make_store(tmp_path / "s", 5)
+    with pytest.raises(LograError, match="singular; use a larger damping, or log more rows"):
+        RawFisher.of(store).factorize(0.0)
+
+
+def test_solvers_agree_on_one_matrix():
+    u_out, u_in = (torch.linalg.qr(torch.randn(k, k).double())[0] for k in (3, 4))
+    values = torch.rand(3, 4).double()
+    basis = torch.kron(u_out, u_in)
+    h = basis @ values.flatten().diag() @ basis.T
+    rows = torch.randn(5, 12).double()
+    solvers = [
+        CholeskySolver("a", h, 0.1),
+        SpectralSolver("a", basis, values.flatten(), 0.1),
+        KroneckerSolver("a", u_out, u_in, values, 0.1),
+    ]
+    for solver in solvers[1:]:
+        torch.testing.assert_close(solver.power(rows, -1), solvers[0].power(rows, -1))
+        torch.testing.assert_close(solver.quadratic(rows), solvers[0].quadratic(rows))
+
+
+def test_wrong_width_and_empty_store(tmp_path):
+    store, _ = make_store(tmp_path / "s")
+    with pytest.raises(ValueError, match=r"rows \(2, 5\) must be \[N, 22\]"):
+        RawFisher.of(store).factorize().solve(torch.randn(2, 5))
+    GradientStore.create(tmp_path / "e", LAYERS).close()
     with pytest.raises(LograError, match="has no rows"):
-        RawFisher.of(GradientStore.open(tmp_path / "s"))
+        RawFisher.of(GradientStore.open(tmp_path / "e"))

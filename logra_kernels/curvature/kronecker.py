@@ -1,0 +1,105 @@
+"""Kronecker-factored curvatures: H is taken to be diagonal in a basis U_out (x) U_in of each layer's gradient matrix.
+
+From the stored rows alone, with G [k_out, k_in] a row's layer:
+
+    L = mean G G^T,  R = mean G^T G,  H ~ L (x) R / trace(L)      exact when H is a Kronecker product
+    corrected: in the eigenbasis of L (x) R, s[o,i] = mean (U_out^T G U_in)[o,i]^2      (George et al. 2018, EKFAC)
+
+L and R are what Shampoo keeps (Gupta et al. 2018); KFAC takes the same two factors over positions instead of over whole
+samples (Martens & Grosse 2015).
+"""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from logra_kernels.curvature.damping import Damping
+from logra_kernels.curvature.solver import KroneckerSolver, Solver
+from logra_kernels.curvature.statistics import Curvature, Progress, blocks_of
+from logra_kernels.store import GradientStore
+
+
+class Kronecker(Curvature):
+    """H ~ L (x) R / trace(L), from the rows.
+
+    Attributes:
+        bases: Layer name -> (U_out [k_out, k_out], U_in [k_in, k_in]) fp64, eigenvectors in columns.
+        values: Layer name -> eigenvalues in that basis, [k_out, k_in] fp64.
+    """
+
+    kind = "kronecker"
+
+    def __init__(
+        self,
+        layers: dict[str, tuple[int, int]],
+        rows: int,
+        bases: dict[str, tuple[Tensor, Tensor]],
+        values: dict[str, Tensor],
+    ) -> None:
+        super().__init__(layers, rows)
+        self.bases = bases
+        self.values = values
+
+    @classmethod
+    def measure(cls, store: GradientStore, progress: Progress | None) -> Self:
+        bases, values = _from_rows(store, progress)
+        return cls(store.layers, len(store), bases, values)
+
+    @classmethod
+    def restore(cls, store: GradientStore, tensors: dict[str, Tensor]) -> Self:
+        bases = {name: (tensors[f"{name}/out"], tensors[f"{name}/in"]) for name in store.layers}
+        return cls(store.layers, len(store), bases, {name: tensors[f"{name}/values"] for name in store.layers})
+
+    def state(self) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+        for name, (u_out, u_in) in self.bases.items():
+            kept |= {f"{name}/out": u_out, f"{name}/in": u_in, f"{name}/values": self.values[name]}
+        return kept
+
+    def solver(self, layer: str, damping: Damping) -> Solver:
+        values = self.values[layer]
+        return KroneckerSolver(layer, *self.bases[layer], values, damping.value(layer, float(values.mean())))
+
+
+class CorrectedKronecker(Kronecker):
+    """The same basis with the eigenvalues that the rows really have in it: the best diagonal in Frobenius norm."""
+
+    kind = "corrected-kronecker"
+
+    @classmethod
+    def measure(cls, store: GradientStore, progress: Progress | None) -> Self:
+        bases, _ = _from_rows(store, None)
+        return cls(store.layers, len(store), bases, corrected_values(store, bases, progress))
+
+
+def _from_rows(
+    store: GradientStore, progress: Progress | None
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    left = {name: torch.zeros(o, o, dtype=torch.float64) for name, (o, _) in store.layers.items()}
+    right = {name: torch.zeros(i, i, dtype=torch.float64) for name, (_, i) in store.layers.items()}
+    for layers in blocks_of(store, progress):
+        for name, rows in layers.items():
+            g = rows.double().unflatten(1, store.layers[name])
+            left[name] += torch.einsum("noi,npi->op", g, g) / len(store)
+            right[name] += torch.einsum("noi,noj->ij", g, g) / len(store)
+    bases, values = {}, {}
+    for name in store.layers:
+        (s_out, u_out), (s_in, u_in) = torch.linalg.eigh(left[name]), torch.linalg.eigh(right[name])
+        bases[name] = u_out, u_in
+        trace = s_out.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        values[name] = s_out.clamp_min(0)[:, None] * s_in.clamp_min(0)[None, :] / trace
+    return bases, values
+
+
+def corrected_values(
+    store: GradientStore, bases: dict[str, tuple[Tensor, Tensor]], progress: Progress | None
+) -> dict[str, Tensor]:
+    """s[o,i] = mean over rows of (U_out^T G U_in)[o,i]^2 for every layer, [k_out, k_in] fp64, in one streaming pass."""
+    values = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in store.layers.items()}
+    for layers in blocks_of(store, progress):
+        for name, rows in layers.items():
+            u_out, u_in = bases[name]
+            turned = u_out.T @ rows.double().unflatten(1, store.layers[name]) @ u_in
+            values[name] += turned.square().sum(0) / len(store)
+    return values

@@ -1,0 +1,128 @@
+"""One layer's (H + lambda I)^-1 and (H + lambda I)^-1/2, by the factorisation that suits H. Never an explicit inverse.
+
+    cholesky    H dense, [d, d]                          L L^T = H + lambda I
+    spectral    H = U diag(s) U^T, r <= d columns in U
+                (H + lambda I)^p g = U ((s + lambda)^p - lambda^p) U^T g + lambda^p g
+    kronecker   U = U_out (x) U_in, s [k_out, k_in]
+                (H + lambda I)^p G = U_out ((s + lambda)^p * U_out^T G U_in) U_in^T
+
+All in fp64; rows are [N, d] with d = k_out * k_in, k_in running fastest.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from logra_kernels.errors import LograError
+
+
+class Solver(ABC):
+    """Attributes: width d, and the damping lambda that was added."""
+
+    width: int
+    damping: float
+
+    @abstractmethod
+    def power(self, rows: Tensor, exponent: float) -> Tensor:
+        """(H + lambda I)^exponent applied to every row, [N, d] -> [N, d]; exponent is -1 or -0.5.
+
+        For -0.5 any square root serves, as long as its rows' products are those of the inverse.
+        """
+
+    def quadratic(self, rows: Tensor) -> Tensor:
+        """g^T (H + lambda I)^-1 g of every row, [N, d] -> [N]."""
+        return self.power(rows, -0.5).square().sum(1)
+
+
+class CholeskySolver(Solver):
+    """For a dense block of full rank.
+
+    Raises:
+        LograError: H + lambda I is not positive definite.
+    """
+
+    def __init__(self, layer: str, h: Tensor, damping: float) -> None:
+        h = h.double()
+        self.width, self.damping = len(h), damping
+        self._lower, failed = torch.linalg.cholesky_ex(h + damping * torch.eye(len(h), dtype=h.dtype, device=h.device))
+        if failed:
+            raise LograError(
+                f"curvature: H + {damping:g} I of layer {layer!r} is not positive definite; use a larger damping"
+            )
+
+    def power(self, rows: Tensor, exponent: float) -> Tensor:
+        if exponent == -1:
+            return torch.cholesky_solve(rows.T, self._lower).T
+        return torch.linalg.solve_triangular(self._lower, rows.T, upper=False).T
+
+
+class SpectralSolver(Solver):
+    """For a block known by r <= d eigenvectors; the rest of the space has eigenvalue 0.
+
+    Args:
+        vectors: U, [d, r], orthonormal columns; None for the unit vectors, a diagonal H.
+        values: s, [r], not negative.
+
+    Raises:
+        LograError: The damped spectrum has a zero.
+    """
+
+    def __init__(self, layer: str, vectors: Tensor | None, values: Tensor, damping: float) -> None:
+        self._values = values.double().clamp_min(0)
+        self._vectors = None if vectors is None else vectors.double()
+        self.width = len(values) if vectors is None else len(vectors)
+        self.damping = damping
+        complete = vectors is None or vectors.shape[1] == len(vectors)
+        check_positive(layer, self._values, damping, complete)
+
+    def power(self, rows: Tensor, exponent: float) -> Tensor:
+        damped = (self._values + self.damping) ** exponent
+        if self._vectors is None:
+            return rows * damped
+        inside = rows @ self._vectors
+        if self._vectors.shape[1] == self.width:
+            return (inside * damped) @ self._vectors.T
+        outside = self.damping**exponent
+        return (inside * (damped - outside)) @ self._vectors.T + outside * rows
+
+    def quadratic(self, rows: Tensor) -> Tensor:
+        if self._vectors is None or self._vectors.shape[1] == self.width:
+            return super().quadratic(rows)
+        inside = (rows @ self._vectors).square()
+        outside = (rows.square().sum(1) - inside.sum(1)).clamp_min(0)
+        return (inside / (self._values + self.damping)).sum(1) + outside / self.damping
+
+
+class KroneckerSolver(Solver):
+    """For a block that is diagonal in the basis U_out (x) U_in (KFAC and EKFAC).
+
+    Args:
+        u_out, u_in: Orthonormal columns, [k_out, k_out] and [k_in, k_in].
+        values: Eigenvalues, [k_out, k_in], not negative.
+
+    Raises:
+        LograError: The damped spectrum has a zero.
+    """
+
+    def __init__(self, layer: str, u_out: Tensor, u_in: Tensor, values: Tensor, damping: float) -> None:
+        self._u_out, self._u_in, self._values = u_out.double(), u_in.double(), values.double().clamp_min(0)
+        self.width, self.damping = values.numel(), damping
+        check_positive(layer, self._values, damping, True)
+
+    def power(self, rows: Tensor, exponent: float) -> Tensor:
+        g = rows.unflatten(1, self._values.shape)
+        turned = (self._u_out.T @ g @ self._u_in) * (self._values + self.damping) ** exponent
+        return (self._u_out @ turned @ self._u_in.T).flatten(1)
+
+    def quadratic(self, rows: Tensor) -> Tensor:
+        turned = self._u_out.T @ rows.unflatten(1, self._values.shape) @ self._u_in
+        return (turned.square() / (self._values + self.damping)).sum((1, 2))
+
+
+def check_positive(layer: str, values: Tensor, damping: float, complete: bool) -> None:
+    """Raise LograError unless every eigenvalue plus the damping is positive, those of unknown directions included."""
+    if damping <= 0 and (not complete or bool((values <= 0).any())):
+        raise LograError(
+            f"curvature: H + {damping:g} I of layer {layer!r} is singular; use a larger damping, or log more rows"
+        )

@@ -1,0 +1,92 @@
+"""What a curvature knows of the stored rows, layer by layer, gathered in streaming passes and kept beside the store."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Self
+
+from torch import Tensor
+
+from logra_kernels.curvature.damping import Damping
+from logra_kernels.curvature.factor import Factor
+from logra_kernels.curvature.solver import Solver
+from logra_kernels.errors import LograError
+from logra_kernels.store import GradientStore
+
+Progress = Callable[[int], None]
+
+
+class Curvature(ABC):
+    """Block-diagonal curvature of a store's rows. Made by `of`; `factorize` makes it ready to solve with.
+
+    Attributes:
+        kind: Its name in `CURVATURES`.
+        layers: Layer name -> (k_out, k_in), in the order of the rows' columns.
+        rows: How many rows it was taken over.
+    """
+
+    kind: str
+
+    def __init__(self, layers: dict[str, tuple[int, int]], rows: int) -> None:
+        self.layers = layers
+        self.rows = rows
+
+    @classmethod
+    def of(cls, store: GradientStore, progress: Progress | None = None) -> Self:
+        """The one kept beside the store if the rows are still the same, else computed from the rows and kept.
+
+        Args:
+            store: At least one row.
+            progress: Called with the number of rows of each block done.
+
+        Raises:
+            LograError: The store is empty.
+        """
+        if len(store) == 0:
+            raise LograError(f"curvature: the store {store.path} has no rows; log some first")
+        kept = store.sidecar_read(f"curvature-{cls.kind}")
+        if kept is not None:
+            return cls.restore(store, kept[0])
+        found = cls.measure(store, progress)
+        tensors = found.state()
+        if tensors:
+            store.sidecar_write(f"curvature-{cls.kind}", tensors)
+        return found
+
+    @classmethod
+    @abstractmethod
+    def measure(cls, store: GradientStore, progress: Progress | None) -> Self:
+        """Compute it from the rows."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, store: GradientStore, tensors: dict[str, Tensor]) -> Self:
+        """Have it again from what `state` gave."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """What is worth keeping beside the store; nothing where the rows themselves serve as well."""
+
+    @abstractmethod
+    def solver(self, layer: str, damping: Damping) -> Solver:
+        """One layer's solver."""
+
+    def factorize(self, damping: float | Damping | None = None) -> Factor:
+        """H + lambda I of every layer, ready to be solved with.
+
+        Args:
+            damping: A number is absolute; None is 0.1 times each layer's mean eigenvalue.
+
+        Raises:
+            LograError: A layer's gradients are all zero, or H + lambda I is singular, or the damping is negative.
+        """
+        chosen = Damping.of(damping)
+        return Factor({layer: self.solver(layer, chosen) for layer in self.layers})
+
+
+def blocks_of(store: GradientStore, progress: Progress | None):
+    """(row block of one layer by name) over the whole store, telling progress after each block."""
+    slices = store.slices
+    for _, rows in store.blocks():
+        yield {name: rows[:, part] for name, part in slices.items()}
+        if progress is not None:
+            progress(len(rows))
