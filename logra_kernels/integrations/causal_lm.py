@@ -213,7 +213,8 @@ def continue_greedy(model: nn.Module, tokenizer: Any, prompt: str, max_new_token
         whole.append(token)
         cache, step = output.past_key_values, torch.tensor([[token]], device=device)
     before = tokenizer.decode(head, skip_special_tokens=True)
-    after = tokenizer.decode(whole, skip_special_tokens=True)
+    # The last token may end in the middle of a character.
+    after = tokenizer.decode(whole, skip_special_tokens=True).removesuffix("\N{REPLACEMENT CHARACTER}")
     # Decoding the new tokens alone would lose a first space in SentencePiece vocabularies.
     return after[len(before) :] if after.startswith(before) else tokenizer.decode(whole[len(head) :])
 

@@ -1,0 +1,158 @@
+"""Answers of `logra query`: as text for people, as JSON for programs, as a page for a browser."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from logra_kernels.errors import LograError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from logra_kernels.report import Provider, Report
+    from logra_kernels.store import GradientStore
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stored row and its influence; `index` is its number in the store, `text` None where the store keeps none."""
+
+    score: float
+    index: int
+    id: str
+    source: str | None
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One query: what the model says (`generated`: it wrote that itself), at what loss in nats, and who taught it."""
+
+    id: str
+    prompt: str
+    completion: str
+    generated: bool
+    loss: float
+    tokens: int
+    rows: list[Row]
+
+
+class Worth:
+    """What every source is worth to all queries together: the sum of its rows' scores."""
+
+    def __init__(self, store: GradientStore) -> None:
+        self._store = store
+        self._total: Tensor | None = None
+
+    def add(self, scores: Tensor) -> None:
+        """Add the scores of some queries, [Q, N]."""
+        total = scores.double().sum(dim=0).cpu()
+        self._total = total if self._total is None else self._total + total
+
+    def providers(self) -> list[Provider]:
+        """Sources by value, highest first; none where the store keeps no sources."""
+        from logra_kernels.report import Provider
+
+        if self._total is None or "source" not in self._store.table.column_names:
+            return []
+        rows: dict[str, int] = {}
+        values: dict[str, float] = {}
+        for source, value in zip(self._store.columns["source"], self._total.tolist(), strict=True):
+            rows[source] = rows.get(source, 0) + 1
+            values[source] = values.get(source, 0.0) + value
+        found = [Provider(source, rows[source], values[source]) for source in rows]
+        return sorted(found, key=lambda provider: -provider.value)
+
+
+def as_json(args: argparse.Namespace, answers: list[Answer]) -> dict[str, Any]:
+    """What `--json` prints."""
+    return {
+        "store": args.store,
+        "model": args.model,
+        "mode": args.mode,
+        "damping": args.damping,
+        "order": "lowest first" if args.bottom else "highest first",
+        "queries": [asdict(answer) for answer in answers],
+    }
+
+
+def write_report(args: argparse.Namespace, store: GradientStore, answers: list[Answer], worth: Worth) -> Path:
+    """Write the HTML page that `--report` names; gives its absolute path.
+
+    Raises:
+        LograError: jinja2 is not installed.
+    """
+    from logra_kernels.report import render
+
+    try:
+        return render(_as_report(args, store, answers, worth), args.report)
+    except ImportError as error:
+        raise LograError("--report needs jinja2; pip install 'logra-kernels[report]'") from error
+
+
+def _as_report(args: argparse.Namespace, store: GradientStore, answers: list[Answer], worth: Worth) -> Report:
+    from logra_kernels import report
+
+    def rows(answer: Answer) -> list[report.Row]:
+        return [report.Row(row.id, row.source or "", row.text or "", row.score) for row in answer.rows]
+
+    shown = [
+        report.Answer(
+            answer.id,
+            answer.prompt,
+            answer.completion,
+            "the model's own continuation" if answer.generated else "given",
+            answer.loss,
+            answer.tokens,
+            top=[] if args.bottom else rows(answer),
+            opposing=rows(answer) if args.bottom else [],
+        )
+        for answer in answers
+    ]
+    damping = "0.1 x each layer's mean eigenvalue" if args.damping is None else f"{args.damping:g}"
+    facts = [
+        ("model", args.model),
+        ("store", f"{args.store}: {len(store):,} rows of {store.dim:,} numbers, {store.dtype}"),
+        ("layers", f"{len(store.layers)}"),
+        ("damping", damping),
+    ]
+    return report.Report(
+        title="Where the words come from",
+        summary=f"The rows of {args.store} with the {'lowest' if args.bottom else 'highest'} influence on "
+        f"{len(answers)} {'query' if len(answers) == 1 else 'queries'}.",
+        answers=shown,
+        score="l-RelatIF" if args.mode == "relatif" else "influence (dot)",
+        providers=worth.providers(),
+        facts=[("Setting", facts)],
+    )
+
+
+def print_answer(answer: Answer) -> None:
+    """Print one query and its rows, each on one line of the terminal."""
+    width = max(60, shutil.get_terminal_size((120, 24)).columns)
+    print(f"query       {answer.id}")
+    if answer.prompt:
+        print(f"prompt      {_clip(answer.prompt, width - 12)}")
+    print(f"completion  {_clip(answer.completion, width - 12)}{'  (written by the model)' if answer.generated else ''}")
+    print(f"loss        {answer.loss:.3f} nats over {answer.tokens} tokens")
+    names = [row.id for row in answer.rows]
+    sources = [row.source or "" for row in answer.rows]
+    name_width = min(28, max(map(len, [*names, "id"])))
+    source_width = min(20, max(map(len, [*sources, "source"])))
+    print(f"{'rank':>4}  {'score':>10}  {'id':<{name_width}}  {'source':<{source_width}}  text")
+    for rank, row in enumerate(answer.rows, start=1):
+        head = (
+            f"{rank:>4}  {row.score:>10.4g}  {_clip(row.id, name_width):<{name_width}}  "
+            f"{_clip(row.source or '', source_width):<{source_width}}  "
+        )
+        print(head + _clip(row.text or "", max(20, width - len(head))))
+    print()
+
+
+def _clip(text: str, width: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."

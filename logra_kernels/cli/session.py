@@ -1,0 +1,96 @@
+"""What `logra log` and `logra query` share: the model they load and the facts that both must agree on."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+from logra_kernels.errors import LograError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from tqdm import tqdm
+
+DEFAULT_MAX_LENGTH = 512
+_LOSS = "next-token negative log-likelihood, summed over at most {} tokens"
+
+
+def add_device_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU where there is one")
+
+
+def device(name: str) -> str:
+    """The torch device that the user asked for.
+
+    Raises:
+        LograError: There is no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise LograError(f"device {name!r} cannot be used here ({reason}); use --device cpu") from error
+    return name
+
+
+def max_length(model: nn.Module, asked: int | None) -> int:
+    """Longest token sequence: what was asked for, else 512, or fewer where the model has fewer positions.
+
+    Raises:
+        LograError: More was asked for than the model's positions.
+    """
+    from logra_kernels.integrations.causal_lm import positions
+
+    limit = positions(model)
+    if asked is None:
+        return min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    if limit is not None and asked > limit:
+        raise LograError(f"--max-length {asked} exceeds the model's {limit} positions; use at most {limit}")
+    return asked
+
+
+def fingerprints(tokenizer: Any, longest: int) -> dict[str, str]:
+    """Facts beside the weights without which two gradients are not comparable."""
+    return {"tokenizer": _tokenizer_fingerprint(tokenizer), "loss": _LOSS.format(longest)}
+
+
+def stored_max_length(facts: dict[str, str]) -> int | None:
+    """The longest sequence that a store was logged with; None for a store that `logra log` did not write."""
+    found = re.fullmatch(re.escape(_LOSS).replace(r"\{\}", r"(\d+)"), facts.get("loss", ""))
+    return int(found[1]) if found else None
+
+
+def progress_bar(total: int, initial: int, title: str) -> tqdm:
+    """A bar on stderr with rows, rows/s and time left; in a log file it is a line every ten seconds."""
+    from tqdm import tqdm
+
+    live = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=title,
+        unit="row",
+        unit_scale=False,
+        dynamic_ncols=live,
+        mininterval=0.2 if live else 10.0,
+        delay=0.0 if live else 10.0,
+    )
+
+
+def _tokenizer_fingerprint(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # Padding and truncation are settings of the last call and not of the vocabulary.
+        spec = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    else:
+        spec = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    spec["bos"] = tokenizer.bos_token_id
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:32]
