@@ -22,10 +22,12 @@ class Adapter:
         kind: "linear", "conv", "embedding" or "norm", what `capture(kinds=)` chooses by.
         d_in, d_out: Width of the gradient's two sides.
         argument: The name of x in the layer's forward.
+        repeats: How many rows of `sides` stand for one position (a convolution's groups), as [repeats, T] flattened.
     """
 
     kind: str
     argument = "input"
+    repeats = 1
 
     def __init__(self, d_in: int, d_out: int) -> None:
         self.d_in, self.d_out = d_in, d_out
@@ -48,10 +50,26 @@ class Adapter:
         """[N, k_out, k_in] from what was kept and the gradient of the layer's output."""
         raise NotImplementedError
 
+    def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
+        """left [N, repeats * T, k_out], right [N, repeats * T, k_in]: the gradient is sum_t left (x) right."""
+        raise NotImplementedError
+
+    def parameters(self, module: nn.Module) -> list[Tensor]:
+        """The parameters whose gradients make up dW."""
+        return [module.weight]  # type: ignore[list-item]
+
+    def matrix(self, grads: list[Tensor]) -> Tensor:
+        """dW [d_out, d_in] from the gradients of `parameters`, as autograd gives them."""
+        return grads[0].flatten(1)
+
 
 def positions_flat(x: Tensor) -> Tensor:
     """[N, ..., d] -> [N, T, d]."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def _projected(rows: Tensor, p: Tensor | None) -> Tensor:
+    return rows if p is None else project_rows(rows, p)
 
 
 class LinearAdapter(Adapter):
@@ -59,9 +77,11 @@ class LinearAdapter(Adapter):
 
     kind = "linear"
 
-    def __init__(self, d_in: int, d_out: int, argument: str = "input", bias: bool = False) -> None:
+    def __init__(
+        self, d_in: int, d_out: int, argument: str = "input", bias: bool = False, transposed: bool = False
+    ) -> None:
         super().__init__(d_in + bias, d_out)
-        self.argument, self.bias = argument, bias
+        self.argument, self.bias, self.transposed = argument, bias, transposed
 
     def check(self, name: str, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[-1] != self.d_in - self.bias:
@@ -83,6 +103,16 @@ class LinearAdapter(Adapter):
     ) -> Tensor:
         return project_grad(kept, positions_flat(dy), None, p_out, None, weights)
 
+    def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _projected(positions_flat(dy), p_out), kept
+
+    def parameters(self, module: nn.Module) -> list[Tensor]:
+        return [module.weight, module.bias] if self.bias else [module.weight]  # type: ignore[list-item]
+
+    def matrix(self, grads: list[Tensor]) -> Tensor:
+        dw = grads[0].T if self.transposed else grads[0]
+        return torch.cat([dw, grads[1][:, None]], dim=1) if self.bias else dw
+
 
 class ConvAdapter(Adapter):
     """y = conv(x, W), groups side by side: dW = sum over groups and output positions of dy[g,t] (x) patch[g,t].
@@ -97,6 +127,7 @@ class ConvAdapter(Adapter):
         self.in_shape = (conv.in_channels // conv.groups, *conv.kernel_size)
         super().__init__(math.prod(self.in_shape), conv.out_channels)
         self.channels, self.groups = conv.in_channels, conv.groups
+        self.repeats = conv.groups
         self.stride, self.dilation, self.padding = conv.stride, conv.dilation, conv.padding
         self.mode, self.around = conv.padding_mode, conv._reversed_padding_repeated_twice
         self.convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[conv.weight.dim()]
@@ -127,13 +158,21 @@ class ConvAdapter(Adapter):
     ) -> Tensor:
         if weights is not None and self.groups > 1:
             weights = weights.repeat(1, self.groups)
-        channels = dy.flatten(2)
         if self.groups == 1:
-            return project_grad(kept.to(dy.dtype), channels.transpose(1, 2), None, p_out, None, weights)
-        by_group = channels.unflatten(1, (self.groups, -1))  # [N, groups, C_out/groups, T]
-        factor = torch.eye(self.d_out, dtype=dy.dtype, device=dy.device) if p_out is None else p_out
-        left = torch.einsum("ngct,kgc->ngtk", by_group, factor.unflatten(1, (self.groups, -1))).flatten(1, 2)
+            return project_grad(kept.to(dy.dtype), dy.flatten(2).transpose(1, 2), None, p_out, None, weights)
+        left = self._left_by_group(dy, p_out)
         return project_grad(kept.to(left.dtype), left, None, None, None, weights)
+
+    def _left_by_group(self, dy: Tensor, p_out: Tensor | None) -> Tensor:
+        """[N, groups * T, k_out]."""
+        by_group = dy.flatten(2).unflatten(1, (self.groups, -1))  # [N, groups, C_out/groups, T]
+        factor = torch.eye(self.d_out, dtype=dy.dtype, device=dy.device) if p_out is None else p_out
+        return torch.einsum("ngct,kgc->ngtk", by_group, factor.unflatten(1, (self.groups, -1))).flatten(1, 2)
+
+    def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.groups == 1:
+            return _projected(dy.flatten(2).transpose(1, 2), p_out), kept
+        return self._left_by_group(dy, p_out), kept
 
 
 class EmbeddingAdapter(Adapter):
@@ -163,8 +202,17 @@ class EmbeddingAdapter(Adapter):
         if self.padding is not None:  # torch gives this id no gradient
             counted = (kept != self.padding).to(torch.float64 if dy.dtype == torch.float64 else torch.float32)
             weights = counted if weights is None else weights * counted
-        left = F.one_hot(kept, self.d_out).to(dy.dtype) if p_out is None else p_out.T[kept]
-        return project_grad(positions_flat(dy), left, p_in, None, None, weights)
+        return project_grad(positions_flat(dy), self._columns(kept, dy, p_out), p_in, None, None, weights)
+
+    def _columns(self, kept: Tensor, dy: Tensor, p_out: Tensor | None) -> Tensor:
+        """P_out onehot(id), [N, T, k_out]."""
+        return F.one_hot(kept, self.d_out).to(dy.dtype) if p_out is None else p_out.T[kept]
+
+    def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
+        left = self._columns(kept, dy, p_out)
+        if self.padding is not None:
+            left = left * (kept != self.padding)[..., None].to(left.dtype)
+        return left, _projected(positions_flat(dy), p_in)
 
 
 class NormAdapter(Adapter):
@@ -197,6 +245,13 @@ class NormAdapter(Adapter):
         ones = torch.ones_like(gain[..., :1])
         return project_grad(ones, gain, p_in, p_out, None, weights)
 
+    def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
+        gain = positions_flat(dy) * kept.to(dy.dtype)
+        return _projected(gain, p_out), _projected(torch.ones_like(gain[..., :1]), p_in)
+
+    def matrix(self, grads: list[Tensor]) -> Tensor:
+        return grads[0][:, None]
+
 
 def _linear(module: nn.Module, bias: bool) -> Adapter | None:
     # nn.MultiheadAttention's out_proj is never called as a module, so a tap on it would see nothing
@@ -207,7 +262,8 @@ def _linear(module: nn.Module, bias: bool) -> Adapter | None:
 
 def _hf_conv1d(module: nn.Module, bias: bool) -> Adapter | None:
     owner = sys.modules.get("transformers.pytorch_utils")  # a model that has one has imported it
-    return LinearAdapter(module.nx, module.nf, "x", bias) if owner and isinstance(module, owner.Conv1D) else None
+    fits = owner is not None and isinstance(module, owner.Conv1D)
+    return LinearAdapter(module.nx, module.nf, "x", bias, transposed=True) if fits else None  # type: ignore[arg-type]
 
 
 def _conv(module: nn.Module, bias: bool) -> Adapter | None:

@@ -1,7 +1,8 @@
 """capture(model): taps on the chosen layers, and the projected gradients they gather."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from logra_kernels.errors import LograError
 from logra_kernels.nn.adapters import DEFAULT_KINDS, X_SIDE_KINDS, Adapter
 from logra_kernels.nn.layers import Layer, find_layers
 from logra_kernels.nn.tap import Tap
+from logra_kernels.nn.tokens import TokenShares
 from logra_kernels.projection import Projection
 
 
@@ -67,6 +69,8 @@ class _Hook:
         # under autocast x and y may differ from the weight; ids and norms are projected beside dy
         p_in = None if probe.p_in is None else probe.p_in.to(x.dtype if adapter.kind in X_SIDE_KINDS else y.dtype)
         p_out = None if probe.p_out is None else probe.p_out.to(y.dtype)
+        if self.taps.shares is not None:
+            return self.taps.shares.tap(self.name, adapter, y, x, p_in, p_out, weights)
         return Tap.apply(y, x, leaf, p_in, p_out, weights, adapter)
 
 
@@ -80,6 +84,7 @@ class Taps:
         self.projection = projection
         self.active = False
         self.weights: Tensor | None = None
+        self.shares: TokenShares | None = None
         self._layers = layers
         self._probes = {layer.name: _Probe(layer, projection) for layer in layers}
         self._handles: list = []
@@ -110,6 +115,22 @@ class Taps:
             if batch_size is not None:
                 probe.renew(batch_size)
 
+    @contextmanager
+    def tokens(self, rows: Tensor) -> Iterator[TokenShares]:
+        """Gather, instead of gradients, each position's part of <row, gradient>; eager models only.
+
+        Args:
+            rows: What the samples' gradients are multiplied with, [Q, D] in `rows()`'s order: preconditioned queries.
+
+        Raises:
+            ValueError: `rows` does not fit the layers, or a layer's positions are not the [N, T] of the others.
+        """
+        self.shares = TokenShares(self.layers, rows)
+        try:
+            yield self.shares
+        finally:
+            self.shares = None
+
     def __enter__(self) -> "Taps":
         self.attach()
         self.active = True
@@ -128,6 +149,11 @@ class Taps:
     def factors(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
         """Layer name -> (p_in [k_in, d_in], p_out [k_out, d_out]); None stands for the identity."""
         return {name: (probe.p_in, probe.p_out) for name, probe in self._probes.items()}
+
+    @property
+    def holders(self) -> dict[str, tuple[tuple[nn.Module, Adapter], ...]]:
+        """Layer name -> the modules that hold its weight (several where it is tied), with their adapters."""
+        return {layer.name: layer.holders for layer in self._layers}
 
     @property
     def probes(self) -> dict[str, Tensor]:

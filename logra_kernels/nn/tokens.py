@@ -1,0 +1,121 @@
+"""Token-level influence: what every position of a sample contributes to <row, gradient>.
+
+    share[q,n,t] = sum over layers of (P_out dy[n,t])^T M[q] (P_in x[n,t])    M[q] [k_out, k_in], a row cut into layers
+    sum_t share[q,n,t] = <M[q], G[n]>, the sample's whole score
+
+A mode of the taps: the same hooks, and a probe [Q, N, T] whose "gradient" is the share.
+"""
+
+import torch
+from torch import Tensor
+
+from logra_kernels.errors import LograError
+from logra_kernels.nn.adapters import Adapter
+
+
+class TokenTap(torch.autograd.Function):
+    """y and dy pass; d loss / d probe[q,n,t] := w[n,t] left[n,t]^T M[q] right[n,t]."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        y: Tensor,
+        x: Tensor,
+        probe: Tensor,
+        m: Tensor,
+        p_in: Tensor | None,
+        p_out: Tensor | None,
+        weights: Tensor | None,
+        adapter: Adapter,
+    ) -> Tensor:
+        ctx.save_for_backward(adapter.keep(x, p_in), m, p_in, p_out, weights)
+        ctx.adapter = adapter
+        # a plain alias: returning y itself would make it a view that in-place activations may not write to
+        return torch.ops.aten._unsafe_view(y, y.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):
+        kept, m, p_in, p_out, weights = ctx.saved_tensors
+        left, right = (side.to(m.dtype) for side in ctx.adapter.sides(kept, dy, p_in, p_out))
+        shares = torch.stack([((left @ one) * right).sum(-1) for one in m])
+        if ctx.adapter.repeats > 1:
+            shares = shares.unflatten(-1, (ctx.adapter.repeats, -1)).sum(-2)
+        if weights is not None:  # a position of weight 0 counts for nothing, whatever it holds
+            shares = torch.where(weights != 0, shares * weights, 0)
+        return dy, None, shares, None, None, None, None, None
+
+
+class TokenShares:
+    """The shares of one or more backward passes, which add up as `.grad` does. Made by `Taps.tokens`.
+
+    Args:
+        layers: Layer name -> (k_out, k_in), in the order of the rows' columns.
+        rows: [Q, D], at least one row.
+    """
+
+    def __init__(self, layers: dict[str, tuple[int, int]], rows: Tensor) -> None:
+        widths = [k_out * k_in for k_out, k_in in layers.values()]
+        if rows.dim() != 2 or rows.shape[0] == 0 or rows.shape[1] != sum(widths):
+            raise ValueError(f"tokens: rows {tuple(rows.shape)} must be [Q, {sum(widths)}] with at least one row")
+        parts = rows.detach().split(widths, dim=1)
+        self._m = {name: part.unflatten(1, k) for (name, k), part in zip(layers.items(), parts, strict=True)}
+        self._probes: dict[str, Tensor] = {}
+        self._positions: tuple[int, ...] | None = None
+
+    def tap(
+        self,
+        name: str,
+        adapter: Adapter,
+        y: Tensor,
+        x: Tensor,
+        p_in: Tensor | None,
+        p_out: Tensor | None,
+        weights: Tensor | None,
+    ) -> Tensor:
+        """y, with this layer's shares tapped; what the taps' hooks call."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError("tokens: a compiled model cannot be tapped for token shares; run the model itself")
+        positions = tuple(adapter.positions(x, y))
+        if len(positions) != 2 or self._positions not in (None, positions):
+            first = "[N, T]" if self._positions is None else f"{self._positions}, as the layers before it"
+            raise ValueError(
+                f"tokens: the positions of layer {name!r} are {positions}; they must be {first}, so its part of a score"
+                " cannot be shared out over tokens: log the rows without this layer (exclude=) to have token shares"
+            )
+        self._positions = positions
+        dtype = torch.float64 if torch.float64 in (y.dtype, self._m[name].dtype) else torch.float32
+        m = self._m[name].to(y.device, dtype)
+        if name not in self._probes:
+            zero = torch.zeros((), dtype=dtype, device=y.device)
+            self._probes[name] = zero.expand(len(m), *positions).requires_grad_()
+        return TokenTap.apply(y, x, self._probes[name], m, p_in, p_out, weights, adapter)
+
+    @property
+    def layers(self) -> dict[str, Tensor]:
+        """Layer name -> that layer's part of every share, [Q, N, T].
+
+        Raises:
+            LograError: A layer received no gradient.
+        """
+        found = {name: self._probes[name].grad for name in self._m if name in self._probes}
+        silent = [name for name in self._m if found.get(name) is None]
+        if silent:
+            some = ", ".join(silent[:4]) + (", ..." if len(silent) > 4 else "")
+            raise LograError(
+                f"tokens: {len(silent)} of {len(self._m)} layers received no gradient ({some}): run forward and"
+                " backward of the same model that was logged"
+            )
+        return {name: grad for name, grad in found.items() if grad is not None}
+
+    @property
+    def shares(self) -> Tensor:
+        """Every position's part of every score, [Q, N, T] fp32 (fp64 for an fp64 model), on the CPU.
+
+        Summed over T it is the dot-mode score of the N samples. A position is where a layer's input and output stand:
+        for a language model, the token that is read, whose loss lies in predicting those after it.
+
+        Raises:
+            LograError: A layer received no gradient.
+        """
+        return torch.stack([part.cpu() for part in self.layers.values()]).sum(0)
