@@ -1,0 +1,84 @@
+"""One measured cell: an op, a provider, a shape and a dtype, checked against fp64 before it is timed."""
+
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from tolerance import assert_as_good_as_naive
+from torch import Tensor
+
+
+@cache
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+@cache
+def commit() -> str:
+    """The commit measured, with "+" where the tree holds changes to code."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", *words), cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "../logra_kernels", "../csrc", "../python", ".", ":!results")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")
+
+
+@cache
+def triton_version() -> str:
+    if find_spec("triton") is None:
+        return "absent"
+    import triton
+
+    return triton.__version__
+
+
+def _copies(args: tuple, dtype: torch.dtype | None = None) -> tuple:
+    """The arguments in memory of their own, as an op may write to one; floating point ones in `dtype` where given."""
+    return tuple(
+        a.to(dtype if a.is_floating_point() else None, copy=True) if isinstance(a, Tensor) else a for a in args
+    )
+
+
+@pytest.fixture
+def cell(benchmark):
+    """cell(op, shape, provider, providers, args, flops, bytes): check providers[provider](*args) and then time it.
+
+    `providers` holds "naive", which gives the fp64 answer too. `bytes` is what must cross the memory bus at the least.
+    """
+
+    def measure(
+        op: str, shape: str, provider: str, providers: Mapping[str, Callable], args: tuple, flops: int, bytes: int
+    ) -> None:
+        naive, call = providers["naive"], providers[provider]
+        exact = naive(*_copies(args, torch.float64))
+        assert_as_good_as_naive(call(*_copies(args)), exact, naive(*_copies(args)))
+        del exact
+        dtype, device = str(args[0].dtype).removeprefix("torch."), args[0].device.type
+        benchmark.group = f"{op} {shape} {dtype} {device}"
+        benchmark.extra_info.update(
+            op=op,
+            provider=provider,
+            shape=shape,
+            dtype=dtype,
+            device=device,
+            threads=torch.get_num_threads(),
+            flops=flops,
+            bytes=bytes,
+            machine=torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
+            commit=commit(),
+            torch=torch.__version__,
+            triton=triton_version(),
+        )
+        benchmark(call, *args)
+
+    return measure
