@@ -78,4 +78,4 @@ def to_parquet(table: pa.Table) -> memoryview:
 
 
 def from_parquet(data: bytes) -> pa.Table:
-    return pq.read_table(pa.BufferReader(data), use_threads=False).replace_schema_metadata(None)
+    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).replace_schema_metadata(None)

@@ -181,9 +181,10 @@ def _parse(path: Path, data: bytes) -> Manifest:
     recorded, computed = sealed_checksum(memoryview(data), len(_BEFORE_CHECKSUM))
     if recorded != computed:
         raise _damaged(path, "its checksum does not fit its content")
-    if table["dtype"] not in DTYPES:
+    dtype = table.get("dtype")
+    if dtype not in DTYPES:
         known = ", ".join(DTYPES)
-        raise StoreError(f"{path} names the dtype {table['dtype']!r}, known here are {known}; upgrade logra_kernels")
+        raise StoreError(f"{path} names the dtype {dtype!r}, known here are {known}; upgrade logra_kernels")
     try:
         return _build(table)
     except (KeyError, TypeError, ValueError) as error:
@@ -206,8 +207,12 @@ def _build(table: dict[str, Any]) -> Manifest:
         fits = shard.start == start and (start < shard.stop <= full if last else shard.stop == full)
         if not fits or shard.names != shard_names(shard.start, shard.stop):
             raise ValueError(f"shard {index} does not follow the one before it")
+    layers = tuple(Layer(**layer) for layer in table["layers"])
+    ends = [layer.part.stop for layer in layers]
+    if not ends or [0, *ends] != [*(layer.offset for layer in layers), table["dim"]]:
+        raise ValueError("the layers do not fill a row")
     return Manifest(
-        layers=tuple(Layer(**layer) for layer in table["layers"]),
+        layers=layers,
         dtype=table["dtype"],
         rows_per_shard=table["rows_per_shard"],
         projection=table["projection"],

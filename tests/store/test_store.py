@@ -73,6 +73,7 @@ def test_any_float_dtype_and_strides(tmp_path, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_rows_and_queries_on_a_gpu(tmp_path):
     rows, queries = rows_of(20).cuda(), rows_of(3, seed=1).cuda()
     with GradientStore.create(tmp_path / "s", LAYERS, "bf16", rows_per_shard=8) as store:
