@@ -1,0 +1,42 @@
+# ruff: noqa: N999
+"""What the native library offers. Tensors are raw addresses with a dtype code and strides, see ops/_native.py."""
+
+from logra_kernels.ops._native import Matrix, Positions
+
+def isa() -> str: ...
+def isas() -> list[str]: ...
+def project_rows(x: Positions, p: Matrix, out: int, rows: int, d: int, k: int, n_threads: int) -> None: ...
+def project_grad(
+    x: Positions,
+    dy: Positions,
+    p_in: Matrix | None,
+    p_out: Matrix | None,
+    weights: Positions | None,
+    offsets: int,
+    out: int,
+    samples: int,
+    length: int,
+    rows: int,
+    d_in: int,
+    d_out: int,
+    k_in: int,
+    k_out: int,
+    n_threads: int,
+) -> None: ...
+def accumulate_gram(g: Matrix, out: int, rows: int, d: int, n_threads: int) -> None: ...
+def score_block(
+    queries: Matrix, rows: Matrix, out: int, n_queries: int, n_rows: int, d: int, n_threads: int
+) -> None: ...
+def score_topk(
+    queries: Matrix,
+    rows: Matrix,
+    row_scale: Matrix | None,
+    values: int,
+    indices: int,
+    n_queries: int,
+    n_rows: int,
+    d: int,
+    k: int,
+    largest: bool,
+    n_threads: int,
+) -> None: ...
