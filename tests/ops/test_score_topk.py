@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 from ops.views import VIEWS, far_apart
@@ -98,6 +100,22 @@ def test_nan_comes_first(target, largest):
     assert torch.equal(index, want_index)
     assert index[0, :3].tolist() == [7, 60, 93]
     assert index[1, :4].tolist() == [7, 40, 60, 93]
+
+
+@pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
+def test_merging_many_blocks(kernel, monkeypatch, largest):
+    if kernel.backend == "triton":
+        triton = importlib.import_module("logra_kernels.ops.score_topk.triton")
+        monkeypatch.setattr(triton, "SCORES_AT_ONCE", 1)
+        monkeypatch.setattr(triton, "LEAST_BLOCK", 37)
+    queries, rows = small_integers(6, 300, 5, kernel.device)
+    rows[[36, 37, 290], 2] = float("nan")
+    row_scale = torch.randint(0, 3, (300,), device=kernel.device).float()
+    for k in (1, 50, 300):
+        values, index = lk.score_topk(queries, rows, k, row_scale, largest=largest, backend=kernel.backend)
+        want_values, want_index = reference.score_topk(queries, rows, k, row_scale, largest)
+        torch.testing.assert_close(values, want_values, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(index, want_index)
 
 
 def test_all_nan(target):

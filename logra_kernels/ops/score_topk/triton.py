@@ -8,7 +8,7 @@ from torch import Tensor
 from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._tile import OPTIONS, accumulator, block, device_of, dot_tile, fp32_precision, must_upcast
 
-SCORES_AT_ONCE = 1 << 23  # entries of the [Q, block] buffer, 32 MiB in fp32
+SCORES_AT_ONCE = 1 << 21  # entries of the [Q, block] buffer, 8 MiB in fp32; merging takes a few times that
 LEAST_BLOCK = 4096  # rows; shorter blocks leave most of the device idle
 
 

@@ -1,0 +1,77 @@
+"""What only a GPU shows: streams, devices, memory that is never taken."""
+
+import pytest
+import torch
+
+import logra_kernels as lk
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def on_a_side_stream(op, *args: torch.Tensor) -> torch.Tensor:
+    """op's answer where its arguments are written on the same side stream, late."""
+    late = [torch.full_like(a, float("nan")) for a in args]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        for a, b in zip(late, args, strict=True):
+            a.copy_(b)
+        got = op(*late)
+    torch.cuda.synchronize()
+    return got
+
+
+@pytest.mark.parametrize("op", [lk.project_rows, lk.score_block])
+def test_two_matrices_on_the_current_stream(op):
+    a, b = torch.randn(2, 70, 64, device="cuda")
+    assert torch.equal(on_a_side_stream(op, a, b), op(a, b))
+
+
+def test_project_grad_on_the_current_stream():
+    x, dy, p_in, p_out = (torch.randn(s, device="cuda") for s in ((3, 50, 64), (3, 50, 48), (16, 64), (8, 48)))
+    assert torch.equal(on_a_side_stream(lk.project_grad, x, dy, p_in, p_out), lk.project_grad(x, dy, p_in, p_out))
+
+
+def test_score_topk_on_the_current_stream():
+    queries, rows = torch.randn(3, 64, device="cuda"), torch.randn(500, 64, device="cuda")
+    late = on_a_side_stream(lambda q, r: torch.stack(lk.score_topk(q, r, 5)), queries, rows)
+    assert torch.equal(late, torch.stack(lk.score_topk(queries, rows, 5)))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_a_device_that_is_not_current():
+    a, b = torch.randn(2, 70, 64, device="cuda:1")
+    assert lk.score_block(a, b).device == a.device
+    torch.testing.assert_close(lk.score_block(a, b), a @ b.T)
+
+
+def extra_memory(call) -> int:
+    """Bytes at the peak of the call beyond those before it, in a second run, when nothing is left to compile."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_score_topk_takes_no_memory_for_all_scores():
+    queries = torch.randn(64, 32, device="cuda", dtype=torch.bfloat16)
+    rows = torch.randn(1 << 21, 32, device="cuda", dtype=torch.bfloat16)
+    assert extra_memory(lambda: lk.score_topk(queries, rows, 100)) < 64 * (1 << 21) * 4 / 2
+
+
+def test_project_grad_takes_no_memory_for_projected_positions():
+    x, dy = (torch.randn(4, 4096, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    p_in, p_out = (torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    assert extra_memory(lambda: lk.project_grad(x, dy, p_in, p_out)) <= 1.05 * 4 * 64 * 64 * 4
+
+
+def test_more_than_2_to_31_elements():
+    x = torch.zeros(3, 1 << 14, 1 << 16, device="cuda", dtype=torch.bfloat16)
+    x[2, -1] = 1
+    p = torch.ones(4, 1 << 16, device="cuda", dtype=torch.bfloat16)
+    got = lk.project_rows(x, p)
+    assert (got[2, -1] == 1 << 16).all()
+    assert got.count_nonzero() == 4
