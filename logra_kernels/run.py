@@ -2,37 +2,23 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from logra_kernels import influence
-from logra_kernels.curvature import Factor, RawFisher
+from logra_kernels.curvature import CURVATURES, Curvature, Damping, Factor
 from logra_kernels.errors import LograError, StoreError, StoreMismatch
 from logra_kernels.nn import DEFAULT_KINDS, KINDS, Taps, capture, model_fingerprint
 from logra_kernels.projection import Projection
+from logra_kernels.session import Analysis, Query
 from logra_kernels.store import GradientStore
 
 Progress = Callable[[int], None]
 
 
-@dataclass
-class Query:
-    """Projected gradients of queries: `rows` [Q, D] fp32 once the `with` is left, one for each id."""
-
-    ids: list[str]
-    rows: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-
-    @classmethod
-    def cat(cls, queries: "Sequence[Query]") -> "Query":
-        """Several batches of queries as one."""
-        return cls([i for query in queries for i in query.ids], torch.cat([query.rows for query in queries]))
-
-
-class Run:
+class Run(Analysis):
     """Log a model's training rows into a store once, then ask which of them made the model say something.
 
     Args:
@@ -47,9 +33,10 @@ class Run:
         fingerprints: More facts that queries must share with the store, as strings (tokenizer, loss, ...).
         freeze: Keep the weights from gathering gradients of their own inside `log` and `query`, which halves the
             backward's work; their `requires_grad` is put back on leaving.
+        curvature: H's kind, one of `logra_kernels.curvature.CURVATURES`.
 
     Raises:
-        ValueError: A filter matches no layer.
+        ValueError: A filter matches no layer, or an unknown curvature.
         StoreError: The store cannot be read.
         StoreMismatch: The store was made with other weights, layers, projection, dtype or facts.
     """
@@ -68,10 +55,14 @@ class Run:
         rows_per_shard: int | None = None,
         fingerprints: dict[str, str] | None = None,
         freeze: bool = True,
+        curvature: str = "raw",
     ) -> None:
+        if curvature not in CURVATURES:
+            raise ValueError(f"Run: curvature is {curvature!r}; it must be one of {', '.join(CURVATURES)}")
         self.path = os.fspath(path)
         self.model = model
         self._freeze = freeze
+        self._kind = CURVATURES[curvature]
         self._rows_per_shard = rows_per_shard
         self._writing = False
         self._store = GradientStore.open(self.path) if GradientStore.exists(self.path) else None
@@ -86,9 +77,9 @@ class Run:
         self.fingerprints = {"model": model_fingerprint(model), **(fingerprints or {})}
         if self._store is not None:
             self._check(self._store)
-        self._curvature: RawFisher | None = None
-        self._factors: dict[float | None, Factor] = {}
-        self._self_influence: dict[float | None, Tensor] = {}
+        self._curvature: Curvature | None = None
+        self._factors: dict[float | Damping | None, Factor] = {}
+        self._row_statistics: dict[float | Damping | None, dict[str, Tensor]] = {}
         self.taps.attach()
 
     def _check(self, store: GradientStore) -> None:
@@ -136,7 +127,7 @@ class Run:
             StoreError: A gradient is NaN or infinite, an id is a duplicate, the disk is full; what was committed stays.
         """
         ids = [str(i) for i in ids]
-        with self._tapped(ids, weights):
+        with self._tapped(len(ids), weights):
             yield
             rows = self.taps.rows()
         self._writer().append(rows, ids, columns, skip_committed=True)
@@ -154,7 +145,7 @@ class Run:
             LograError: A layer received no gradient, or a gradient is NaN or infinite.
         """
         query = Query([str(i) for i in ids])
-        with self._tapped(query.ids, weights):
+        with self._tapped(len(query.ids), weights):
             yield query
             rows = self.taps.rows().float().cpu()
         bad = [i for i, row in zip(query.ids, rows, strict=True) if not row.isfinite().all()]
@@ -163,13 +154,13 @@ class Run:
         query.rows = rows
 
     @contextmanager
-    def _tapped(self, ids: list[str], weights: Tensor | None) -> Iterator[None]:
+    def _tapped(self, samples: int | None, weights: Tensor | None) -> Iterator[None]:
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in self.model.modules()):
             warnings.warn("Run: dropout is on, so gradients are random; call model.eval() first", stacklevel=4)
         learning = [p for p in self.model.parameters() if p.requires_grad] if self._freeze else []
         for p in learning:
             p.requires_grad_(False)
-        self.taps.reset(len(ids), weights)
+        self.taps.reset(samples, weights)
         self.taps.active = True
         try:
             yield
@@ -198,7 +189,7 @@ class Run:
     def _forget(self) -> None:
         self._curvature = None
         self._factors.clear()
-        self._self_influence.clear()
+        self._row_statistics.clear()
 
     def _commit(self) -> GradientStore:
         if self._writing:
@@ -214,7 +205,7 @@ class Run:
         """
         self._commit()
         self._solved(None, progress)
-        self._row_self_influence(None, progress)
+        self._statistics(("self_influence", "l2", "l1"), None, progress)
 
     def close(self) -> None:
         """Commit what was logged and take the taps off the model. A `with` statement does it by itself."""
@@ -228,57 +219,21 @@ class Run:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def _solved(self, damping: float | None, progress: Progress | None = None) -> Factor:
+    def _solved(self, damping: float | Damping | None, progress: Progress | None = None) -> Factor:
         if damping not in self._factors:
             if self._curvature is None:
-                self._curvature = RawFisher.of(self._commit(), progress)
+                self._curvature = self._kind.of(self._commit(), progress)
             self._factors[damping] = self._curvature.factorize(damping)
         return self._factors[damping]
 
-    def _row_self_influence(self, damping: float | None, progress: Progress | None = None) -> Tensor:
-        if damping not in self._self_influence:
+    def _statistics(
+        self, wanted: Collection[str], damping: float | Damping | None, progress: Progress | None = None
+    ) -> dict[str, Tensor]:
+        kept = self._row_statistics.setdefault(damping, {})
+        missing = [name for name in wanted if name not in kept]
+        if missing:
             factor = self._solved(damping)
-            self._self_influence[damping] = influence.self_influence(self.store, factor, damping, progress)
-        return self._self_influence[damping]
-
-    def self_influence(self, damping: float | None = None) -> Tensor:
-        """g^T (H + lambda I)^-1 g of every stored row, [N] fp32."""
-        return self._row_self_influence(damping)
-
-    def scores(self, query: Query, mode: str = "dot", damping: float | None = None) -> Tensor:
-        """Influence of every stored row on every query, [Q, N] fp32; positive = training on the row lowers the loss.
-
-        Args:
-            query: From `query`.
-            mode: "dot", or "relatif" (l-RelatIF).
-            damping: lambda, absolute; None for 0.1 x each layer's mean eigenvalue.
-
-        Raises:
-            LograError: The curvature is singular at this damping, or a layer's gradients are all zero.
-        """
-        solved = self._solved(damping).solve(query.rows)
-        return influence.scores(
-            self.store, solved, mode, self._row_self_influence(damping) if mode == "relatif" else None
-        )
-
-    def topk(
-        self,
-        query: Query,
-        k: int = 10,
-        mode: str = "relatif",
-        damping: float | None = None,
-        *,
-        largest: bool = True,
-        layers: bool = False,
-    ) -> influence.TopK:
-        """The k stored rows of highest influence on each query, streamed in bounded memory.
-
-        Args:
-            query, mode, damping: As in `scores`.
-            k: At least 1.
-            largest: False for the rows of lowest influence (training on them raises the query's loss).
-            layers: Also give each layer's part of the scores.
-        """
-        solved = self._solved(damping).solve(query.rows)
-        own = self._row_self_influence(damping) if mode == "relatif" else None
-        return influence.topk(self.store, solved, k, mode, own, largest=largest, layers=layers)
+            kept |= influence.row_statistics(
+                self.store, factor, missing, curvature=self._kind.kind, damping=damping, progress=progress
+            )
+        return {name: kept[name] for name in wanted}

@@ -14,6 +14,7 @@ FLOORS = [
     {"nn", "store"},
     {"curvature"},
     {"influence"},
+    {"session"},
     {"run"},
     {"compat", "integrations", "report", "selftest"},
     {"demo"},

@@ -1,4 +1,24 @@
-from logra_kernels.influence.score import MODES, TopK, layer_scores, scores, topk
-from logra_kernels.influence.self_influence import self_influence
+from logra_kernels.influence.groups import Groups, group_scores, layer_groups, layer_scores
+from logra_kernels.influence.score import MODES, NEEDS, TopK, extremes, scores, topk
+from logra_kernels.influence.statistics import RowStatistics, row_mask, row_statistics, self_influence
+from logra_kernels.influence.valuation import Value, ValueTable, value
 
-__all__ = ["MODES", "TopK", "layer_scores", "scores", "self_influence", "topk"]
+__all__ = [
+    "MODES",
+    "NEEDS",
+    "Groups",
+    "RowStatistics",
+    "TopK",
+    "Value",
+    "ValueTable",
+    "extremes",
+    "group_scores",
+    "layer_groups",
+    "layer_scores",
+    "row_mask",
+    "row_statistics",
+    "scores",
+    "self_influence",
+    "topk",
+    "value",
+]

@@ -1,19 +1,27 @@
-"""Influence of every stored row on a query, streamed from the store.
+"""Influence of every stored row on a query, streamed from the store. With s = g_q^T (H + lambda I)^-1 g_z:
 
-    dot        I(z, q) = g_q^T (H + lambda I)^-1 g_z                                     (Koh & Liang 2017)
-    relatif    I(z, q) / sqrt(I(z, z)), l-RelatIF, so that loud outliers do not win every query  (Barshan et al. 2020)
+    dot            s                               (Koh & Liang 2017)
+    relatif        s / sqrt(I(z, z))               l-RelatIF, LogIX's "cosine": loud outliers do not win every query
+    theta-relatif  s / |(H + lambda I)^-1 g_z|     theta-RelatIF                    (both Barshan et al. 2020)
+    l2             s - I(z, z) / 2                 the quadratic model's gain of a full step on z; LogIX's "l2"
 
-Gradients are of the loss: a positive score says that training on the row lowers the query's loss.
+Gradients are of the loss: a positive score says that training on the row lowers the query's loss. A row without
+gradient scores 0 in every mode.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from logra_kernels.influence.statistics import check_mask, needed
+from logra_kernels.ops import score_block
 from logra_kernels.store import GradientStore
 
-MODES = ("dot", "relatif")
+MODES = ("dot", "relatif", "theta-relatif", "l2")
+NEEDS = {"dot": (), "relatif": ("self_influence",), "theta-relatif": ("solved_norm",), "l2": ("self_influence",)}
+_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -32,30 +40,75 @@ class TopK:
     ids: list[list[str]]
     layers: dict[str, Tensor] | None = None
 
+    @classmethod
+    def of(cls, scores: Tensor, ids: list[str], k: int, *, largest: bool = True) -> "TopK":
+        """The k best columns of a score matrix [Q, N], an ensemble's say; ids [N]. NaN, a row left out, never wins."""
+        if scores.dim() != 2 or scores.shape[1] != len(ids) or k < 1:
+            raise ValueError(
+                f"topk: scores {tuple(scores.shape)} must be [Q, {len(ids)}] for {len(ids)} ids, and k >= 1"
+            )
+        worst = -torch.inf if largest else torch.inf
+        values, indices = _first(torch.where(scores.isnan(), worst, scores), k, largest)
+        return cls(values, indices, _names(ids, indices))
 
-def row_scale(mode: str, self_influence: Tensor | None) -> Tensor | None:
-    """What each row's dot score is multiplied by, [N] fp32; a row without gradient scores 0 in every mode."""
+
+def adjustment(mode: str, statistics: Mapping[str, Tensor] | None, count: int) -> tuple[Tensor | None, Tensor | None]:
+    """(scale, shift), each [N] or None: a row's score in `mode` is scale * dot + shift.
+
+    Raises:
+        ValueError: An unknown mode, or the statistic it needs (`NEEDS`) is missing or not [N].
+    """
     if mode not in MODES:
         raise ValueError(f"influence: mode is {mode!r}; it must be one of {', '.join(MODES)}")
     if mode == "dot":
-        return None
-    if self_influence is None:
-        raise ValueError("influence: mode 'relatif' needs the rows' self-influence")
-    return torch.where(self_influence > 0, self_influence.rsqrt(), 0.0)
+        return None, None
+    value = needed(statistics, NEEDS[mode][0], mode, count)
+    if mode == "l2":
+        return None, value * -0.5
+    root = value if mode == "theta-relatif" else value.sqrt()
+    return torch.where(value > 0, root.reciprocal(), 0.0), None
 
 
-def scores(store: GradientStore, solved: Tensor, mode: str = "dot", self_influence: Tensor | None = None) -> Tensor:
+def check_solved(solved: Tensor, dim: int) -> None:
+    """Raise ValueError unless `solved` is finite [Q, dim]."""
+    if solved.dim() != 2 or solved.shape[1] != dim:
+        raise ValueError(f"influence: queries {tuple(solved.shape)} must be [Q, {dim}], as long as the store's rows")
+    if not bool(solved.isfinite().all()):
+        bad = int((~solved.isfinite().all(1)).nonzero()[0])
+        raise ValueError(f"influence: query {bad} of {len(solved)} holds NaN or infinity; check the model's loss on it")
+
+
+def scores(
+    store: GradientStore,
+    solved: Tensor,
+    mode: str = "dot",
+    statistics: Mapping[str, Tensor] | None = None,
+    *,
+    rows: Tensor | None = None,
+) -> Tensor:
     """Every row's influence on every query, [Q, N] fp32.
 
     Args:
         store: N rows.
         solved: The queries after the curvature's solve, [Q, D].
-        mode: "dot" or "relatif".
-        self_influence: Of every row, [N]; needed for "relatif".
+        mode: One of `MODES`.
+        statistics: `row_statistics` by name; those that `NEEDS` lists for the mode.
+        rows: A bool mask [N]; the others' scores are NaN.
+
+    Raises:
+        ValueError: Sizes do not fit, an unknown mode, NaN in the queries, a mask that keeps nothing.
     """
-    scale = row_scale(mode, self_influence)
+    check_solved(solved, store.dim)
+    scale, shift = adjustment(mode, statistics, len(store))
     found = store.score(solved)
-    return found if scale is None else found * scale
+    if scale is not None:
+        found *= scale
+    if shift is not None:
+        found += shift
+    if rows is not None:
+        check_mask(rows, len(store))
+        found[:, ~rows] = torch.nan
+    return found
 
 
 def topk(
@@ -63,34 +116,89 @@ def topk(
     solved: Tensor,
     k: int,
     mode: str = "relatif",
-    self_influence: Tensor | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
     *,
     largest: bool = True,
-    layers: bool = False,
+    rows: Tensor | None = None,
 ) -> TopK:
     """The k rows with the highest (or lowest) influence on each query, in one streaming pass and bounded memory.
 
     Args:
-        store, solved, mode, self_influence: As in `scores`.
+        store, solved, mode, statistics: As in `scores`.
         k: At least 1; min(k, N) rows come back.
         largest: False for the lowest scores.
-        layers: Also give each layer's part of the scores.
+        rows: A bool mask [N]; the others are passed over.
+
+    Raises:
+        ValueError: As in `scores`, or k < 1.
     """
-    scale = row_scale(mode, self_influence)
+    scale, shift = adjustment(mode, statistics, len(store))
+    if shift is not None or rows is not None:
+        return _ranked(store, solved, k, scale, shift, rows, (largest,))[0]
+    _check(store, solved, k, rows)
     values, indices = store.topk(solved, k, row_scale=scale, largest=largest)
-    ids = store.ids
-    parts = layer_scores(store, solved, indices, scale) if layers else None
-    return TopK(values, indices, [[ids[i] for i in row] for row in indices.tolist()], parts)
+    return TopK(values, indices, _names(store.ids, indices))
 
 
-def layer_scores(
-    store: GradientStore, solved: Tensor, indices: Tensor, scale: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Each layer's part of the scores of chosen rows: layer name -> [Q, k] fp32, for `indices` [Q, k]."""
-    wanted, where = indices.unique(return_inverse=True)
-    rows = torch.cat([store.read(i, i + 1) for i in wanted.tolist()])
-    found = {}
-    for name, part in store.slices.items():
-        picked = rows[:, part][where]  # [Q, k, d]
-        found[name] = torch.einsum("qd,qkd->qk", solved[:, part].float(), picked)
-    return found if scale is None else {name: value * scale[indices] for name, value in found.items()}
+def extremes(
+    store: GradientStore,
+    solved: Tensor,
+    k: int,
+    mode: str = "relatif",
+    statistics: Mapping[str, Tensor] | None = None,
+    *,
+    rows: Tensor | None = None,
+) -> tuple[TopK, TopK]:
+    """(proponents, opponents): the k highest and the k lowest scores of each query in the same pass; as in `topk`."""
+    scale, shift = adjustment(mode, statistics, len(store))
+    top, bottom = _ranked(store, solved, k, scale, shift, rows, (True, False))
+    return top, bottom
+
+
+def _check(store: GradientStore, solved: Tensor, k: int, rows: Tensor | None) -> None:
+    check_solved(solved, store.dim)
+    if k < 1:
+        raise ValueError(f"influence: k is {k}; it must be at least 1")
+    if rows is not None:
+        check_mask(rows, len(store))
+
+
+def _ranked(
+    store: GradientStore,
+    solved: Tensor,
+    k: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    rows: Tensor | None,
+    ends: tuple[bool, ...],
+) -> list[TopK]:
+    """A `TopK` for each end asked for (True: largest), with scores adjusted and rows left out block by block."""
+    _check(store, solved, k, rows)
+    best = [(solved.new_zeros(len(solved), 0), torch.zeros(len(solved), 0, dtype=torch.int64)) for _ in ends]
+    for start, block in store.blocks(block_bytes(store, len(solved))):
+        part = slice(start, start + len(block))
+        index = torch.arange(part.start, part.stop) if rows is None else rows[part].nonzero()[:, 0] + start
+        found = score_block(solved, block if rows is None else block[rows[part]])
+        found = found if scale is None else found * scale[index]
+        found = found if shift is None else found + shift[index]
+        for i, largest in enumerate(ends):
+            values, order = _first(torch.cat([best[i][0], found], dim=1), k, largest)
+            numbers = torch.cat([best[i][1], index.expand(len(solved), -1)], dim=1)
+            best[i] = values, numbers.gather(1, order)
+    return [TopK(values, numbers, _names(store.ids, numbers)) for values, numbers in best]
+
+
+def _first(scores: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The k first of each row in order, ties by lower column."""
+    order = torch.sort(scores if largest else -scores, dim=1, descending=True, stable=True).indices[:, :k]
+    return scores.gather(1, order), order
+
+
+def _names(ids: list[str], indices: Tensor) -> list[list[str]]:
+    return [[ids[i] for i in row] for row in indices.tolist()]
+
+
+def block_bytes(store: GradientStore, queries: int) -> int:
+    """Of rows in a block so that neither they nor their scores [Q, n] fp32 take more than 64 MB."""
+    rows = max(1, _BYTES // (4 * max(queries, store.dim)))
+    return rows * store.dim * store.manifest.torch_dtype.itemsize

@@ -91,6 +91,16 @@ class TokenShares:
             self._probes[name] = zero.expand(len(m), *positions).requires_grad_()
         return TokenTap.apply(y, x, self._probes[name], m, p_in, p_out, weights, adapter)
 
+    def check(self) -> None:
+        """Raise LograError unless every layer received a gradient."""
+        silent = [name for name in self._m if name not in self._probes or self._probes[name].grad is None]
+        if silent:
+            some = ", ".join(silent[:4]) + (", ..." if len(silent) > 4 else "")
+            raise LograError(
+                f"tokens: {len(silent)} of {len(self._m)} layers received no gradient ({some}): run forward and"
+                " backward of the same model that was logged"
+            )
+
     @property
     def layers(self) -> dict[str, Tensor]:
         """Layer name -> that layer's part of every share, [Q, N, T].
@@ -98,15 +108,9 @@ class TokenShares:
         Raises:
             LograError: A layer received no gradient.
         """
-        found = {name: self._probes[name].grad for name in self._m if name in self._probes}
-        silent = [name for name in self._m if found.get(name) is None]
-        if silent:
-            some = ", ".join(silent[:4]) + (", ..." if len(silent) > 4 else "")
-            raise LograError(
-                f"tokens: {len(silent)} of {len(self._m)} layers received no gradient ({some}): run forward and"
-                " backward of the same model that was logged"
-            )
-        return {name: grad for name, grad in found.items() if grad is not None}
+        self.check()
+        grads = {name: self._probes[name].grad for name in self._m}
+        return {name: grad for name, grad in grads.items() if grad is not None}
 
     @property
     def shares(self) -> Tensor:

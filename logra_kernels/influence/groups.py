@@ -1,0 +1,123 @@
+"""Scores by layer and by group of layers. The parts add up to the whole score, whatever the curvature.
+
+S[q,z] = sum over layers l of (H^-1 g_q)_l . g_z,l
+"""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from logra_kernels.curvature import Factor
+from logra_kernels.influence.score import adjustment, block_bytes, check_solved
+from logra_kernels.influence.statistics import check_mask
+from logra_kernels.ops import score_block
+from logra_kernels.store import GradientStore
+
+Groups = Mapping[str, Sequence[str]] | Sequence[str]
+REST = "other layers"
+
+
+def layer_groups(layers: Sequence[str], groups: Groups | None) -> dict[str, list[str]]:
+    """Group name -> its layers.
+
+    Args:
+        layers: All of the store's.
+        groups: {name: [glob patterns on layer names]}, or a list of patterns that are their groups' names; None makes
+            every layer a group. Layers of no group make up the group "other layers", so that the parts add up.
+
+    Raises:
+        ValueError: A pattern matches no layer, or two groups share a layer.
+    """
+    if groups is None:
+        return {name: [name] for name in layers}
+    if isinstance(groups, str):
+        raise ValueError(f"groups: {groups!r} is one string; give a list of patterns, or names with lists of patterns")
+    named = groups if isinstance(groups, Mapping) else {pattern: [pattern] for pattern in groups}
+    owner: dict[str, str] = {}
+    for group, patterns in named.items():
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            matched = [name for name in layers if fnmatchcase(name, pattern)]
+            if not matched:
+                some = ", ".join(list(layers)[:8])
+                raise ValueError(
+                    f"groups: {pattern!r} of {group!r} matches none of the {len(layers)} layers ({some}, ...)"
+                )
+            for name in matched:
+                if owner.setdefault(name, group) != group:
+                    raise ValueError(f"groups: layer {name!r} is in {owner[name]!r} and in {group!r}; let it be in one")
+    found = {group: [name for name in layers if owner.get(name) == group] for group in named}
+    rest = [name for name in layers if name not in owner]
+    return {**found, REST: rest} if rest else found
+
+
+def group_scores(
+    store: GradientStore,
+    solved: Tensor,
+    groups: Groups | None = None,
+    mode: str = "dot",
+    statistics: Mapping[str, Tensor] | None = None,
+    *,
+    factor: Factor | None = None,
+    rows: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Each group's part of every score, group -> [Q, N] fp32, in one pass; the parts add up to `scores`.
+
+    Args:
+        store, solved, mode, statistics, rows: As in `scores`.
+        groups: As in `layer_groups`.
+        factor: The factorised curvature; needed for mode "l2", whose self-influence is split over layers too.
+
+    Raises:
+        ValueError: As in `scores` and `layer_groups`, or no factor for mode "l2".
+    """
+    check_solved(solved, store.dim)
+    scale, shift = adjustment(mode, statistics, len(store))
+    if rows is not None:
+        check_mask(rows, len(store))
+    chosen, slices = layer_groups(list(store.layers), groups), store.slices
+    found = {group: torch.zeros(len(solved), len(store)) for group in chosen}
+    for start, block in store.blocks(block_bytes(store, len(solved))):
+        part = slice(start, start + len(block))
+        own = None if shift is None else _own(block, factor)
+        for group, layers in chosen.items():
+            for layer in layers:
+                found[group][:, part] += score_block(solved[:, slices[layer]], block[:, slices[layer]])
+                if own is not None:
+                    found[group][:, part] -= 0.5 * own[:, slices[layer]].sum(1)
+    for value in found.values():
+        if scale is not None:
+            value *= scale
+        if rows is not None:
+            value[:, ~rows] = torch.nan
+    return found
+
+
+def layer_scores(
+    store: GradientStore,
+    solved: Tensor,
+    indices: Tensor,
+    mode: str = "dot",
+    statistics: Mapping[str, Tensor] | None = None,
+    *,
+    factor: Factor | None = None,
+) -> dict[str, Tensor]:
+    """Each layer's part of the scores of chosen rows: layer name -> [Q, k] fp32, for `indices` [Q, k]."""
+    scale, shift = adjustment(mode, statistics, len(store))
+    wanted, where = indices.unique(return_inverse=True)
+    rows = torch.cat([store.read(i, i + 1) for i in wanted.tolist()])
+    own = None if shift is None else _own(rows, factor)
+    found = {}
+    for name, part in store.slices.items():
+        value = torch.einsum("qd,qkd->qk", solved[:, part].float(), rows[:, part][where])
+        value = value if own is None else value - 0.5 * own[:, part].sum(1)[where]
+        found[name] = value if scale is None else value * scale[indices]
+    return found
+
+
+def _own(rows: Tensor, factor: Factor | None) -> Tensor:
+    """g * (H^-1 g), [n, D] fp64, whose sums over layers' columns are their parts of the self-influence."""
+    if factor is None:
+        raise ValueError("influence: the parts of mode 'l2' need the factorised curvature")
+    return factor.solve(rows).double() * rows

@@ -1,0 +1,306 @@
+"""verify: are the gradients that the taps capture on the user's own model and loss those of each sample alone?
+
+For a few samples, the rows captured from one batch are compared with P_out dW P_in^T, dW from autograd on each sample
+by itself. What a difference looks like tells what causes it, and it is said in words.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from logra_kernels.nn import Taps
+
+Loss = Callable[[slice], Tensor]
+Grads = dict[str, Tensor]  # layer -> [N, k_out, k_in] fp64
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `Run.verify` found.
+
+    Attributes:
+        problems: One sentence each, with what to do; empty when all is well.
+        notes: What is unusual but right.
+        error: Largest relative difference of a sample's gradient from autograd's over samples and layers, apart from a
+            common factor that a problem names; None where it was not reached.
+        samples, layers: How many were compared.
+    """
+
+    problems: list[str]
+    notes: list[str]
+    error: float | None
+    samples: int
+    layers: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        head = f"verify: {self.samples} samples, {self.layers} layers: "
+        if self.ok:
+            head += f"captured gradients equal one-sample autograd to {self.error or 0:.1e}"
+        else:
+            head += f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
+        return "\n".join([head, *(f"  problem: {p}" for p in self.problems), *(f"  note: {n}" for n in self.notes)])
+
+
+class _Found(Exception):  # noqa: N818 - not an error: a problem behind which nothing more can be told
+    pass
+
+
+def verify(model: nn.Module, taps: Taps, loss: Loss, samples: int, rtol: float | None = None) -> Verification:
+    """See `Run.verify`."""
+    if samples < 2:
+        raise ValueError(f"verify: samples is {samples}; it takes at least 2 to see whether they are mixed")
+    problems, notes = _modes(model), []
+    error = None
+    with _unchanged(model, taps):
+        try:
+            _check_loss(loss, samples, problems)
+            notes += _check_shapes(taps, loss, samples)
+            captured, silent = _captured(taps, loss, samples)
+            problems += silent
+            exact = _alone(taps, loss, samples, notes)
+            error = _compare(captured, exact, rtol or _tolerance(taps), problems)
+        except _Found as found:
+            problems.append(str(found))
+    return Verification(problems, notes, error, samples, len(taps.layers))
+
+
+@contextmanager
+def _unchanged(model: nn.Module, taps: Taps) -> Iterator[None]:
+    """Buffers (batch norm's statistics), random state, requires_grad and taps as they were; tapped weights have
+    gradients meanwhile."""
+    kept = {name: value.clone() for name, value in model.named_buffers()}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    for holders in taps.holders.values():
+        for p in (p for module, adapter in holders for p in adapter.parameters(module) if p.is_floating_point()):
+            p.requires_grad_(True)
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            yield
+    finally:
+        taps.active = False
+        taps.reset()
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        with torch.no_grad():
+            for name, value in model.named_buffers():
+                value.copy_(kept[name])
+
+
+def _modes(model: nn.Module) -> list[str]:
+    """Problems that the modules themselves show."""
+    problems = []
+    modules = list(model.named_modules())
+    dropout = [n for n, m in modules if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training]
+    if dropout:
+        problems.append(f"dropout is on ({_some(dropout)}), so gradients are random: call model.eval() before logging")
+    mixing = [
+        n
+        for n, m in modules
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
+    ]
+    if mixing:
+        problems.append(
+            f"batch norm uses the batch's own statistics ({_some(mixing)}), so every sample's gradient depends on its"
+            " batch-mates: call model.eval() before logging, or use a norm without running statistics"
+        )
+    return problems
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(repr(n) for n in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _call(loss: Loss, part: slice) -> Tensor:
+    what = f"loss(slice({part.start}, {part.stop}))"
+    try:
+        value = loss(part)
+    except Exception as error:  # the user's own code: whatever it raises is what is to be told
+        raise _Found(
+            f"{what} failed: {' '.join(str(error).split())[:300]}; every single sample must work too"
+        ) from error
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise _Found(f"{what} gave {got}: return one number, the sum of the samples' losses")
+    if not bool(value.isfinite()):
+        raise _Found(f"{what} is {float(value.detach())}: find the sample whose loss is not finite and leave it out")
+    return value.reshape(())
+
+
+def _check_loss(loss: Loss, samples: int, problems: list[str]) -> None:
+    whole = slice(0, samples)
+    with torch.no_grad():
+        first, second = (float(_call(loss, whole)) for _ in range(2))
+    if abs(first - second) > 1e-5 * max(abs(first), abs(second)):
+        if problems and problems[0].startswith("dropout"):
+            raise _Found("with dropout on nothing more can be compared; call verify again after model.eval()")
+        raise _Found(
+            f"the same batch gives the loss {first:g} and then {second:g}: something is random (dropout in a function,"
+            " noise, sampling), so gradients are too; switch it off for logging"
+        )
+
+
+def _check_shapes(taps: Taps, loss: Loss, samples: int) -> list[str]:
+    """Notes; what each layer's input looks like for the whole batch and for one sample."""
+    seen: dict[str, list[tuple[int, ...]]] = {}
+
+    def watch(name: str, argument: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen.setdefault(name, []).append(tuple((args[0] if args else kwargs[argument]).shape))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name, adapter.argument), with_kwargs=True)
+        for name, holders in taps.holders.items()
+        for module, adapter in holders
+    ]
+    try:
+        with torch.no_grad():
+            _call(loss, slice(0, samples))
+            whole = {name: list(shapes) for name, shapes in seen.items()}
+            seen.clear()
+            _call(loss, slice(0, 1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, shapes in whole.items():
+        for shape, one in zip(shapes, seen.get(name, shapes), strict=False):
+            if not shape or shape[0] != samples or one[0] != 1:
+                raise _Found(
+                    f"layer {name!r} gets an input {shape} for {samples} samples and {one} for one: samples are not in"
+                    " dimension 0; make the model batch-first, or exclude the layer"
+                )
+    notes = []
+    for name, shapes in whole.items():
+        holders = len(taps.holders[name])
+        if holders > 1:
+            notes.append(f"layer {name!r} shares its weight with {holders - 1} more: their gradients are summed as one")
+        if len(shapes) > holders:
+            notes.append(f"layer {name!r} is used {len(shapes)} times in a forward: its gradients are summed")
+    return notes
+
+
+def _captured(taps: Taps, loss: Loss, samples: int) -> tuple[Grads, list[str]]:
+    taps.reset(samples)
+    taps.active = True
+    try:
+        value = _call(loss, slice(0, samples))
+        if not value.requires_grad:
+            raise _Found(
+                "the loss has no gradient: it was computed under no_grad, detached, or reaches no tapped layer"
+            )
+        value.backward()
+        grads = {name: probe.grad for name, probe in taps.probes.items()}
+    finally:
+        taps.active = False
+    silent = [name for name, grad in grads.items() if grad is None or not bool(grad.any())]
+    found = {name: grad.double() for name, grad in grads.items() if grad is not None and name not in silent}
+    bad = [name for name, grad in found.items() if not bool(grad.isfinite().all())]
+    if bad:
+        raise _Found(f"the gradient of layer {bad[0]!r} is NaN or infinite: check the model's loss on these samples")
+    if not silent:
+        return found, []
+    return found, [
+        f"the loss sends no gradient to {len(silent)} layers ({_some(silent)}): exclude them; if the model is compiled,"
+        " compile it after the run is made"
+    ]
+
+
+def _alone(taps: Taps, loss: Loss, samples: int, notes: list[str]) -> Grads:
+    """Each sample's own gradient by autograd, projected; of layers whose weight can have one."""
+    learning: dict[str, list[list[Tensor]]] = {}
+    for name, holders in taps.holders.items():
+        parameters = [adapter.parameters(module) for module, adapter in holders]
+        if all(p.is_floating_point() and p.is_leaf for group in parameters for p in group):
+            learning[name] = parameters
+    others = [name for name in taps.holders if name not in learning]
+    if others:
+        notes.append(f"the weights of {_some(others)} can have no gradient of their own (quantised?): not compared")
+    flat = list({id(p): p for groups in learning.values() for group in groups for p in group}.values())
+    rows: dict[str, list[Tensor]] = {name: [] for name in learning}
+    for i in range(samples):
+        value = _call(loss, slice(i, i + 1))
+        grads = torch.autograd.grad(value, flat, allow_unused=True) if value.requires_grad else [None] * len(flat)
+        of = {id(p): g for p, g in zip(flat, grads, strict=True)}
+        for name, groups in learning.items():
+            dw: Tensor | int = 0
+            for (_, adapter), group in zip(taps.holders[name], groups, strict=True):
+                # the gradient of a shared weight is the whole one already: taken once
+                own = [of.pop(id(p), None) for p in group]
+                dw = dw + adapter.matrix(
+                    [torch.zeros_like(p) if g is None else g for p, g in zip(group, own, strict=True)]
+                )
+            assert isinstance(dw, Tensor)
+            p_in, p_out = taps.factors[name]
+            g = dw.double() if p_out is None else p_out.double() @ dw.double()
+            rows[name].append(g if p_in is None else g @ p_in.double().T)
+    return {name: torch.stack(parts) for name, parts in rows.items()}
+
+
+def _tolerance(taps: Taps) -> float:
+    """Batched and single products round differently; 16-bit ones to 2^-8 each."""
+    narrow = any(
+        p.dtype.itemsize < 4 for group in taps.holders.values() for m, adapter in group for p in adapter.parameters(m)
+    )
+    return 0.1 if narrow or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 1e-3
+
+
+def _compare(captured: Grads, exact: Grads, rtol: float, problems: list[str]) -> float | None:
+    """The error; what is wrong is added to `problems`."""
+    names = [name for name in captured if name in exact]
+    if not names:
+        return None
+    got = {name: captured[name].flatten(1).cpu() for name in names}
+    true = {name: exact[name].flatten(1).cpu() for name in names}
+    # each sample's factor: that of its middle layer, which one wrong layer does not move
+    factors = torch.stack([(got[n] * true[n]).sum(1) / true[n].square().sum(1).clamp_min(1e-300) for n in names])
+    factor = factors.median(0).values
+    errors = {}
+    for name in names:
+        wanted = factor[:, None] * true[name]
+        size = wanted.norm(dim=1)
+        floor = 1e-3 * float(size.max())  # a sample of almost no gradient is judged by the others' size
+        errors[name] = float(((got[name] - wanted).norm(dim=1) / size.clamp_min(max(floor, 1e-300))).max())
+    wrong = [name for name in names if errors[name] > rtol]
+    samples = len(factor)
+    if 2 * len(wrong) > len(names):
+        if not any(p.startswith("batch norm") for p in problems):
+            worst = min(float(torch.nn.functional.cosine_similarity(got[n], true[n], dim=1).min()) for n in wrong)
+            problems.append(
+                f"samples are coupled: gradients in a batch are not those of the samples alone (cosine down to"
+                f" {worst:.2f}): the loss or the model mixes the samples of a batch (a contrastive loss, batch"
+                " statistics, attention across samples); log them one at a time, or use a loss that is a sum over"
+                " samples"
+            )
+        return None
+    for name in wrong:
+        problems.append(
+            f"layer {name!r}: captured gradients differ from autograd's by {errors[name]:.0%} of their size: its weight"
+            " is also used outside of its own forward (a functional call, a tied copy that was excluded) or another"
+            " hook changes its input; exclude the layer"
+        )
+    _judge_factor(factor, samples, rtol, problems)
+    return max(errors.values())
+
+
+def _judge_factor(factor: Tensor, samples: int, rtol: float, problems: list[str]) -> None:
+    low, high = float(factor.min()), float(factor.max())
+    if abs(low - 1) <= 10 * rtol and abs(high - 1) <= 10 * rtol:
+        return
+    if abs(low * samples - 1) <= 10 * rtol and abs(high * samples - 1) <= 10 * rtol:
+        problems.append(
+            f"the loss is a mean over the batch: every gradient is divided by the batch size ({samples}), so rows of"
+            " unequal batches cannot be compared; use reduction='sum', or multiply the loss by the batch size"
+        )
+        return
+    problems.append(
+        f"the loss is divided by something of the whole batch: a sample's gradient in it is {low:.3g} to {high:.3g}"
+        " times its own (a mean over all positions?), so it depends on its batch-mates; sum over positions and samples"
+    )
