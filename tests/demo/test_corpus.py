@@ -88,15 +88,19 @@ def test_a_folder_without_docstrings_is_an_error(tmp_path):
         stdlib_corpus(root=tmp_path)
 
 
-def test_limit_keeps_a_part(library):
-    part = stdlib_corpus(200)
-    assert len(part.train) + len(part.held_out) == 200
-    assert {p.id for p in part.train + part.held_out} <= {p.id for p in library.train + library.held_out}
+def test_limit_and_modules_keep_a_part(tmp_path):
+    for size, module in enumerate(("few", "some", "many"), start=1):
+        functions = (f'def f{i}():\n    """{_sentence(f"{module} {i}")}"""' for i in range(4 * size))
+        _write(tmp_path, f"{module}.py", "\n".join(functions))
 
+    def kept(**options) -> dict[str, str]:
+        corpus = stdlib_corpus(root=tmp_path, low=20, **options)
+        return {p.id: p.source for p in corpus.train + corpus.held_out}
 
-def test_modules_keeps_the_largest(library):
-    part = stdlib_corpus(modules=5)
-    assert len({p.source for p in part.train + part.held_out}) == 5
+    assert len(kept()) == 24
+    assert set(kept(limit=7)) <= set(kept(limit=8)) <= set(kept())
+    assert len(kept(limit=7)) == 7
+    assert set(kept(modules=2).values()) == {"some", "many"}
 
 
 @pytest.mark.parametrize("high", [50, 120, 400])

@@ -25,9 +25,10 @@ def _arguments(*options: str) -> argparse.Namespace:
 
 
 @pytest.fixture
-def small(monkeypatch, settings):
-    """The demo with the tests' small model."""
+def small(monkeypatch, settings, corpus):
+    """The demo with the tests' small model and corpus."""
     monkeypatch.setattr(main, "Settings", lambda **given: replace(settings, **given))
+    monkeypatch.setattr(main, "stdlib_corpus", lambda limit, modules: corpus)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def trained(texts, tokenizer, settings):
 
 def test_the_whole_demo(small, tmp_path, capsys):
     out = tmp_path / "out"
-    options = _arguments("--out", str(out), "--steps", "12", "--passages", "80", "--removed", "3", "--seeds", "2")
+    options = _arguments("--out", str(out), "--steps", "12", "--removed", "3", "--seeds", "2")
     assert demo.run(options) == 0
     printed = capsys.readouterr().out
     assert f"Report: {out / 'report.html'}" in printed
@@ -53,7 +54,7 @@ def test_the_whole_demo(small, tmp_path, capsys):
 
 
 def test_a_second_run_replaces_the_first(small, tmp_path):
-    options = _arguments("--out", str(tmp_path), "--steps", "4", "--passages", "80", "--no-proof", "--rank", "4")
+    options = _arguments("--out", str(tmp_path), "--steps", "4", "--no-proof", "--rank", "4")
     (tmp_path / "notes.txt").write_text("mine")
     assert demo.run(options) == 0
     first = (tmp_path / "report.html").stat().st_mtime_ns
@@ -96,7 +97,7 @@ def test_scores_are_in_the_corpus_order(corpus, tokenizer, settings, trained, tm
 def test_the_store_answers_for_the_saved_model(small, tmp_path):
     from logra_kernels.integrations import causal_lm
 
-    demo.run(_arguments("--out", str(tmp_path), "--steps", "4", "--passages", "80", "--no-proof"))
+    demo.run(_arguments("--out", str(tmp_path), "--steps", "4", "--no-proof"))
     model, tokenizer = causal_lm.load(tmp_path / "model")
     with Run(tmp_path / "store", model) as run, run.query(ids=["q"]) as query:
         causal_lm.loss_sum(model, causal_lm.encode(tokenizer, ["Return the"])).backward()
