@@ -30,7 +30,9 @@ format: $(VENV)/lint.stamp
 	find csrc python \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' \) -print0 | xargs -0 $(BIN)/clang-format -i
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m pytest bench
+	mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-json=build/bench.json
+	$(BIN)/python bench/record.py build/bench.json
 
 # On a machine with a CUDA device, in its own Python: builds in place and installs nothing.
 test-gpu:
@@ -39,7 +41,9 @@ test-gpu:
 
 bench-gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest bench
+	mkdir -p build
+	PYTHONPATH=. $(PYTHON) -m pytest bench --benchmark-json=build/bench.json
+	$(PYTHON) bench/record.py build/bench.json
 
 wheel: $(VENV)/torch.stamp
 	$(PIP) build
