@@ -4,7 +4,7 @@ For a few samples, the rows captured from one batch are compared with P_out dW P
 by itself. What a difference looks like tells what causes it, and it is said in words.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -133,6 +133,16 @@ def _call(loss: Loss, part: slice) -> Tensor:
     return value.reshape(())
 
 
+def _gradients(value: Tensor, wanted: list[Tensor]) -> Sequence[Tensor | None]:
+    """By each of `wanted`; nothing is added to anybody's `.grad`."""
+    if not value.requires_grad:
+        return [None] * len(wanted)
+    try:
+        return torch.autograd.grad(value, wanted, allow_unused=True)
+    except RuntimeError as error:
+        raise _Found(f"the backward pass failed: {' '.join(str(error).split())[:300]}") from error
+
+
 def _check_loss(loss: Loss, samples: int, problems: list[str]) -> None:
     whole = slice(0, samples)
     with torch.no_grad():
@@ -196,8 +206,8 @@ def _captured(taps: Taps, loss: Loss, samples: int) -> tuple[Grads, list[str]]:
             raise _Found(
                 "the loss has no gradient: it was computed under no_grad, detached, or reaches no tapped layer"
             )
-        value.backward()
-        grads = {name: probe.grad for name, probe in taps.probes.items()}
+        probes = taps.probes
+        grads = dict(zip(probes, _gradients(value, list(probes.values())), strict=True))
     finally:
         taps.active = False
     silent = [name for name, grad in grads.items() if grad is None or not bool(grad.any())]
@@ -227,7 +237,7 @@ def _alone(taps: Taps, loss: Loss, samples: int, notes: list[str]) -> Grads:
     rows: dict[str, list[Tensor]] = {name: [] for name in learning}
     for i in range(samples):
         value = _call(loss, slice(i, i + 1))
-        grads = torch.autograd.grad(value, flat, allow_unused=True) if value.requires_grad else [None] * len(flat)
+        grads = _gradients(value, flat)
         of = {id(p): g for p, g in zip(flat, grads, strict=True)}
         for name, groups in learning.items():
             dw: Tensor | int = 0
@@ -246,9 +256,8 @@ def _alone(taps: Taps, loss: Loss, samples: int, notes: list[str]) -> Grads:
 
 def _tolerance(taps: Taps) -> float:
     """Batched and single products round differently; 16-bit ones to 2^-8 each."""
-    narrow = any(
-        p.dtype.itemsize < 4 for group in taps.holders.values() for m, adapter in group for p in adapter.parameters(m)
-    )
+    held = [pair for holders in taps.holders.values() for pair in holders]
+    narrow = any(p.dtype.itemsize < 4 for module, adapter in held for p in adapter.parameters(module))
     return 0.1 if narrow or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 1e-3
 
 

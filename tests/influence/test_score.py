@@ -66,7 +66,7 @@ def test_ties_keep_row_order_over_blocks(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mode", influence.MODES)
 def test_groups_add_up_to_the_score(case, mode):
-    store, rows, queries = case
+    store, _, queries = case
     factor, solved, own = asked(store, queries, mode)
     whole = influence.scores(store, solved, mode, own)
     every = influence.group_scores(store, solved, None, mode, own, factor=factor)
