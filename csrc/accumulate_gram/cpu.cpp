@@ -11,7 +11,6 @@
 namespace lgk::accumulate_gram {
 namespace {
 
-constexpr int64_t kPanelsPerRun = 32;
 constexpr int64_t kMostBlock = 192;  // side of a block of out: two packed panels and their product fit the L2 cache
 constexpr int64_t kLeastBlock = 48;  // below this, packing costs more than a second thread gains
 

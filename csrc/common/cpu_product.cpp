@@ -10,7 +10,6 @@
 namespace lgk {
 namespace {
 
-constexpr int64_t kPanelsPerRun = 32;
 constexpr int64_t kRun = kPanelsPerRun * kPanel;
 // Columns of b that are packed at a time, which bounds the packed copy to kColumns * kRun numbers.
 constexpr int64_t kColumns = 256;

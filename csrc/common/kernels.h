@@ -14,7 +14,9 @@ namespace lgk {
 
 // Terms that are summed one after the other; the sums of such panels are then added. Bounds the rounding error of long
 // sums.
-constexpr int64_t kPanel = 256;
+constexpr int64_t kPanel = 128;
+// Panels whose sums are added before the total so far is added to them: very long sums are three levels deep.
+constexpr int64_t kPanelsPerRun = 64;
 // Row length of an A tile: a constant, so that the rows of a register tile are constant offsets from one pointer; not a
 // power of two, so that they do not share cache sets.
 constexpr int64_t kTileLd = kPanel + 16;

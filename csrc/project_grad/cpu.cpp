@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kMostTileRows = 120;
 // Numbers of a thread's share of a block of projected positions: what is left of an L2 cache of 1 MiB beside an A tile.
 constexpr int64_t kTileNumbers = 49152;
+// Positions, counted from a sample's start, whose panels are summed before they are added to G.
+constexpr int64_t kPositions = 4 * kPanel;
 constexpr int64_t kOuterRows = 48;  // rows of G that make a task
 
 template <typename T>
@@ -74,7 +76,8 @@ struct Projector {
   }
 };
 
-// Whole panels of one sample. The first part of a sample writes its G, so that an empty sample needs a part too.
+// Whole runs of kPositions of one sample, or its end. The first part of a sample writes its G, so that an empty sample
+// needs a part too.
 struct Part {
   int64_t sample, start, count;
   bool first;
@@ -94,7 +97,7 @@ Plan make_plan(const Shape& shape, int64_t capacity) {
     int64_t at = shape.start(n);
     const int64_t first = at, end = shape.start(n + 1);
     do {
-      int64_t room = (capacity - used) / kPanel * kPanel;
+      int64_t room = (capacity - used) / kPositions * kPositions;
       if (end - at <= capacity - used) room = end - at;
       if (room > 0 || at == end) plan.parts.push_back({n, at, room, at == first});
       at += room;
@@ -120,14 +123,15 @@ struct Accumulator {
     const int64_t row = task * kOuterRows, rows = std::min(kOuterRows, dy.k - row);
     T* g = out + (part.sample * dy.k + row) * x.k;
     if (part.count == 0) std::fill_n(g, rows * x.k, T{0});
-    for (int64_t t = 0; t < part.count; t += kPanel) {
-      const int64_t depth = std::min(kPanel, part.count - t);
-      x.kernels.outer(dy.block + (at + t) * dy.ld() + row, dy.ld(), rows, x.block + (at + t) * x.ld(), x.ld(), x.k,
-                      depth, sum, x.ld(), false);
-      const bool store = part.first && t == 0;
+    for (int64_t start = 0; start < part.count; start += kPositions) {
+      const int64_t end = std::min(part.count, start + kPositions);
+      for (int64_t t = start; t < end; t += kPanel) {
+        x.kernels.outer(dy.block + (at + t) * dy.ld() + row, dy.ld(), rows, x.block + (at + t) * x.ld(), x.ld(), x.k,
+                        std::min(kPanel, end - t), sum, x.ld(), t > start);
+      }
+      const bool store = part.first && start == 0;
       for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < x.k; ++j)
-          g[i * x.k + j] = store ? sum[i * x.ld() + j] : g[i * x.k + j] + sum[i * x.ld() + j];
+        for (int64_t j = 0; j < x.k; ++j) g[i * x.k + j] = sum[i * x.ld() + j] + (store ? T{0} : g[i * x.k + j]);
       }
     }
   }
@@ -171,8 +175,8 @@ void project_grad(const Side& x_side, const Side& dy_side, const Rows& weights, 
       threads_for(double(positions) * (double(shape.d_in) * shape.k_in + double(shape.d_out) * shape.k_out), n_threads);
   Projector<T> x = {kernels, x_side, shape.d_in, shape.k_in, nullptr, nullptr};
   Projector<T> dy = {kernels, dy_side, shape.d_out, shape.k_out, nullptr, nullptr};
-  const int64_t share = std::max(kPanel, kTileNumbers / (x.ld() + dy.ld()) / kernels.row_tile * kernels.row_tile);
-  const int64_t capacity = std::min(share * n_threads, std::max(kPanel, positions));
+  const int64_t share = std::max(kPositions, kTileNumbers / (x.ld() + dy.ld()) / kernels.row_tile * kernels.row_tile);
+  const int64_t capacity = std::min(share * n_threads, std::max(kPositions, positions));
   const Plan plan = make_plan(shape, capacity);
 
   const int64_t scratch_size =

@@ -1,9 +1,9 @@
 // G[n] = sum_{t of n} w[t] (P_out dy[t]) (P_in x[t])^T, one pass over the positions.
 //
 // A block of positions is projected into a tile each thread can keep in cache, and each sample's part of the block is
-// then added to its G. Order of summation: over d, panels of kPanel terms added in order; over t, panels of kPanel
-// positions counted from the sample's start, added in order. Neither the batch nor the thread count changes the bits of
-// a G. Memory: the packed projections, and per thread two tiles.
+// then added to its G. Order of summation: over d, panels of kPanel terms added in order; over t, counted from the
+// sample's start, panels of kPanel positions added in order, four of them before they are added to G. Neither the batch
+// nor the thread count changes the bits of a G. Memory: the packed projections, and two tiles a thread.
 #pragma once
 #include "common/rows.h"
 
