@@ -58,7 +58,9 @@ def _array(name: str, values: Any, kind: pa.DataType | None, count: int) -> pa.A
     if len(values) != count:
         raise StoreError(f"column {name!r} has {len(values)} values for {count} rows; give one for each row")
     try:
-        array = values if isinstance(values, pa.Array) else pa.array(values)
+        # A type given at once saves most of the time, but would cut 2.5 to the integer 2, which a cast refuses.
+        given = kind if kind == pa.string() else None
+        array = values if isinstance(values, pa.Array) else pa.array(values, given)
         if kind is not None and array.type != kind:
             array = array.cast(kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeError) as error:
