@@ -1,7 +1,7 @@
 """What logging costs on top of the model's own forward and backward, a whole model at a time.
 
-A Llama-shaped model (8 layers, hidden 512, intermediate 1408, vocabulary 8192; random weights, all frozen), its 24 MLP
-linears tapped at k = 64, 8 x 256 tokens in fp32. Every provider does the same forward and backward; the steps are timed in
+A Llama-shaped model (8 layers, hidden 512, intermediate 1408, vocabulary 8192; random weights, frozen), its 24 MLP
+linears tapped at k = 64, 8 x 256 tokens in fp32. Every provider does the same forward and backward; steps are timed in
 turn, round by round, and each round gives a ratio to the plain step of that round.
 """
 
