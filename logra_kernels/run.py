@@ -191,7 +191,8 @@ class Run(Analysis):
         self._factors.clear()
         self._row_statistics.clear()
 
-    def _commit(self) -> GradientStore:
+    def commit(self) -> GradientStore:
+        """Commit every row logged so far; the store, which shows them."""
         if self._writing:
             self.store.close()
             self._store, self._writing = GradientStore.open(self.path), False
@@ -203,7 +204,7 @@ class Run(Analysis):
         Args:
             progress: Called with numbers of rows, which add up to 2 N, or to less where results are kept already.
         """
-        self._commit()
+        self.commit()
         self._solved(None, progress)
         self._statistics(("self_influence", "l2", "l1"), None, progress)
 
@@ -211,7 +212,7 @@ class Run(Analysis):
         """Commit what was logged and take the taps off the model. A `with` statement does it by itself."""
         self.taps.detach()
         if self._writing:
-            self._commit()
+            self.commit()
 
     def __enter__(self) -> "Run":
         return self
@@ -222,7 +223,7 @@ class Run(Analysis):
     def _solved(self, damping: float | Damping | None, progress: Progress | None = None) -> Factor:
         if damping not in self._factors:
             if self._curvature is None:
-                self._curvature = self._kind.of(self._commit(), progress)
+                self._curvature = self._kind.of(self.commit(), progress)
             self._factors[damping] = self._curvature.factorize(damping)
         return self._factors[damping]
 

@@ -111,7 +111,7 @@ def layer_scores(
     found = {}
     for name, part in store.slices.items():
         value = torch.einsum("qd,qkd->qk", solved[:, part].float(), rows[:, part][where])
-        value = value if own is None else value - 0.5 * own[:, part].sum(1)[where]
+        value = value if own is None else value - 0.5 * own[:, part].sum(1).float()[where]
         found[name] = value if scale is None else value * scale[indices]
     return found
 

@@ -33,6 +33,10 @@ class Analysis(ABC):
     def store(self) -> GradientStore: ...
 
     @abstractmethod
+    def commit(self) -> GradientStore:
+        """Commit every row logged so far; the store, which shows them."""
+
+    @abstractmethod
     def _solved(self, damping: float | Damping | None) -> Factor: ...
 
     @abstractmethod
@@ -47,8 +51,8 @@ class Analysis(ABC):
         """The factor, the query after its solve [Q, D], the statistics that the mode needs."""
         if mode not in influence.MODES:
             raise ValueError(f"influence: mode is {mode!r}; it must be one of {', '.join(influence.MODES)}")
+        query.check(self.commit().dim)
         factor = self._solved(damping)
-        query.check(self.store.dim)
         return factor, factor.solve(query.rows), self._statistics(influence.NEEDS[mode], damping)
 
     def self_influence(self, damping: float | Damping | None = None) -> Tensor:
@@ -154,7 +158,7 @@ class Analysis(ABC):
         Raises:
             LograError: No such row.
         """
-        place = {row: i for i, row in enumerate(self.store.ids)}
+        place = {row: i for i, row in enumerate(self.commit().ids)}
         absent = [i for i in ids if i not in place]
         if absent:
             raise LograError(f"the store {self.store.path} has no row {absent[0]!r}; see store.ids")
@@ -201,7 +205,7 @@ class Analysis(ABC):
         Raises:
             ValueError: No such column, or as in `scores`.
         """
-        columns = self.store.columns
+        columns = self.commit().columns
         if column not in columns:
             raise ValueError(f"value: the store has no column {column!r}; it has {', '.join(columns) or 'none'}")
         return influence.value(self.scores(query, "dot", damping, rows=rows), columns[column], rows=rows)

@@ -106,13 +106,13 @@ def _aligned(name: str, members: Members) -> Iterator[tuple[Analysis, Query, Ten
     if not members:
         raise ValueError(f"{name}: give at least one (run, query)")
     first = members[0]
-    ids = first[0].store.ids
+    ids = first[0].commit().ids
     for run, query in members:
         if query.ids != first[1].ids:
             raise LograError(
                 f"{name}: the queries of {run.store.path} are {query.ids}, not {first[1].ids}; ask the same"
             )
-        place = {row: i for i, row in enumerate(run.store.ids)}
+        place = {row: i for i, row in enumerate(run.commit().ids)}
         differ = set(place) ^ set(ids)
         if differ:
             raise LograError(
