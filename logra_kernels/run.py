@@ -224,6 +224,8 @@ class Run(Analysis):
         if damping not in self._factors:
             if self._curvature is None:
                 self._curvature = self._kind.of(self.commit(), progress)
+            for other in [kept for kept in self._factors if kept is not None]:
+                del self._factors[other]  # a factor is as large as the curvature: the default's and one more are held
             self._factors[damping] = self._curvature.factorize(damping)
         return self._factors[damping]
 

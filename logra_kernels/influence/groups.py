@@ -77,20 +77,21 @@ def group_scores(
     if rows is not None:
         check_mask(rows, len(store))
     chosen, slices = layer_groups(list(store.layers), groups), store.slices
-    found = {group: torch.zeros(len(solved), len(store)) for group in chosen}
+    device = solved.device
+    found = {group: torch.zeros(len(solved), len(store), device=device) for group in chosen}
     for start, block in store.blocks(block_bytes(store, len(solved))):
         part = slice(start, start + len(block))
         own = None if shift is None else _own(block, factor)
         for group, layers in chosen.items():
             for layer in layers:
-                found[group][:, part] += score_block(solved[:, slices[layer]], block[:, slices[layer]])
+                found[group][:, part] += score_block(solved[:, slices[layer]], block[:, slices[layer]].to(device))
                 if own is not None:
-                    found[group][:, part] -= 0.5 * own[:, slices[layer]].sum(1)
+                    found[group][:, part] -= 0.5 * own[:, slices[layer]].sum(1).to(device)
     for value in found.values():
         if scale is not None:
-            value *= scale
+            value *= scale.to(device)
         if rows is not None:
-            value[:, ~rows] = torch.nan
+            value[:, ~rows.to(device)] = torch.nan
     return found
 
 

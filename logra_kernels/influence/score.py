@@ -102,12 +102,12 @@ def scores(
     scale, shift = adjustment(mode, statistics, len(store))
     found = store.score(solved)
     if scale is not None:
-        found *= scale
+        found *= scale.to(found.device)
     if shift is not None:
-        found += shift
+        found += shift.to(found.device)
     if rows is not None:
         check_mask(rows, len(store))
-        found[:, ~rows] = torch.nan
+        found[:, ~rows.to(found.device)] = torch.nan
     return found
 
 
@@ -174,16 +174,17 @@ def _ranked(
 ) -> list[TopK]:
     """A `TopK` for each end asked for (True: largest), with scores adjusted and rows left out block by block."""
     _check(store, solved, k, rows)
-    best = [(solved.new_zeros(len(solved), 0), torch.zeros(len(solved), 0, dtype=torch.int64)) for _ in ends]
+    device, scores = solved.device, solved.new_zeros(len(solved), 0)
+    best = [(scores, torch.zeros_like(scores, dtype=torch.int64)) for _ in ends]
     for start, block in store.blocks(block_bytes(store, len(solved))):
         part = slice(start, start + len(block))
         index = torch.arange(part.start, part.stop) if rows is None else rows[part].nonzero()[:, 0] + start
-        found = score_block(solved, block if rows is None else block[rows[part]])
-        found = found if scale is None else found * scale[index]
-        found = found if shift is None else found + shift[index]
+        found = score_block(solved, (block if rows is None else block[rows[part]]).to(device))
+        found = found if scale is None else found * scale[index].to(device)
+        found = found if shift is None else found + shift[index].to(device)
         for i, largest in enumerate(ends):
             values, order = _first(torch.cat([best[i][0], found], dim=1), k, largest)
-            numbers = torch.cat([best[i][1], index.expand(len(solved), -1)], dim=1)
+            numbers = torch.cat([best[i][1], index.to(device).expand(len(solved), -1)], dim=1)
             best[i] = values, numbers.gather(1, order)
     return [TopK(values, numbers, _names(store.ids, numbers)) for values, numbers in best]
 

@@ -69,7 +69,11 @@ def positions_flat(x: Tensor) -> Tensor:
 
 
 def _projected(rows: Tensor, p: Tensor | None) -> Tensor:
-    return rows if p is None else project_rows(rows, p)
+    """P rows; 16-bit ones in fp32, since single positions do not average their rounding away."""
+    if p is None:
+        return rows
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return project_rows(rows.to(wide), p.to(wide))
 
 
 class LinearAdapter(Adapter):

@@ -81,7 +81,7 @@ def _unchanged(model: nn.Module, taps: Taps) -> Iterator[None]:
         for p in (p for module, adapter in holders for p in adapter.parameters(module) if p.is_floating_point()):
             p.requires_grad_(True)
     try:
-        with torch.random.fork_rng(), torch.enable_grad():
+        with torch.random.fork_rng({p.device.index for p, _ in flags if p.is_cuda}), torch.enable_grad():
             yield
     finally:
         taps.active = False
@@ -90,7 +90,8 @@ def _unchanged(model: nn.Module, taps: Taps) -> Iterator[None]:
             p.requires_grad_(flag)
         with torch.no_grad():
             for name, value in model.named_buffers():
-                value.copy_(kept[name])
+                if name in kept and kept[name].shape == value.shape:
+                    value.copy_(kept[name])
 
 
 def _modes(model: nn.Module) -> list[str]:

@@ -23,8 +23,8 @@ def asked(store, queries, mode, damping=None):
     )
 
 
-def close(got, exact, rtol=2e-5):
-    torch.testing.assert_close(got.double(), exact, rtol=rtol, atol=rtol * exact.abs().max().item())
+def close(got, exact, rtol=1e-6):
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=rtol * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("damping", [None, 0.5])

@@ -95,6 +95,21 @@ def test_weighted_positions_count_by_weight_even_where_they_are_nan():
     assert not tokens.shares[:, 1, 3:].any()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_bf16_model_and_autocast(whole):
+    model, ids = TinyTransformer(), torch.randint(0, 20, (N, T + 1))
+
+    def autocast_loss(model, ids):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not whole):
+            logits = model(ids[:, :-1])
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+    rows, m, tokens = both(model.bfloat16() if whole else model, ids, kinds=ALL, f=autocast_loss)
+    assert tokens.shares.dtype == torch.float32
+    exact = m @ rows.T
+    assert float((tokens.shares.sum(-1) - exact).abs().max()) <= 2e-3 * float(exact.abs().max())
+
+
 def test_a_layer_without_token_positions_is_named():
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Flatten(1), nn.Linear(T * 8, 3))
     message = r"positions of layer '3' are \(3,\); they must be \(3, 7\)"
