@@ -172,7 +172,8 @@ class Analysis(ABC):
         """Share out scores over positions: forward and backward of the rows in question, [N, T] tokens, go inside.
 
         With `run.tokens(query)` around training rows, `shares` [Q, N, T] are every train position's parts of the dot
-        scores; summed over T they are the scores (to the rounding of the stored rows). Around the query's own batch
+        scores; summed over T they are the scores (to the rounding of the stored rows); divided by the root of a row's
+        self-influence, its parts of l-RelatIF. Around the query's own batch
         with `run.tokens(run.stored(ids))`, they are every query position's parts.
 
         Args:

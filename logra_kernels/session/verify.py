@@ -64,7 +64,7 @@ def verify(model: nn.Module, taps: Taps, loss: Loss, samples: int, rtol: float |
             notes += _check_shapes(taps, loss, samples)
             captured, silent = _captured(taps, loss, samples)
             problems += silent
-            exact = _alone(taps, loss, samples, notes)
+            exact = _alone(taps, loss, samples, _comparable(model, taps, notes))
             error = _compare(captured, exact, rtol or _tolerance(taps), problems)
         except _Found as found:
             problems.append(str(found))
@@ -224,16 +224,32 @@ def _captured(taps: Taps, loss: Loss, samples: int) -> tuple[Grads, list[str]]:
     ]
 
 
-def _alone(taps: Taps, loss: Loss, samples: int, notes: list[str]) -> Grads:
-    """Each sample's own gradient by autograd, projected; of layers whose weight can have one."""
-    learning: dict[str, list[list[Tensor]]] = {}
+def _comparable(model: nn.Module, taps: Taps, notes: list[str]) -> dict[str, list[list[Tensor]]]:
+    """Layer -> the parameters of each of its holders, where autograd's gradient of them is the layer's own."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append((name, module))
+    found: dict[str, list[list[Tensor]]] = {}
     for name, holders in taps.holders.items():
+        tapped = [module for module, _ in holders]
         parameters = [adapter.parameters(module) for module, adapter in holders]
-        if all(p.is_floating_point() and p.is_leaf for group in parameters for p in group):
-            learning[name] = parameters
-    others = [name for name in taps.holders if name not in learning]
-    if others:
-        notes.append(f"the weights of {_some(others)} can have no gradient of their own (quantised?): not compared")
+        flat = [p for group in parameters for p in group]
+        elsewhere = [other for p in flat for other, module in owners.get(id(p), []) if module not in tapped]
+        if elsewhere:
+            notes.append(
+                f"layer {name!r} shares its weight with {elsewhere[0]!r}, which is not tapped: rows hold its own part"
+                " of the gradient only, not compared; tap both (kinds=, include=) for the whole"
+            )
+        elif all(p.is_floating_point() and p.is_leaf for p in flat):
+            found[name] = parameters
+        else:
+            notes.append(f"the weight of layer {name!r} can have no gradient of its own (quantised?): not compared")
+    return found
+
+
+def _alone(taps: Taps, loss: Loss, samples: int, learning: dict[str, list[list[Tensor]]]) -> Grads:
+    """Each sample's own gradient by autograd, projected."""
     flat = list({id(p): p for groups in learning.values() for group in groups for p in group}.values())
     rows: dict[str, list[Tensor]] = {name: [] for name in learning}
     for i in range(samples):
@@ -269,12 +285,12 @@ def _compare(captured: Grads, exact: Grads, rtol: float, problems: list[str]) ->
         return None
     got = {name: captured[name].flatten(1).cpu() for name in names}
     true = {name: exact[name].flatten(1).cpu() for name in names}
-    # each sample's factor: that of its middle layer, which one wrong layer does not move
-    factors = torch.stack([(got[n] * true[n]).sum(1) / true[n].square().sum(1).clamp_min(1e-300) for n in names])
-    factor = factors.median(0).values
+    # each sample's factor: that of its middle layer, which one wrong layer does not move; NaN if it has no gradient
+    factor = torch.stack([(got[n] * true[n]).sum(1) / true[n].square().sum(1) for n in names]).nanmedian(0).values
+    alive = ~factor.isnan()
     errors = {}
     for name in names:
-        wanted = factor[:, None] * true[name]
+        wanted = factor.nan_to_num()[:, None] * true[name]
         size = wanted.norm(dim=1)
         floor = 1e-3 * float(size.max())  # a sample of almost no gradient is judged by the others' size
         errors[name] = float(((got[name] - wanted).norm(dim=1) / size.clamp_min(max(floor, 1e-300))).max())
@@ -296,15 +312,16 @@ def _compare(captured: Grads, exact: Grads, rtol: float, problems: list[str]) ->
             " is also used outside of its own forward (a functional call, a tied copy that was excluded) or another"
             " hook changes its input; exclude the layer"
         )
-    _judge_factor(factor, samples, rtol, problems)
+    if bool(alive.any()):
+        _judge_factor(factor[alive], samples, min(10 * rtol, 0.2), problems)
     return max(errors.values())
 
 
-def _judge_factor(factor: Tensor, samples: int, rtol: float, problems: list[str]) -> None:
+def _judge_factor(factor: Tensor, samples: int, near: float, problems: list[str]) -> None:
     low, high = float(factor.min()), float(factor.max())
-    if abs(low - 1) <= 10 * rtol and abs(high - 1) <= 10 * rtol:
+    if abs(low - 1) <= near and abs(high - 1) <= near:
         return
-    if abs(low * samples - 1) <= 10 * rtol and abs(high * samples - 1) <= 10 * rtol:
+    if abs(low * samples - 1) <= near and abs(high * samples - 1) <= near:
         problems.append(
             f"the loss is a mean over the batch: every gradient is divided by the batch size ({samples}), so rows of"
             " unequal batches cannot be compared; use reduction='sum', or multiply the loss by the batch size"

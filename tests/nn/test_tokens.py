@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import logra_kernels as lk
 from logra_kernels.errors import LograError
@@ -93,6 +94,15 @@ def test_weighted_positions_count_by_weight_even_where_they_are_nan():
     rows, m, tokens = both(model, x, weights=weights, f=lambda model, x: ((model(x) - target) ** 2).nan_to_num().sum())
     torch.testing.assert_close(tokens.shares.sum(-1), m @ rows.T, rtol=1e-4, atol=1e-4)
     assert not tokens.shares[:, 1, 3:].any()
+
+
+def test_checkpointed_blocks():
+    class Checkpointed(TinyTransformer):
+        def block(self, x):
+            return checkpoint(super().block, x, use_reentrant=False)
+
+    rows, m, tokens = both(Checkpointed().double(), torch.randint(0, 20, (N, T + 1)), kinds=ALL)
+    torch.testing.assert_close(tokens.shares.sum(-1), m @ rows.T, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -85,6 +85,14 @@ def test_tied_and_reused_layers_are_fine_and_said(tmp_path):
     assert "note: layer 'block'" in str(report)
 
 
+def test_a_tied_copy_that_is_not_tapped_is_said(tmp_path):
+    model, ids = LanguageModel(), torch.randint(0, 20, (N, T))
+    report = check(tmp_path, model, lambda part: model(ids[part]).square().sum(), include=["head", "conv"])
+    assert report.ok, str(report)
+    assert len(report.notes) == 1
+    assert "layer 'head' shares its weight with 'wte', which is not tapped" in report.notes[0]
+
+
 def test_batch_mean_and_token_mean(tmp_path):
     model, (x, target) = net(), data()
     one_problem(check(tmp_path, model, squared(model, x, target, "mean")), "mean over the batch", "(4)")
@@ -94,6 +102,18 @@ def test_batch_mean_and_token_mean(tmp_path):
         return ((model(x[part]) - target[part]).square().sum(-1) * counted[part]).sum() / counted[part].sum()
 
     one_problem(check(tmp_path, model, token_mean), "divided by something of the whole batch", "0.0909 to 0.455")
+
+
+def test_batch_mean_in_half_precision_and_a_sample_without_loss(tmp_path):
+    model, (x, target) = net().bfloat16(), (v.bfloat16() for v in data())
+    one_problem(check(tmp_path, model, squared(model, x, target, "mean")), "mean over the batch")
+    model, (x, target) = net(), data()
+    counted = torch.tensor([1.0, 0.0, 1.0, 1.0])
+
+    def skips_one(part):
+        return ((model(x[part]) - target[part]).square().sum((1, 2)) * counted[part]).sum()
+
+    assert check(tmp_path, model, skips_one).ok
 
 
 def test_dropout(tmp_path):
