@@ -35,7 +35,7 @@ def _print_facts(store: GradientStore) -> None:
     print(f"store           {store.path}")
     print(f"rows            {len(store):,}")
     print(f"row             {store.dim:,} numbers, {store.dtype}")
-    print(f"size            {store.nbytes / 1e6:,.1f} MB in {len(shards)} shards of up to {per_shard:,} rows")
+    print(f"size            {store.nbytes / 1e6:,.1f} MB in {session.shards(len(shards))} of up to {per_shard:,} rows")
     print(f"columns         {', '.join(store.table.column_names)}")
     projection = store.projection or {}
     print(f"projection      {', '.join(f'{name} {value}' for name, value in projection.items()) or 'none'}")
@@ -65,4 +65,4 @@ def _verify(store: GradientStore) -> None:
     with session.progress_bar(rows, 0, "verify") as bar:
         for _, block in store.blocks():
             bar.update(len(block))
-    print(f"verified        {len(store.manifest.shards)} shards, every checksum fits")
+    print(f"verified        {session.shards(len(store.manifest.shards))}, every checksum fits")

@@ -69,7 +69,10 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, rows: list[TextRow], model: nn.Module, tokenizer: Any) -> int:
     from logra_kernels.projection import Projection
     from logra_kernels.run import Run
+    from logra_kernels.store import GradientStore
 
+    if GradientStore.exists(args.out):
+        session.check_model(GradientStore.open(args.out), model)
     longest = session.max_length(model, args.max_length)
     started = time.monotonic()
     with Run(
@@ -178,6 +181,6 @@ def _summarize(logging: Run, new: int, log_seconds: float, finalize_seconds: flo
     rate = f", {new / log_seconds:,.1f} rows/s" if new and log_seconds > 0 else ""
     print(f"store     {out}: {len(store):,} rows ({len(store) - new:,} were there before)")
     print(f"row       {store.dim:,} numbers from {len(store.layers)} layers, {store.dtype}")
-    print(f"size      {store.nbytes / 1e6:,.1f} MB in {len(store.manifest.shards)} shards")
+    print(f"size      {store.nbytes / 1e6:,.1f} MB in {session.shards(len(store.manifest.shards))}")
     print(f"log       {log_seconds:.1f} s{rate}")
     print(f"finalize  {finalize_seconds:.1f} s for curvature and self-influence")

@@ -52,10 +52,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="logra", description="Which training examples made the model say this, and what is each worth?"
     )
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{" + ",".join(VERBS) + "}")
     for verb, summary in VERBS.items():
         child = verbs.add_parser(verb, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if verb in arguments:
+        if verb == chosen:
             # Only the verb at hand is imported: `logra --help` stays fast and one broken verb stops no other.
             module = importlib.import_module(f"logra_kernels.cli.{verb}")
             module.add_arguments(child)

@@ -214,8 +214,11 @@ def test_log_refuses_other_data_in_the_same_store(fails, model_dir, texts, uncha
 
 def test_another_model_is_refused(fails, data, texts, unchanged, tmp_path):
     other = tiny_lm.save(tmp_path / "other", seed=1)
-    assert "model" in fails("log", other, data, "--out", unchanged, *SHAPE)
-    assert "model" in fails("query", unchanged, "--model", other, "--text", texts[0])
+    assert "model: the store has" in fails("log", other, data, "--out", unchanged, *SHAPE)
+    assert "model: the store has" in fails("query", unchanged, "--model", other, "--text", texts[0])
+    smaller = tiny_lm.save(tmp_path / "smaller", layers=1)
+    assert "7 of its 15 layers are not in this one" in fails("log", smaller, data, "--out", unchanged, *SHAPE)
+    assert "7 of its 15 layers are not in this one" in fails("query", unchanged, "--model", smaller, "--text", texts[0])
 
 
 def test_a_folder_that_is_no_store(fails, model_dir, data, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cli.conftest import ROWS, SHAPE, call, contents
 
+from logra_kernels.run import Run
 from logra_kernels.store import GradientStore
 
 
@@ -35,26 +36,18 @@ def log(model_dir, data, store):
     return ["log", model_dir, data, "--out", store, *SHAPE]
 
 
-@pytest.fixture(scope="module")
-def timed():
-    """Seconds from the first file of a store to the end of its run, for each run that was let go to its end."""
-    return []
-
-
-def test_a_forked_process_logs_the_same_bytes(commands, log, store, whole, timed):
-    commands.start(*log)
-    _await_rows(store, 0)
-    started = time.monotonic()
-    assert commands.wait() == (0, [])
-    timed.append(time.monotonic() - started)
+def test_a_forked_process_logs_the_same_bytes(commands, log, store, whole):
+    assert commands.run(*log) == (0, [])
     assert contents(store) == contents(whole)
 
 
 @pytest.mark.parametrize("moment", range(10))
-def test_kill_9_at_a_random_moment(commands, log, store, whole, timed, moment):
+def test_kill_9_at_a_random_moment(commands, log, store, whole, moment):
+    # Drawn over the run's progress, and then some milliseconds, so that a slow machine is hit everywhere too.
+    draw = random.Random(moment)
     pid = commands.start(*log)
-    _await_rows(store, 0)
-    time.sleep(random.Random(moment).uniform(0.0, max(timed, default=0.5)))
+    _await_rows(store, draw.randint(0, ROWS))
+    time.sleep(draw.uniform(0.0, 0.03))
     os.kill(pid, signal.SIGKILL)
     code, _ = commands.wait()
     # The run may have been done already; nothing else ends it in another way.
@@ -75,6 +68,19 @@ def test_ctrl_c_leaves_a_store_that_the_shown_command_completes(commands, log, s
     assert lines[0].startswith("logra: interrupted; what was logged is kept, go on with: logra log ")
     assert 16 <= len(GradientStore.open(store)) < ROWS
     assert commands.run(*shlex.split(lines[0].partition(": logra ")[2])) == (0, [])
+    assert contents(store) == contents(whole)
+
+
+def test_ctrl_c_while_the_curvature_is_computed(log, store, whole, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finalize", interrupted)
+        assert call(*log) == 130
+    assert "go on with: logra log" in capsys.readouterr().err
+    assert len(GradientStore.open(store)) == ROWS
+    assert call(*log) == 0
     assert contents(store) == contents(whole)
 
 

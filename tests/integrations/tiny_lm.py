@@ -29,8 +29,8 @@ def tokenizer(bos: bool = True):
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>", **names)
 
 
-def model(seed: int = 0):
-    """Two layers of width 32, 4 heads, 128 positions."""
+def model(seed: int = 0, layers: int = 2):
+    """Layers of width 32, 4 heads, 128 positions."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -38,7 +38,7 @@ def model(seed: int = 0):
         vocab_size=300,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -47,8 +47,8 @@ def model(seed: int = 0):
     return LlamaForCausalLM(config).eval()
 
 
-def save(path: Path, seed: int = 0, bos: bool = True) -> Path:
+def save(path: Path, seed: int = 0, bos: bool = True, layers: int = 2) -> Path:
     """Write the model and the tokenizer to `path`."""
-    model(seed).save_pretrained(path)
+    model(seed, layers).save_pretrained(path)
     tokenizer(bos).save_pretrained(path)
     return path
