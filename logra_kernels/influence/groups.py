@@ -76,23 +76,34 @@ def group_scores(
     scale, shift = adjustment(mode, statistics, len(store))
     if rows is not None:
         check_mask(rows, len(store))
-    chosen, slices = layer_groups(list(store.layers), groups), store.slices
+    slices = store.slices
+    chosen = {group: _spans([slices[n] for n in names]) for group, names in layer_groups(list(slices), groups).items()}
     device = solved.device
     found = {group: torch.zeros(len(solved), len(store), device=device) for group in chosen}
     for start, block in store.blocks(block_bytes(store, len(solved))):
         part = slice(start, start + len(block))
         own = None if shift is None else _own(block, factor)
-        for group, layers in chosen.items():
-            for layer in layers:
-                found[group][:, part] += score_block(solved[:, slices[layer]], block[:, slices[layer]].to(device))
+        for group, spans in chosen.items():
+            for span in spans:
+                found[group][:, part] += score_block(solved[:, span], block[:, span].to(device))
                 if own is not None:
-                    found[group][:, part] -= 0.5 * own[:, slices[layer]].sum(1).to(device)
+                    found[group][:, part] -= 0.5 * own[:, span].sum(1).to(device)
     for value in found.values():
         if scale is not None:
             value *= scale.to(device)
         if rows is not None:
             value[:, ~rows.to(device)] = torch.nan
     return found
+
+
+def _spans(parts: list[slice]) -> list[slice]:
+    """The same columns with neighbours joined."""
+    joined: list[slice] = []
+    for part in parts:
+        if joined and joined[-1].stop == part.start:
+            part = slice(joined.pop().start, part.stop)
+        joined.append(part)
+    return joined
 
 
 def layer_scores(

@@ -111,8 +111,9 @@ def _stream(
     found = {name: torch.empty(len(store)) for name in [*NORMS, *curved]}
     for start, rows in store.blocks():
         part = slice(start, start + len(rows))
-        found["l2"][part] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        found["l1"][part] = torch.linalg.vector_norm(rows, ord=1, dim=1, dtype=torch.float64)
+        wide = rows.float()
+        found["l2"][part] = torch.linalg.vector_norm(wide, dim=1)
+        found["l1"][part] = wide.abs().sum(1)  # pairwise sums; vector_norm(ord=1) adds one by one and loses digits
         if factor is not None and "self_influence" in curved:
             found["self_influence"][part] = factor.quadratic(rows).float()
         if factor is not None and "solved_norm" in curved:
