@@ -74,6 +74,15 @@ def tracin(
     return total
 
 
+def member_scores(members: Members, mode: str = "dot", *, damping: float | Damping | None = None) -> Iterator[Tensor]:
+    """Each member's scores [Q, N] fp32, rows in the first member's order; a list of them gives `value` its error bars.
+
+    Args, Raises: As in `ensemble`.
+    """
+    for run, query, order in _aligned("ensemble", members):
+        yield run.scores(query, mode, damping)[:, order]
+
+
 def ensemble(members: Members, mode: str = "dot", *, damping: float | Damping | None = None) -> Ensemble:
     """Mean and standard error of the members' scores.
 
@@ -87,8 +96,8 @@ def ensemble(members: Members, mode: str = "dot", *, damping: float | Damping | 
     """
     mean = spread = torch.empty(0)
     count = 0
-    for run, query, order in _aligned("ensemble", members):
-        scores = run.scores(query, mode, damping)[:, order].double()
+    for scores in member_scores(members, mode, damping=damping):
+        scores = scores.double()
         count += 1
         if count == 1:
             mean, spread = scores, torch.zeros_like(scores)

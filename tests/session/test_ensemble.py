@@ -5,8 +5,9 @@ import torch
 from session.models import N, make_run
 
 import logra_kernels as lk
+from logra_kernels import influence
 from logra_kernels.errors import LograError
-from logra_kernels.session import ensemble, tracin
+from logra_kernels.session import ensemble, member_scores, tracin
 
 
 @pytest.fixture
@@ -50,6 +51,16 @@ def test_ensemble_mean_and_standard_error(members, mode):
     best = every.mean(0).topk(4).indices
     assert top.ids == [[f"row{i}" for i in row] for row in best.tolist()]
     assert ensemble(members[:1]).standard_error is None
+
+
+def test_values_with_error_bars_over_seeds(members):
+    first = members[0][0]
+    table = influence.value(list(member_scores(members)), first.store.columns["source"])
+    each = [{line.source: line.value for line in run.value(query).lines} for run, query in members]
+    for line in table.lines:
+        values = torch.tensor([values[line.source] for values in each], dtype=torch.float64)
+        assert line.value == pytest.approx(float(values.mean()), rel=1e-5)
+        assert line.error == pytest.approx(float(values.std() / 3**0.5), rel=1e-4)
 
 
 def test_what_does_not_match_is_refused(members, tmp_path):
