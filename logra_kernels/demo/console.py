@@ -2,7 +2,8 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,18 @@ def progress(title: str) -> Callable[..., Any]:
     """A tqdm with a title; where stderr is a file it writes a line every ten seconds instead of redrawing."""
     live = sys.stderr.isatty()
     return partial(tqdm, desc=f"{title:<24}", dynamic_ncols=live, mininterval=0.2 if live else 10.0)
+
+
+@contextmanager
+def steps(title: str, total: int) -> Iterator[Callable[[float], None]]:
+    """A bar of training steps, moved by a function of the running loss."""
+    with progress(title)(total=total, unit="step") as bar:
+
+        def step(loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        yield step
 
 
 def stage(text: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from logra_kernels import report
@@ -56,9 +57,10 @@ def run(args: argparse.Namespace) -> int:
         f"{platform.python_version()} ({len(corpus.held_out)} held out)"
     )
     outcomes = []
-    for seed in range(args.seeds):
-        place = out if seed == 0 else out / "seeds" / str(seed)
-        outcomes.append(_seed(args, place, corpus, tokenizer, replace(settings, seed=seed), clock))
+    with _one_thread():
+        for seed in range(args.seeds):
+            place = out if seed == 0 else out / "seeds" / str(seed)
+            outcomes.append(_seed(args, place, corpus, tokenizer, replace(settings, seed=seed), clock))
     result = page.build(corpus, settings, outcomes, clock.seconds, rank=args.rank, removed=args.removed)
     for answer in result.answers:
         console.answer(answer)
@@ -71,6 +73,21 @@ def run(args: argparse.Namespace) -> int:
     if args.open:
         webbrowser.open(path.as_uri())
     return 0
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Give torch one thread, and the former number back.
+
+    In matrices this small threads wait for each other longer than they work, by far so when a core is taken by someone
+    else; and with one thread the numbers do not depend on how many cores there are.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _clean(out: Path) -> Path:
@@ -96,8 +113,8 @@ def _seed(
     name = "" if args.seeds == 1 else f" (seed {settings.seed})"
     texts = [passage.text for passage in corpus.train]
     model = new_model(settings, tokenizer)
-    with clock.stage("training"):
-        loss = train(model, tokenizer, texts, settings, progress=console.progress("training" + name))
+    with clock.stage("training"), console.steps("training" + name, settings.steps) as step:
+        loss = train(model, tokenizer, texts, settings, on_step=step)
     model.save_pretrained(place / "model")
     tokenizer.save_pretrained(place / "model")
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -121,9 +138,9 @@ def _seed(
     removed = proof.Removal.draw(found.top_union(args.removed), len(texts), settings.seed)
     losses = {}
     if not args.no_proof:
-        losses["full"] = proof.per_token(model, batch)
-        for arm, rows in (("random", removed.random), ("top", removed.top)):
-            with clock.stage("retraining"):
-                bar = console.progress(f"without {arm}{name}")
-                losses[arm] = proof.retrained_losses(texts, tokenizer, settings, rows, batch, bar)
+        arms = {"random": removed.random, "top": removed.top}
+        losses["full"] = proof.per_token(model, tokenizer, asked, settings.max_length)
+        title = f"training twice again{name}"
+        with clock.stage("proof"), console.progress(title)(total=2 * settings.steps, unit="step") as bar:
+            losses |= proof.retrain(arms, texts, tokenizer, settings, asked, bar.update)
     return page.Outcome(asked, found, nll.tolist(), tokens.tolist(), removed, losses, parameters)

@@ -147,7 +147,7 @@ def _facts(
                 ("transformers", transformers.__version__),
                 ("Python", platform.python_version()),
                 ("corpus", corpus.fingerprint),
-                ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
+                ("machine", platform.machine()),
             ],
         ),
     ]

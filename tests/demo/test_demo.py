@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from logra_kernels import demo
 from logra_kernels.demo import attribution, main, proof, queries
@@ -29,6 +28,13 @@ def small(monkeypatch, settings, corpus):
     """The demo with the tests' small model and corpus."""
     monkeypatch.setattr(main, "Settings", lambda **given: replace(settings, **given))
     monkeypatch.setattr(main, "stdlib_corpus", lambda limit, modules: corpus)
+
+
+@pytest.fixture
+def one_thread():
+    """As in the demo, whose numbers do not depend on the number of cores."""
+    with main._one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +118,7 @@ def test_queries_are_four_continuations_and_two_held_out(corpus, tokenizer, trai
     assert [question.completion in texts for question in asked] == [False] * 4 + [True] * 2
     nll, tokens = queries.losses(trained, queries.encode(tokenizer, asked, settings.max_length))
     assert bool((tokens > 0).all())
-    assert proof.per_token(trained, queries.encode(tokenizer, asked, settings.max_length)) == pytest.approx(
-        (nll / tokens).tolist()
-    )
+    assert proof.per_token(trained, tokenizer, asked, settings.max_length) == pytest.approx((nll / tokens).tolist())
 
 
 def test_held_out_passages_come_from_the_largest_modules():
@@ -141,13 +145,19 @@ def test_arms_differ_in_the_removed_rows_alone():
     assert proof.Removal.draw(range(6), total=8, seed=0).random == {6, 7}
 
 
-def test_no_removal_gives_the_same_losses_again(texts, tokenizer, settings):
-    asked = queries.encode(tokenizer, [queries.Question("q", "", texts[0], "")], settings.max_length)
+def test_retraining_differs_from_training_by_the_removed_rows_alone(texts, tokenizer, settings, one_thread):
+    asked = [queries.Question("q1", "", texts[0], ""), queries.Question("q2", "Return ", texts[1], "")]
     model = new_model(settings, tokenizer)
     train(model, tokenizer, texts, settings)
-    again = proof.retrained_losses(texts, tokenizer, settings, frozenset(), asked)
-    assert again == proof.per_token(model, asked)
-    without = proof.retrained_losses(texts, tokenizer, settings, frozenset({0}), asked)
-    assert np.isfinite(without).all()
-    assert without != again
-    assert torch.is_grad_enabled()
+    steps: list[int] = []
+    arms = {"none": frozenset[int](), "some": frozenset({0, 1})}
+    losses = proof.retrain(arms, texts, tokenizer, settings, asked, steps.append)
+    assert losses["none"] == proof.per_token(model, tokenizer, asked, settings.max_length)
+    assert losses["some"] != losses["none"]
+    assert np.isfinite(losses["some"]).all()
+    assert sum(steps) == 2 * settings.steps
+
+
+def test_a_failing_retraining_is_not_waited_for(texts, tokenizer, settings):
+    with pytest.raises(LograError, match="no token to predict"):
+        proof.retrain({"none": frozenset()}, texts, tokenizer, settings, [queries.Question("q", "x", "", "")])
