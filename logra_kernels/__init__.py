@@ -1,5 +1,7 @@
 """Fused kernels for gradient-projection data attribution."""
 
+from logra_kernels.curvature import Damping
+from logra_kernels.errors import LograError, StoreError, StoreMismatch
 from logra_kernels.nn import Taps, capture
 from logra_kernels.ops import (
     accumulate_gram,
@@ -11,20 +13,27 @@ from logra_kernels.ops import (
 )
 from logra_kernels.projection import Projection
 from logra_kernels.run import Query, Run
+from logra_kernels.session import ensemble, tracin
 from logra_kernels.store import GradientStore
 
 __all__ = [
+    "Damping",
     "GradientStore",
+    "LograError",
     "Projection",
     "Query",
     "Run",
+    "StoreError",
+    "StoreMismatch",
     "Taps",
     "accumulate_gram",
     "backends",
     "capture",
+    "ensemble",
     "project_grad",
     "project_rows",
     "score_block",
     "score_topk",
+    "tracin",
 ]
 __version__ = "0.1.0"

@@ -69,8 +69,9 @@ class Run(Analysis):
         if self._store is not None:
             projection = projection or Projection.from_dict(self._store.projection or {})
             bias = self._store.meta.get("bias", False) if bias is None else bias
+            stored = self._layers_of(self._store)
             if include is None and exclude is None and kinds is None:
-                include, kinds = list(self._store.layers), list(KINDS)
+                include, kinds = stored, list(KINDS)
         self._dtype = dtype or (self._store.dtype if self._store is not None else "fp32")
         self._bias = bool(bias)
         self.taps: Taps = capture(model, projection, include, exclude, kinds=kinds or DEFAULT_KINDS, bias=self._bias)
@@ -81,6 +82,17 @@ class Run(Analysis):
         self._factors: dict[float | Damping | None, Factor] = {}
         self._row_statistics: dict[float | Damping | None, dict[str, Tensor]] = {}
         self.taps.attach()
+
+    def _layers_of(self, store: GradientStore) -> list[str]:
+        here = {name for name, _ in getattr(self.model, "_orig_mod", self.model).named_modules()}
+        absent = [name for name in store.layers if name not in here]
+        if absent:
+            raise StoreMismatch(
+                f"the store {self.path} was made with another model: {len(absent)} of its {len(store.layers)} layers"
+                f" are not in this one ({', '.join(absent[:4])}{', ...' if len(absent) > 4 else ''}); give the model"
+                " it was logged with, or log this one into another store"
+            )
+        return list(store.layers)
 
     def _check(self, store: GradientStore) -> None:
         differs = []

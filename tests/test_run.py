@@ -184,6 +184,13 @@ def test_another_model_projection_layers_or_dtype_is_refused(tmp_path):
         lk.Run(tmp_path / "s", model, dtype="bf16", fingerprints={"loss": "mse"})
 
 
+def test_a_model_without_the_stored_layers_is_refused(tmp_path):
+    with lk.Run(tmp_path / "s", make_model()) as run:
+        log_all(run, run.model)
+    with pytest.raises(StoreMismatch, match=r"another model: 1 of its 2 layers are not in this one \(2\)"):
+        lk.Run(tmp_path / "s", nn.Sequential(nn.Linear(6, 8), nn.Tanh()))
+
+
 def test_other_kinds_of_layers_and_biases_are_found_again(tmp_path):
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     with lk.Run(tmp_path / "s", model, kinds=["linear", "norm"], bias=True) as run:

@@ -69,10 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, rows: list[TextRow], model: nn.Module, tokenizer: Any) -> int:
     from logra_kernels.projection import Projection
     from logra_kernels.run import Run
-    from logra_kernels.store import GradientStore
 
-    if GradientStore.exists(args.out):
-        session.check_model(GradientStore.open(args.out), model)
     longest = session.max_length(model, args.max_length)
     started = time.monotonic()
     with Run(

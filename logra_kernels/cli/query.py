@@ -64,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
     # Before the model is loaded, which takes longer than to see that there is no store.
     store = GradientStore.open(args.store)
     model, tokenizer = causal_lm.load(args.model, session.device(args.device))
-    session.check_model(store, model)
     longest = session.max_length(model, session.stored_max_length(store.fingerprints))
     facts = session.fingerprints(tokenizer, longest)
     known = {name: value for name, value in facts.items() if name in store.fingerprints}

@@ -9,13 +9,12 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from logra_kernels.errors import LograError, StoreMismatch
+from logra_kernels.errors import LograError
 
 if TYPE_CHECKING:
     from torch import nn
     from tqdm import tqdm
 
-    from logra_kernels.store import GradientStore
 
 DEFAULT_MAX_LENGTH = 512
 _LOSS = "next-token negative log-likelihood, summed over at most {} tokens"
@@ -57,21 +56,6 @@ def max_length(model: nn.Module, asked: int | None) -> int:
     if limit is not None and asked > limit:
         raise LograError(f"--max-length {asked} exceeds the model's {limit} positions; use at most {limit}")
     return asked
-
-
-def check_model(store: GradientStore, model: nn.Module) -> None:
-    """Say that the model is another one where even its layers have other names; fingerprints see every other case.
-
-    Raises:
-        StoreMismatch: A layer of the store is not in the model.
-    """
-    modules = {name for name, _ in model.named_modules()}
-    absent = [name for name in store.layers if name not in modules]
-    if absent:
-        raise StoreMismatch(
-            f"{store.path} was logged with another model: {len(absent)} of its {len(store.layers)} layers are not in "
-            f"this one ({absent[0]}, ...); give the model it was logged with, or log this one into another store"
-        )
 
 
 def shards(count: int) -> str:
