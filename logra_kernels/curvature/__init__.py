@@ -2,11 +2,12 @@ from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.factor import Factor
 from logra_kernels.curvature.fisher import RawFisher
 from logra_kernels.curvature.kronecker import CorrectedKronecker, Kronecker
+from logra_kernels.curvature.shrunk import Shrunk
 from logra_kernels.curvature.simple import Diagonal, Identity
 from logra_kernels.curvature.statistics import Curvature
 
 CURVATURES: dict[str, type[Curvature]] = {
-    curvature.kind: curvature for curvature in (Identity, RawFisher, Diagonal, Kronecker, CorrectedKronecker)
+    curvature.kind: curvature for curvature in (Identity, RawFisher, Diagonal, Kronecker, CorrectedKronecker, Shrunk)
 }
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "Identity",
     "Kronecker",
     "RawFisher",
+    "Shrunk",
 ]

@@ -37,8 +37,11 @@ def dense_block(kind: str, part: torch.Tensor, shape: tuple[int, int]) -> torch.
         return fisher.diagonal().diag()
     left = sum(m @ m.T for m in g) / n
     right = sum(m.T @ m for m in g) / n
+    product = torch.kron(left, right) / left.trace()
     if kind == "kronecker":
-        return torch.kron(left, right) / left.trace()
+        return product
+    if kind == "shrunk":
+        return (fisher + product) / 2
     basis = torch.kron(torch.linalg.eigh(left)[1], torch.linalg.eigh(right)[1])
     return basis @ (basis.T @ fisher @ basis).diagonal().diag() @ basis.T
 
@@ -74,7 +77,7 @@ def test_kept_beside_the_store_and_following_the_rows(tmp_path, kind, count):
     first = CURVATURES[kind].of(store).factorize().solve(queries)
     seen: list[int] = []
     again = CURVATURES[kind].of(GradientStore.open(store.path), progress=seen.append)
-    few = kind == "raw" and count == 7  # the rows themselves are what would be kept
+    few = kind in ("raw", "shrunk") and count == 7  # the rows themselves are what would be kept
     assert seen == ([7] if few else []), "the kept one was measured again"
     assert torch.equal(again.factorize().solve(queries), first)
     with GradientStore.open(store.path, mode="append") as writer:
@@ -134,7 +137,7 @@ def test_a_layer_without_gradients_is_named(tmp_path, kind):
         CURVATURES[kind].of(store).factorize()
 
 
-@pytest.mark.parametrize("kind", ["raw", "diagonal", "kronecker", "corrected-kronecker"])
+@pytest.mark.parametrize("kind", ["raw", "diagonal", "kronecker", "corrected-kronecker", "shrunk"])
 def test_singular_without_damping_is_an_error(tmp_path, kind):
     rows = torch.randn(37, 22)
     rows[:, :4] = 0
