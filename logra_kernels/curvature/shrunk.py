@@ -2,7 +2,7 @@
 
 F is unbiased but, with fewer rows than its d (d + 1) / 2 numbers, far too certain of the directions it has seen and
 blind to the others; the Kronecker product knows every direction but assumes a structure. Their mean is the classical
-remedy (Ledoit & Wolf 2004), with a structured target in place of the identity. Both parts come from the stored rows alone.
+remedy (Ledoit & Wolf 2004), with a structured target in place of the identity. Both come from the stored rows alone.
 """
 
 from typing import Self
