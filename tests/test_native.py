@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,67 @@ one = torch.ones(1, 1, dtype=torch.float16)
 assert torch.equal(lk.project_rows(every_half, one, backend="cpp"), every_half.float())
 """
 
+# Sizes on both sides of every edge: lanes, pairs, register tiles, panels, strips, few columns and many.
+IS_EXACT_FOR_ANY_THREAD_COUNT = """
+import random
+import torch
+import logra_kernels as lk
+from tolerance import assert_as_good_as_naive
+
+random.seed(1)
+torch.manual_seed(1)
+
+def threads_agree(f):
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(f())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    return found[0]
+
+def draw(rows, d, dtype):
+    kind = random.choice(("contiguous", "wide", "transposed", "odd"))
+    if kind == "transposed":
+        return torch.randn(d, rows).to(dtype).T
+    whole = torch.full((rows + 1, 2 * d + 5), float("nan"), dtype=dtype)
+    views = {"wide": whole[1:, 3 : 3 + d], "odd": whole[1:, : 2 * d : 2]}
+    view = views.get(kind, torch.empty(rows, d, dtype=dtype))
+    return view.copy_(torch.randn(rows, d))
+
+for _ in range(80):
+    dtype = random.choice((torch.float32, torch.bfloat16, torch.bfloat16, torch.float16, torch.float64))
+    d = random.choice((1, 2, 15, 31, 33, 255, 257, 700, 1025, 2049, 8193, 16500))
+    q, n = random.choice((1, 2, 3, 4, 5, 8, 9, 16, 33, 70)), random.choice((1, 3, 5, 16, 61, 200))
+    queries, rows = draw(q, d, dtype), draw(n, d, dtype)
+    if dtype != torch.float64 and random.random() < 0.3:
+        queries = queries.float()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scores = threads_agree(lambda: lk.score_block(queries, rows, backend="cpp"))
+    exact = queries.double() @ rows.double().T
+    assert_as_good_as_naive(scores, exact, queries.to(wide) @ rows.to(wide).T)
+    cut = random.randrange(n + 1)
+    parts = [lk.score_block(queries, part, backend="cpp") for part in (rows[:cut], rows[cut:])]
+    assert torch.equal(scores, torch.cat(parts, 1)), "the block changes the bits"
+    values = threads_agree(lambda: lk.score_topk(queries, rows, 2, backend="cpp")[0])
+    assert torch.equal(values, scores.topk(min(2, n)).values)
+    p = queries.to(dtype)
+    projected = threads_agree(lambda: lk.project_rows(rows, p, backend="cpp"))
+    assert_as_good_as_naive(projected, rows.double() @ p.double().T, rows.to(wide) @ p.to(wide).T)
+
+    samples, t = random.choice((1, 3)), random.choice((1, 7, 130, 520))
+    d_in, d_out = min(d, 2049), random.choice((3, 513))
+    k_in, k_out = random.choice((1, 8, 17, 64)), random.choice((2, 16, 33))
+    x, dy = (draw(samples * t, size, dtype).unflatten(0, (samples, t)) for size in (d_in, d_out))
+    args = [x, dy, draw(k_in, d_in, dtype), draw(k_out, d_out, dtype)]
+    weights = torch.rand(samples, t, dtype=wide).sub(0.3).clamp_min(0) if random.random() < 0.5 else None
+    got = threads_agree(lambda: lk.project_grad(*args, None, weights, backend="cpp"))
+    exact_weights = None if weights is None else weights.double()
+    exact = lk.project_grad(*(a.double() for a in args), None, exact_weights, backend="reference")
+    naive = lk.project_grad(*(a.to(wide) for a in args), None, weights, backend="reference")
+    assert_as_good_as_naive(got, exact, naive)
+"""
+
 
 def run(code: str, isa: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "LOGRA_KERNELS_ISA": isa}
@@ -76,6 +138,17 @@ def test_the_floor_is_always_there():
 def test_each_instruction_set_agrees_with_the_reference(isa):
     done = run(AGREES_WITH_THE_REFERENCE, isa)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+def test_each_instruction_set_is_exact_for_any_thread_count(isa):
+    done = run(f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})" + IS_EXACT_FOR_ANY_THREAD_COUNT, isa)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bf16_instructions_are_used_where_there_are_any():
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert ("v4bf16" in _C.isas()) == ("avx512_bf16" in flags and "v4" in _C.isas())
 
 
 def test_an_unknown_instruction_set_raises():

@@ -10,6 +10,7 @@ namespace lgk {
 extern const KernelSet kKernelsBase;
 #if LGK_HAS_X86_SETS
 extern const KernelSet kKernelsV3, kKernelsV4;
+extern const Products<float> kPairsV4Bf16;
 #endif
 
 namespace {
@@ -17,12 +18,13 @@ namespace {
 struct Isa {
   const char* name;
   const KernelSet* kernels;
+  const Products<float>* pairs;  // null: bf16 is widened
   bool supported;
 };
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
-    std::vector<Isa> found = {{"base", &kKernelsBase, true}};
+    std::vector<Isa> found = {{"base", &kKernelsBase, nullptr, true}};
 #if LGK_HAS_X86_SETS
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
@@ -31,8 +33,9 @@ const std::vector<Isa>& isas() {
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
-    found.push_back({"v3", &kKernelsV3, v3});
-    found.push_back({"v4", &kKernelsV4, v4});
+    found.push_back({"v3", &kKernelsV3, nullptr, v3});
+    found.push_back({"v4", &kKernelsV4, nullptr, v4});
+    found.push_back({"v4bf16", &kKernelsV4, &kPairsV4Bf16, v4 && __builtin_cpu_supports("avx512bf16")});
 #endif
     return found;
   }();
@@ -69,6 +72,17 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
   return chosen().kernels->f64;
+}
+
+template <>
+const Products<float>& products<float>(Dtype a, Dtype b) {
+  const bool pairs = chosen().pairs != nullptr && a == Dtype::kBF16 && b == Dtype::kBF16;
+  return pairs ? *chosen().pairs : kernels<float>();
+}
+
+template <>
+const Products<double>& products<double>(Dtype, Dtype) {
+  return kernels<double>();
 }
 
 const char* isa_name() { return chosen().name; }

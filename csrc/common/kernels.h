@@ -1,8 +1,9 @@
-// The only code that depends on the instruction set: four kernels in two precisions, one table for each set.
+// The only code that depends on the instruction set: kernels in two precisions, one table for each set.
 //
 // Operands are first packed into tiles of T (float for fp32, bf16 and fp16; double for fp64), padded with zeros, so
 // that the inner loops know neither dtypes nor strides nor ragged edges. A padded row or column only ever reaches
-// padded results.
+// padded results. Where the machine multiplies bf16 itself, two operands of bf16 are packed as they are, a pair of
+// neighbours in the place of one float. Products of few columns read the rows from where they lie.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -21,24 +22,44 @@ constexpr int64_t kPanelsPerRun = 64;
 // power of two, so that they do not share cache sets.
 constexpr int64_t kTileLd = kPanel + 16;
 
+// The terms of a dot product that one lane sums before the total so far is added to them.
+constexpr int64_t kDotChain = 128;
+// Columns of a run of chains: a multiple of kDotChain * lanes in every set, so that cutting there changes no bits.
+constexpr int64_t kDotRun = 8192;
+// The most columns for which rows are read from where they lie, and the rows that are read side by side at most.
+constexpr int64_t kFew = 8;
+constexpr int64_t kDotRows = 4;
+
 template <typename T>
-struct Kernels {
+struct Products {
   int64_t lanes;     // packed columns are padded to a multiple of this
   int64_t row_tile;  // packed rows are padded to a multiple of this
+  int64_t terms;     // what a packed number holds: 1 number, or a pair of bf16
 
-  // dst[r][c] = src[row + r, column + c], row length ld; zeros up to whole lanes and whole row tiles.
+  // dst[r][c] = src[row + r, column + c], row length ld; zeros up to whole lanes and whole row tiles. Pairs start at
+  // `column`; the last one of an odd number of columns ends in a zero.
   void (*pack_rows)(const Rows& src, int64_t row, int64_t rows, int64_t column, int64_t columns, T* dst, int64_t ld);
 
-  // The transpose, for multiply's b: rows row.. of src become the columns of panels [2 * lanes][depth], the last one
-  // maybe of lanes columns. scratch holds lanes * kTileLd; depth <= kPanel.
-  void (*pack_columns)(const Rows& src, int64_t row, int64_t rows, int64_t column, int64_t depth, T* dst, T* scratch);
+  // The transpose, for multiply's b: rows row.. of src become the columns of panels [2 * lanes][packed columns], the
+  // last one maybe of lanes columns. scratch holds lanes * kTileLd; at most kPanel packed columns.
+  void (*pack_columns)(const Rows& src, int64_t row, int64_t rows, int64_t column, int64_t columns, T* dst, T* scratch);
 
-  // c[i][j] (+)= sum_k a[i][k] b[j][k]: a from pack_rows with ld = kTileLd, b from pack_columns; k ascending.
+  // c[i][j] (+)= sum_k a[i][k] b[j][k]: a from pack_rows with ld = kTileLd, b from pack_columns; k ascending. depth
+  // counts packed numbers.
   void (*multiply)(const T* a, int64_t rows, const T* b, int64_t columns, int64_t depth, T* c, int64_t ldc, bool add);
+};
 
+template <typename T>
+struct Kernels : Products<T> {
   // c[i][j] (+)= sum_k a[k][i] b[k][j]: both from pack_rows; k ascending.
   void (*outer)(const T* a, int64_t lda, int64_t rows, const T* b, int64_t ldb, int64_t columns, int64_t depth, T* c,
                 int64_t ldc, bool add);
+
+  // sums[i][j][lane] (+)= sum over a's columns column + k of a[row + i, column + k] b[j][k], k = lane modulo lanes, in
+  // chains of kDotChain. a's columns are neighbours in memory; b comes from pack_rows, its `width` a power of 2 up to
+  // kFew; at most kDotRun columns. sums has room for whole multiples of kDotRows rows.
+  void (*dot)(const Rows& a, int64_t row, int64_t rows, int64_t column, int64_t columns, const T* b, int64_t ldb,
+              int64_t width, T* sums, bool add);
 };
 
 struct KernelSet {
@@ -50,6 +71,10 @@ struct KernelSet {
 // std::invalid_argument when that one is unknown or missing here.
 template <typename T>
 const Kernels<T>& kernels();
+
+// The kernels for products of rows of these two dtypes.
+template <typename T>
+const Products<T>& products(Dtype a, Dtype b);
 
 const char* isa_name();
 

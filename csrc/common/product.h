@@ -12,9 +12,10 @@ struct Output {
 
 // c[i][j] = sum_k a[i][k] b[j][k] for i < m, j < n, k < depth; sizes 0 are allowed and a sum of nothing is 0.
 //
-// Order of summation: panels of kPanel terms, each a chain; the sums of kPanelsPerRun panels are added in order, and
-// then the sums of these runs. Neither m, n nor the thread count changes the bits of a result. a and b may be
-// exchanged.
+// Order of summation, n > kFew: panels of kPanel terms (two bf16 operands on a machine that multiplies bf16: pairs),
+// each a chain; the sums of kPanelsPerRun panels are added in order, and then the sums of these runs. n <= kFew: lane l
+// of a vector sums the terms l modulo lanes, in chains of kDotChain that are added in order; then the lanes are added.
+// Neither m nor the thread count changes the bits of a result, and n only by whether it exceeds kFew.
 template <typename T>
 void multiply_rows(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<T> c, int n_threads);
 

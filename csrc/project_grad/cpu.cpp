@@ -7,6 +7,7 @@
 
 #include "common/buffer.h"
 #include "common/kernels.h"
+#include "common/strip.h"
 #include "common/threads.h"
 
 namespace lgk::project_grad {
@@ -24,42 +25,58 @@ T weight_at(const Rows& weights, int64_t r) {
   return static_cast<const T*>(weights.data)[weights.offset(r)];
 }
 
+template <typename T>
+const Products<T>& products_of(const Side& side) {
+  return side.has_projection ? products<T>(side.positions.dtype, side.projection.dtype) : kernels<T>();
+}
+
 // One side's projection, packed once a call, and the block of projected positions it fills.
 template <typename T>
 struct Projector {
   const Kernels<T>& kernels;
+  const Products<T>& products;
   Side side;
   int64_t d, k;
   T* packed;
   T* block;
 
   int64_t ld() const { return round_up(k, kernels.lanes) + kernels.lanes; }
+  int64_t panel() const { return kPanel * products.terms; }
   int64_t groups() const { return ceil_div(k, 2 * kernels.lanes); }
-  int64_t packed_size() const { return side.has_projection ? round_up(k, kernels.lanes) * d : 0; }
-  int64_t pack_tasks() const { return side.has_projection ? groups() * ceil_div(d, kPanel) : 0; }
+  int64_t packed_size() const {
+    return side.has_projection ? round_up(k, kernels.lanes) * ceil_div(d, products.terms) : 0;
+  }
+  int64_t pack_tasks() const { return side.has_projection ? groups() * ceil_div(d, panel()) : 0; }
+  T* packed_panel(int64_t column) const { return packed + round_up(k, kernels.lanes) * (column / products.terms); }
 
   void pack(int64_t task, T* scratch) const {
-    const int64_t column = task / groups() * kPanel, j = task % groups() * 2 * kernels.lanes;
-    const int64_t depth = std::min(kPanel, d - column);
-    kernels.pack_columns(side.projection, j, std::min(2 * kernels.lanes, k - j), column, depth,
-                         packed + round_up(k, kernels.lanes) * column + j * depth, scratch);
+    const int64_t column = task / groups() * panel(), j = task % groups() * 2 * kernels.lanes;
+    const int64_t here = std::min(panel(), d - column);
+    products.pack_columns(side.projection, j, std::min(2 * kernels.lanes, k - j), column, here,
+                          packed_panel(column) + j * ceil_div(here, products.terms), scratch);
   }
 
   // Positions start .. start + rows - 1 into rows at.. of the block. A position of weight 0 is read as zeros.
-  void project(int64_t start, int64_t rows, int64_t at, const Rows& weights, T* a_tile) const {
+  void project(int64_t start, int64_t rows, int64_t at, const Rows& weights, T* strip) const {
     T* to = block + at * ld();
-    if (!side.has_projection) return copy(start, 0, rows, k, weights, to, ld());
+    if (!side.has_projection) {
+      kernels.pack_rows(side.positions, start, rows, 0, k, to, ld());
+      return mask(start, rows, k, weights, to, ld());
+    }
     if (d == 0) std::fill_n(to, rows * ld(), T{0});
-    for (int64_t column = 0; column < d; column += kPanel) {
-      const int64_t depth = std::min(kPanel, d - column);
-      copy(start, column, rows, depth, weights, a_tile, kTileLd);
-      kernels.multiply(a_tile, rows, packed + round_up(k, kernels.lanes) * column, k, depth, to, ld(), column > 0);
+    for (int64_t begin = 0; begin < d; begin += strip_columns(products)) {
+      const int64_t end = std::min(d, begin + strip_columns(products));
+      pack_strip(products, side.positions, start, rows, begin, end - begin, strip);
+      for (int64_t column = begin; column < end; column += panel()) {
+        T* a = strip + (column - begin) / panel() * panel_size(products, rows);
+        const int64_t depth = ceil_div(std::min(panel(), end - column), products.terms);
+        mask(start, rows, depth, weights, a, kTileLd);
+        products.multiply(a, rows, packed_panel(column), k, depth, to, ld(), column > 0);
+      }
     }
   }
 
-  void copy(int64_t start, int64_t column, int64_t rows, int64_t columns, const Rows& weights, T* to,
-            int64_t to_ld) const {
-    kernels.pack_rows(side.positions, start, rows, column, columns, to, to_ld);
+  void mask(int64_t start, int64_t rows, int64_t columns, const Rows& weights, T* to, int64_t to_ld) const {
     if (weights.data == nullptr) return;
     for (int64_t r = 0; r < rows; ++r) {
       if (weight_at<T>(weights, start + r) == 0) std::fill_n(to + r * to_ld, columns, T{0});
@@ -173,14 +190,14 @@ void project_grad(const Side& x_side, const Side& dy_side, const Rows& weights, 
   const int64_t positions = shape.start(shape.samples) - shape.start(0);
   n_threads =
       threads_for(double(positions) * (double(shape.d_in) * shape.k_in + double(shape.d_out) * shape.k_out), n_threads);
-  Projector<T> x = {kernels, x_side, shape.d_in, shape.k_in, nullptr, nullptr};
-  Projector<T> dy = {kernels, dy_side, shape.d_out, shape.k_out, nullptr, nullptr};
+  Projector<T> x = {kernels, products_of<T>(x_side), x_side, shape.d_in, shape.k_in, nullptr, nullptr};
+  Projector<T> dy = {kernels, products_of<T>(dy_side), dy_side, shape.d_out, shape.k_out, nullptr, nullptr};
   const int64_t share = std::max(kPositions, kTileNumbers / (x.ld() + dy.ld()) / kernels.row_tile * kernels.row_tile);
   const int64_t capacity = std::min(share * n_threads, std::max(kPositions, positions));
   const Plan plan = make_plan(shape, capacity);
 
-  const int64_t scratch_size =
-      std::max((kMostTileRows + kernels.row_tile) * kTileLd, (kOuterRows + kernels.row_tile) * x.ld());
+  const int64_t scratch_size = std::max(kPanelsPerStrip * (kMostTileRows + kernels.row_tile) * kTileLd,
+                                        (kOuterRows + kernels.row_tile) * x.ld());
   const Buffer<T> x_packed(x.packed_size()), dy_packed(dy.packed_size());
   const Buffer<T> x_block((capacity + kernels.row_tile) * x.ld()), dy_block((capacity + kernels.row_tile) * dy.ld());
   const Buffer<T> scratch(scratch_size * n_threads);

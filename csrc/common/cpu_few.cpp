@@ -1,0 +1,85 @@
+#include <omp.h>
+
+#include <algorithm>
+
+#include "common/buffer.h"
+#include "common/few.h"
+#include "common/kernels.h"
+#include "common/threads.h"
+
+namespace lgk {
+namespace {
+
+constexpr int64_t kMostRows = 16;  // rows of a task
+
+int64_t width_of(int64_t columns) {
+  int64_t width = 1;
+  while (width < columns) width *= 2;
+  return width;
+}
+
+// Adds the upper half of the lanes to the lower half until one is left.
+template <typename T>
+T sum_lanes(T* sums, int64_t lanes) {
+  for (int64_t half = lanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
+}
+
+template <typename T>
+struct Few {
+  const Kernels<T>& kernels;
+  Rows a;
+  const T* packed;  // b
+  int64_t ldb, n, width, depth;
+  Output<T> c;
+
+  bool in_place() const { return a.column_stride == 1; }
+  int64_t sums_size() const { return kMostRows * width * kernels.lanes; }
+  int64_t scratch_size() const { return sums_size() + (in_place() ? 0 : kMostRows * std::min(ldb, kDotRun)); }
+
+  void multiply(int64_t row, int64_t rows, T* scratch) const {
+    T* copy = scratch + sums_size();
+    const int64_t ld = std::min(ldb, kDotRun);
+    const Rows copied = matrix(copy, sizeof(T) == sizeof(double) ? Dtype::kF64 : Dtype::kF32, ld, 1);
+    for (int64_t k = 0; k < depth; k += kDotRun) {
+      const int64_t here = std::min(kDotRun, depth - k);
+      if (!in_place()) kernels.pack_rows(a, row, rows, k, here, copy, ld);
+      kernels.dot(in_place() ? a : copied, in_place() ? row : 0, rows, in_place() ? k : 0, here, packed + k, ldb, width,
+                  scratch, k > 0);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        c.data[(row + i) * c.row_stride + j * c.column_stride] =
+            sum_lanes(scratch + (i * width + j) * kernels.lanes, kernels.lanes);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+template <typename T>
+void multiply_few(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<T> c, int n_threads) {
+  const Kernels<T>& kernels = lgk::kernels<T>();
+  n_threads = threads_for(double(m) * depth * kFew, n_threads);
+  const int64_t ldb = round_up(depth, kernels.lanes), width = width_of(n);
+  const Buffer<T> packed(round_up(width, kernels.row_tile) * ldb);
+  kernels.pack_rows(b, 0, n, 0, depth, packed.data(), ldb);
+  std::fill(packed.data() + n * ldb, packed.data() + width * ldb, T{0});
+  const Few<T> few = {kernels, a, packed.data(), ldb, n, width, depth, c};
+  const int64_t size = round_up(few.scratch_size(), kernels.lanes);
+  const Buffer<T> scratch(size * n_threads);
+  const int64_t rows = std::min(kMostRows, round_up(ceil_div(m, 4 * n_threads), kDotRows));
+
+#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
+  for (int64_t i = 0; i < m; i += rows) {
+    few.multiply(i, std::min(rows, m - i), scratch.data() + size * omp_get_thread_num());
+  }
+}
+
+template void multiply_few<float>(const Rows&, int64_t, const Rows&, int64_t, int64_t, Output<float>, int);
+template void multiply_few<double>(const Rows&, int64_t, const Rows&, int64_t, int64_t, Output<double>, int);
+
+}  // namespace lgk

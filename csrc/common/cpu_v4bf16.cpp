@@ -1,0 +1,52 @@
+// AVX512-BF16 beside x86-64-v4: products of two operands of bf16.
+//
+// A packed number is a pair of neighbours, and a step adds both products of a pair to an fp32 sum. The instruction
+// rounds to nearest even, takes subnormal operands for 0 and flushes subnormal products and sums to 0.
+#include "common/isa.h"
+
+#if LGK_HAS_X86_SETS
+#include <immintrin.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "common/kernels.h"
+
+#pragma GCC target("avx,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")
+
+#define LGK_VECTOR_BYTES 64
+#define LGK_ROWS 12
+#define LGK_ROW_STEP 4
+#define LGK_F16C
+#include "common/pack.inc"
+#include "common/tile.inc"
+#include "common/vectors.inc"
+
+namespace lgk {
+namespace {
+
+struct PairProducts {
+  template <typename T>
+  static inline __attribute__((always_inline)) Vec<T> apply(Vec<T> sum, T a, Vec<T> b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+  }
+};
+
+void pack_pairs(const Rows& src, int64_t row, int64_t rows, int64_t column, int64_t columns, float* dst, int64_t ld) {
+  Half* pairs = reinterpret_cast<Half*>(dst);
+  copy_either<Half>(src, row, rows, column, columns, pairs, 2 * ld);
+  const int64_t padded = round_to(columns, 2 * kLanes<float>);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = columns; c < padded; ++c) pairs[r * 2 * ld + c] = Half{0};
+  }
+  for (int64_t r = rows; r < round_to(rows, LGK_ROW_STEP); ++r) zero(dst + r * ld, padded / 2);
+}
+
+}  // namespace
+
+extern const Products<float> kPairsV4Bf16;
+const Products<float> kPairsV4Bf16 = {
+    kLanes<float>, LGK_ROW_STEP, 2, pack_pairs, pack_columns<float, pack_pairs, 2>, multiply<PairProducts, float>};
+
+}  // namespace lgk
+#endif
