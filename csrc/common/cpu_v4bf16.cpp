@@ -20,7 +20,6 @@
 #define LGK_F16C
 #include "common/pack.inc"
 #include "common/tile.inc"
-#include "common/vectors.inc"
 
 namespace lgk {
 namespace {
