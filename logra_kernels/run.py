@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from logra_kernels import influence
-from logra_kernels.curvature import CURVATURES, Curvature, Damping, Factor
+from logra_kernels.curvature import CURVATURES, Curvature, Damping, Factor, keep_covariances
 from logra_kernels.errors import LograError, StoreError, StoreMismatch
-from logra_kernels.nn import DEFAULT_KINDS, KINDS, Taps, capture, model_fingerprint
+from logra_kernels.nn import DEFAULT_KINDS, KINDS, Covariances, Taps, capture, model_fingerprint
 from logra_kernels.projection import Projection
 from logra_kernels.session import Analysis, Query
 from logra_kernels.store import GradientStore
@@ -78,6 +78,7 @@ class Run(Analysis):
         self.fingerprints = {"model": model_fingerprint(model), **(fingerprints or {})}
         if self._store is not None:
             self._check(self._store)
+        self._observed: Covariances | None = None
         self._curvature: Curvature | None = None
         self._factors: dict[float | Damping | None, Factor] = {}
         self._row_statistics: dict[float | Damping | None, dict[str, Tensor]] = {}
@@ -166,6 +167,35 @@ class Run(Analysis):
         query.rows = rows
 
     @contextmanager
+    def observe(self, weights: Tensor | None = None) -> Iterator[None]:
+        """Gather the covariances over positions that curvature "kfac" and "ekfac" are made of, batch by batch.
+
+        Forward and backward of a training batch go inside; any sample of the training data serves, before or after it
+        is logged. A new session's first batch replaces what earlier sessions observed.
+
+        Args:
+            weights: A factor for each position, [N, T]; positions of weight 0 (padding) do not count.
+
+        Raises:
+            LograError: A layer received no gradient, or the covariances are NaN or infinite.
+        """
+        with self._tapped(None, weights), self.taps.covariances(self._observed) as observed:
+            yield
+            observed.samples += next(iter(self.taps.probes.values())).shape[0] if self.taps.probes else 0
+        _ = observed.layers
+        self._observed = observed
+        self._forget()
+        if self._store is not None and not self._writing:
+            self._keep_observed(self._store)
+
+    def _keep_observed(self, store: GradientStore) -> None:
+        if self._observed is not None:
+            layers = self._observed.layers
+            sums = {name: (sums.a.cpu(), sums.b.cpu()) for name, sums in layers.items()}
+            positions = {name: sums.positions for name, sums in layers.items()}
+            keep_covariances(store, sums, positions, self._observed.samples)
+
+    @contextmanager
     def _tapped(self, samples: int | None, weights: Tensor | None) -> Iterator[None]:
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in self.model.modules()):
             warnings.warn("Run: dropout is on, so gradients are random; call model.eval() first", stacklevel=4)
@@ -208,6 +238,7 @@ class Run(Analysis):
         if self._writing:
             self.store.close()
             self._store, self._writing = GradientStore.open(self.path), False
+            self._keep_observed(self._store)
         return self.store
 
     def finalize(self, progress: Progress | None = None) -> None:

@@ -1,17 +1,21 @@
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.factor import Factor
 from logra_kernels.curvature.fisher import RawFisher
+from logra_kernels.curvature.kfac import EKFAC, KFAC, keep_covariances
 from logra_kernels.curvature.kronecker import CorrectedKronecker, Kronecker
 from logra_kernels.curvature.shrunk import Shrunk
 from logra_kernels.curvature.simple import Diagonal, Identity
 from logra_kernels.curvature.statistics import Curvature
 
 CURVATURES: dict[str, type[Curvature]] = {
-    curvature.kind: curvature for curvature in (Identity, RawFisher, Diagonal, Kronecker, CorrectedKronecker, Shrunk)
+    curvature.kind: curvature
+    for curvature in (Identity, RawFisher, Diagonal, Kronecker, CorrectedKronecker, Shrunk, KFAC, EKFAC)
 }
 
 __all__ = [
     "CURVATURES",
+    "EKFAC",
+    "KFAC",
     "CorrectedKronecker",
     "Curvature",
     "Damping",
@@ -21,4 +25,5 @@ __all__ = [
     "Kronecker",
     "RawFisher",
     "Shrunk",
+    "keep_covariances",
 ]

@@ -43,14 +43,20 @@ class Curvature(ABC):
         """
         if len(store) == 0:
             raise LograError(f"curvature: the store {store.path} has no rows; log some first")
-        kept = store.sidecar_read(f"curvature-{cls.kind}")
+        key = cls.key(store)
+        kept = store.sidecar_read(f"curvature-{cls.kind}", key=key)
         if kept is not None:
             return cls.restore(store, kept[0])
         found = cls.measure(store, progress)
         tensors = found.state()
         if tensors:
-            store.sidecar_write(f"curvature-{cls.kind}", tensors)
+            store.sidecar_write(f"curvature-{cls.kind}", tensors, key=key)
         return found
+
+    @classmethod
+    def key(cls, store: GradientStore) -> str:
+        """Hash (hex) of everything it is computed from."""
+        return store.content_hash
 
     @classmethod
     @abstractmethod

@@ -1,7 +1,18 @@
 from logra_kernels.nn.adapters import DEFAULT_KINDS, KINDS
 from logra_kernels.nn.capture import Taps, capture
+from logra_kernels.nn.covariance import Covariances
 from logra_kernels.nn.fingerprint import model_fingerprint
 from logra_kernels.nn.layers import Layer, find_layers
 from logra_kernels.nn.tokens import TokenShares
 
-__all__ = ["DEFAULT_KINDS", "KINDS", "Layer", "Taps", "TokenShares", "capture", "find_layers", "model_fingerprint"]
+__all__ = [
+    "DEFAULT_KINDS",
+    "KINDS",
+    "Covariances",
+    "Layer",
+    "Taps",
+    "TokenShares",
+    "capture",
+    "find_layers",
+    "model_fingerprint",
+]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from logra_kernels.errors import LograError
 from logra_kernels.nn.adapters import DEFAULT_KINDS, X_SIDE_KINDS, Adapter
+from logra_kernels.nn.covariance import Covariances
 from logra_kernels.nn.layers import Layer, find_layers
 from logra_kernels.nn.tap import Tap
 from logra_kernels.nn.tokens import TokenShares
@@ -69,8 +70,8 @@ class _Hook:
         # under autocast x and y may differ from the weight; ids and norms are projected beside dy
         p_in = None if probe.p_in is None else probe.p_in.to(x.dtype if adapter.kind in X_SIDE_KINDS else y.dtype)
         p_out = None if probe.p_out is None else probe.p_out.to(y.dtype)
-        if self.taps.shares is not None:
-            return self.taps.shares.tap(self.name, adapter, y, x, p_in, p_out, weights)
+        if self.taps.mode is not None:
+            return self.taps.mode.tap(self.name, adapter, y, x, p_in, p_out, weights)
         return Tap.apply(y, x, leaf, p_in, p_out, weights, adapter)
 
 
@@ -84,7 +85,7 @@ class Taps:
         self.projection = projection
         self.active = False
         self.weights: Tensor | None = None
-        self.shares: TokenShares | None = None
+        self.mode: TokenShares | Covariances | None = None
         self._layers = layers
         self._probes = {layer.name: _Probe(layer, projection) for layer in layers}
         self._handles: list = []
@@ -125,11 +126,24 @@ class Taps:
         Raises:
             ValueError: `rows` does not fit the layers, or a layer's positions are not the [N, T] of the others.
         """
-        self.shares = TokenShares(self.layers, rows)
+        self.mode = shares = TokenShares(self.layers, rows)
         try:
-            yield self.shares
+            yield shares
         finally:
-            self.shares = None
+            self.mode = None
+
+    @contextmanager
+    def covariances(self, into: Covariances | None = None) -> Iterator[Covariances]:
+        """Gather, instead of gradients, the covariances over positions that KFAC is made of; eager models only.
+
+        Args:
+            into: Earlier ones to go on adding to.
+        """
+        self.mode = covariances = into or Covariances(self.layers)
+        try:
+            yield covariances
+        finally:
+            self.mode = None
 
     def __enter__(self) -> "Taps":
         self.attach()

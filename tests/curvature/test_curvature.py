@@ -10,6 +10,7 @@ from logra_kernels.store import GradientStore
 
 LAYERS = {"a": (3, 4), "b": (2, 5)}
 WIDTHS = [12, 10]
+FROM_ROWS = [kind for kind in CURVATURES if kind not in ("kfac", "ekfac")]
 DAMPINGS = [None, 1e-3, 10.0, Damping(relative=0.7)]
 
 
@@ -55,7 +56,7 @@ def dense(kind: str, rows: torch.Tensor, damping) -> torch.Tensor:
 
 @pytest.mark.parametrize("count", [37, 7], ids=["more rows than dims", "fewer"])
 @pytest.mark.parametrize("damping", DAMPINGS, ids=str)
-@pytest.mark.parametrize("kind", list(CURVATURES))
+@pytest.mark.parametrize("kind", FROM_ROWS)
 def test_solve_whiten_and_quadratic(tmp_path, kind, damping, count):
     store, rows = make_store(tmp_path / "s", count)
     factor = CURVATURES[kind].of(store).factorize(damping)
@@ -69,7 +70,7 @@ def test_solve_whiten_and_quadratic(tmp_path, kind, damping, count):
     torch.testing.assert_close(factor.quadratic(queries), products.diagonal(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("kind", list(CURVATURES))
+@pytest.mark.parametrize("kind", FROM_ROWS)
 @pytest.mark.parametrize("count", [37, 7])
 def test_kept_beside_the_store_and_following_the_rows(tmp_path, kind, count):
     store, _ = make_store(tmp_path / "s", count)
@@ -128,7 +129,7 @@ def test_a_kronecker_product_is_found_exactly(tmp_path):
         torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CURVATURES if kind != "identity"])
+@pytest.mark.parametrize("kind", [kind for kind in FROM_ROWS if kind != "identity"])
 def test_a_layer_without_gradients_is_named(tmp_path, kind):
     rows = torch.randn(37, 22)
     rows[:, 12:] = 0

@@ -49,7 +49,7 @@ def both(model, ids, projection=SMALL, weights=None, f=lm_loss, **options):
         taps.reset(weights=weights)
         with taps.tokens(m) as tokens:
             f(model, ids).backward()
-        assert taps.shares is None
+        assert taps.mode is None
     return rows, m, tokens
 
 
