@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+LIMIT = 900  # seconds for one peer on one checkpoint
 MODULES = {"kronfluence": "kronfluence", "logix-ai": "logix", "traker": "trak"}
 
 
@@ -41,12 +42,18 @@ def scores(case, python: str | None, say) -> dict[str, tuple[Tensor, float]]:
             np.savez(given, **data, **state)
             command = [python, str(Path(__file__).resolve()), package, str(given), str(answer)]
             environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-            done = subprocess.run(
-                command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-            if done.returncode:
-                say(f"  peers: {package} failed: {done.stdout.strip().splitlines()[-1]}")
-                continue
+            with open(Path(folder, "log.txt"), "w+") as log:
+                try:
+                    code = subprocess.run(
+                        command, cwd=folder, env=environment, stdout=log, stderr=log, timeout=LIMIT, check=False
+                    ).returncode
+                except subprocess.TimeoutExpired:
+                    say(f"  peers: {package} took more than {LIMIT} s, left out")
+                    continue
+                log.seek(0)
+                if code:
+                    say(f"  peers: {package} failed: {log.read().strip().splitlines()[-1]}")
+                    continue
             with np.load(answer) as arrays:
                 for what in arrays:
                     if what.endswith("|seconds"):
@@ -138,33 +145,36 @@ def traker(model: nn.Module, train: TensorDataset, query: TensorDataset):
     from trak.projectors import BasicProjector, ProjectionType
 
     dim = 512
+    began = time.perf_counter()
     size = sum(p.numel() for p in model.parameters())
-    for damping in (0.0, None):
-        began = time.perf_counter()
-        projector = BasicProjector(size, dim, 0, ProjectionType.rademacher, "cpu", dtype=torch.float32)
-        tracker = TRAKer(
-            model=model,
-            task="image_classification",
-            train_set_size=len(train),
-            save_dir=f"trak-{damping}",
-            device="cpu",
-            projector=projector,
-            proj_dim=dim,
-            use_half_precision=False,
-            lambda_reg=damping or 0.0,
-        )
-        tracker.load_checkpoint(model.state_dict(), model_id=0)
-        for batch in DataLoader(train, batch_size=250):
-            tracker.featurize(batch, num_samples=len(batch[0]))
-        if damping is None:
-            rows = torch.as_tensor(np.asarray(tracker.saver.current_store["grads"]))
-            tracker.score_computer.lambda_reg = 0.1 * float(rows.square().sum() / dim)
+    tracker = TRAKer(
+        model=model,
+        task="image_classification",
+        train_set_size=len(train),
+        save_dir="trak",
+        device="cpu",
+        # its default projector for a CPU draws another matrix on every call
+        projector=BasicProjector(size, dim, 0, ProjectionType.rademacher, "cpu", dtype=torch.float32),
+        proj_dim=dim,
+        use_half_precision=False,
+    )
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    tracker.load_checkpoint(state, model_id=0)
+    for batch in DataLoader(train, batch_size=250):
+        tracker.featurize(batch, num_samples=len(batch[0]))
+    mean = float(torch.as_tensor(np.asarray(tracker.saver.current_store["grads"])).square().sum() / dim)
+    for damping, lam in (("0", 0.0), ("0.1 x mean", 0.1 * mean)):
+        tracker.score_computer.lambda_reg = lam
+        tracker.saver.model_ids[0]["is_finalized"] = 0
         tracker.finalize_features()
-        tracker.start_scoring_checkpoint("q", model.state_dict(), model_id=0, num_targets=len(query))
+        tracker.start_scoring_checkpoint(damping, state, model_id=0, num_targets=len(query))
         for batch in DataLoader(query, batch_size=100):
             tracker.score(batch, num_samples=len(batch[0]))
-        values = torch.as_tensor(np.asarray(tracker.finalize_scores("q"))).T
-        yield f"trak{dim}/{'0' if damping == 0.0 else '0.1 x mean'}", values, time.perf_counter() - began
+        yield (
+            f"trak{dim}/{damping}",
+            torch.as_tensor(np.asarray(tracker.finalize_scores(damping))).T,
+            time.perf_counter() - began,
+        )
 
 
 def _answer(package: str, given: str, answer: str) -> None:
