@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import __main__ as program
-from accuracy import ensemble, methods, setting, table
+from accuracy import ensemble, methods, peers, setting, table
 from accuracy.curvature import influence
 from accuracy.data import Data
 from accuracy.gradients import Case
@@ -226,3 +227,17 @@ def test_the_program_writes_a_table(data, found, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "agreement of one seed" in printed.out
     assert "no --peers interpreter" in printed.err
+
+
+def test_a_peer_that_is_not_installed_is_said_and_left_out(case, monkeypatch):
+    monkeypatch.setattr(peers, "MODULES", {"no-such": "no_such_module"})
+    said = []
+    assert peers.scores(case, sys.executable, said.append) == {}
+    assert "no-such cannot be imported" in said[0]
+
+
+def test_a_peer_that_fails_is_said_and_left_out(case, monkeypatch):
+    monkeypatch.setattr(peers, "MODULES", {"torch": "torch"})  # there, but no peer of ours
+    said = []
+    assert peers.scores(case, sys.executable, said.append) == {}
+    assert said == ["  peers: torch failed: KeyError: 'torch'"]
