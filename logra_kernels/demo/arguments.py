@@ -15,13 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat all of it with N seeds (default 1)")
     parser.add_argument("--steps", type=int, default=None, metavar="N", help="of training (default: about 30 s worth)")
     parser.add_argument("--rank", type=int, default=16, metavar="K", help="keep K x K numbers a layer (default 16)")
-    parser.add_argument("--removed", type=int, default=40, metavar="N", help="top rows a query to retrain without")
+    parser.add_argument("--removed", type=int, default=20, metavar="N", help="top rows a query to retrain without")
     parser.add_argument(
         "--modules",
         type=int,
-        default=20,
+        default=12,
         metavar="N",
-        help="train on the N modules with most docstrings, which 30 s can teach (default 20; 0: all)",
+        help="train on the N modules with most docstrings, which 30 s can teach (default 12; 0: all)",
     )
     parser.add_argument("--passages", type=int, default=None, metavar="N", help="use at most N passages (default all)")
     parser.add_argument("--no-proof", action="store_true", help="skip the retraining")

@@ -24,7 +24,7 @@ class Found:
 
     Attributes:
         ranking: The scores that order the passages, [Q, N].
-        influence: The influences, which add up over rows and queries, [Q, N].
+        influence: The influences on each query's loss a token, which add up over rows and queries, [Q, N].
         layers: Number of tapped layers.
         dim: Length of a stored row.
     """
@@ -89,11 +89,13 @@ def ask(run: Run, model: nn.Module, asked: causal_lm.Batch, passages: Sequence[P
     """Score every passage for every query."""
     with run.query(ids=list(asked.ids)) as query:
         causal_lm.loss_sum(model, asked).backward()
+    # A query counts by its mean loss, as in the proof; by its summed loss the longest would outweigh the others.
+    tokens = (asked.labels != causal_lm.IGNORED).sum(dim=1, keepdim=True)
     place = {name: row for row, name in enumerate(run.store.ids)}
     order = torch.tensor([place[passage.id] for passage in passages])
     return Found(
         ranking=run.scores(query, mode="relatif")[:, order],
-        influence=run.scores(query, mode="dot")[:, order],
+        influence=run.scores(query, mode="dot")[:, order] / tokens,
         layers=len(run.store.layers),
         dim=run.store.dim,
     )

@@ -24,9 +24,10 @@ class Settings:
 
     steps: int = 1400
     seed: int = 0
-    vocabulary: int = 1024
+    vocabulary: int = 2048
     hidden: int = 96
     layers: int = 3
+    initial: float = 0.08
     heads: int = 4
     feed_forward: int = 256
     batch: int = 4
@@ -65,6 +66,7 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaFo
         num_key_value_heads=settings.heads,
         max_position_embeddings=settings.max_length,
         tie_word_embeddings=True,
+        initializer_range=settings.initial,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -105,6 +105,12 @@ def _proof(outcomes: Sequence[Outcome]) -> report.Proof:
         arm("all passages", "full", [0] * len(outcomes)),
         arm("without random passages", "random", [len(outcome.removed.random) for outcome in outcomes]),
         arm("without the top passages", "top", [len(outcome.removed.top) for outcome in outcomes]),
+        note=(
+            "Every seed has its own initialisation, order of rows, random rows and continuations; "
+            "the texts of the queries above are the first seed's."
+            if len(outcomes) > 1
+            else ""
+        ),
     )
 
 
@@ -134,7 +140,7 @@ def _facts(
                 ("curvature", "raw projected Fisher"),
                 ("damping", "0.1 x mean eigenvalue"),
                 ("order of rows", "l-RelatIF"),
-                ("value of modules", "influence (dot)"),
+                ("value of modules", "influence a token (dot)"),
                 ("rows removed a query", str(removed)),
             ],
         ),

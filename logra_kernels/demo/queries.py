@@ -15,8 +15,8 @@ from logra_kernels.integrations import causal_lm
 PROMPTS = (
     ">>> ExtendedContext.",
     "Example (for a Turtle instance named turtle):",
-    "Return True if",
-    "Set the",
+    "Construct a Ttk",
+    "Args:\n    address:",
 )
 _NEW_TOKENS = 48
 _HELD_OUT = 2

@@ -82,9 +82,21 @@ def diverging(values: Sequence[float]) -> tuple[str, list[tuple[str, str]]]:
     return axis.at(0.0), [(axis.at(min(0.0, v)), axis.at(low + abs(v))) for v in values]
 
 
+def number(value: float, signed: bool = False) -> str:
+    """Three significant digits, in full between 0.001 and a million, with the typographer's minus."""
+    plain = value == 0 or 1e-3 <= abs(value) < 1e6
+    if plain:
+        places = 2 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
+        text = f"{value:+,.{places}f}" if signed else f"{value:,.{places}f}"
+    else:
+        text = f"{value:+.2e}" if signed else f"{value:.2e}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
 def with_spread(values: Sequence[float], signed: bool = False) -> str:
     """Mean to three decimals, and plus-minus the standard deviation where there are several values."""
     center = sum(values) / len(values)
     deviation = spread(values)
     text = f"{center:+.3f}" if signed else f"{center:.3f}"
+    text = text.replace("-", "\N{MINUS SIGN}")
     return text if deviation is None else f"{text} ± {deviation:.3f}"

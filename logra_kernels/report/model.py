@@ -73,12 +73,14 @@ class Proof:
     Attributes:
         queries: Ids of the queries, in the order of the arms' losses.
         full, random, top: The arms; all have the same number of seeds.
+        note: One more sentence below the numbers.
     """
 
     queries: Sequence[str]
     full: Arm
     random: Arm
     top: Arm
+    note: str = ""
 
     def raises(self, arm: Arm) -> list[float]:
         """By how much the mean query loss of `arm` exceeds that of `full`, one number for each seed."""

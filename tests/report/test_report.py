@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("jinja2")
 
 from logra_kernels.report import Answer, Arm, Proof, Provider, Report, Row, render
-from logra_kernels.report.chart import Axis, diverging, with_spread
+from logra_kernels.report.chart import Axis, diverging, number, with_spread
 
 HOSTILE = "</p><script>alert('1')</script><img src=x onerror=alert(2)>\" onload=\"x {{ 7*7 }} {% raw %} & \0 \ud800"
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -139,6 +139,14 @@ def test_proof_says_when_it_fails(tmp_path):
 def test_spread_is_shown_for_several_values_only():
     assert with_spread([1.0]) == "1.000"
     assert with_spread([1.0, 2.0, 3.0], signed=True) == "+2.000 ± 1.000"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.00"), (12.345, "12.3"), (-4900.2, "−4,900"), (0.0123, "0.0123"), (3e-7, "3.00e−07"), (2.5e9, "2.50e+09")],
+)
+def test_numbers_have_three_digits(value, text):
+    assert number(value) == text
 
 
 @pytest.mark.parametrize("values", [[0.0], [1.5, 1.5], [-3.2, 0.01, 7.7], [1e-9, 2e-9], [1e6, 3e6]])
