@@ -37,7 +37,8 @@ class Row:
     @classmethod
     def peer(cls, name: str) -> Row:
         package, what = name.split(":")
-        return cls(name, {"curvature": what, "projection": package, "k": 0, "damping": None, "mode": "dot"})
+        curvature, damping = what.split("/")
+        return cls(name, {"curvature": curvature, "projection": package, "k": 0, "damping": damping, "mode": "dot"})
 
     def add(self, scores: Tensor, truth: Truth, seconds: float) -> None:
         self.lds.append(lds(scores, truth))
@@ -70,7 +71,7 @@ def show(rows: list[Row], ceiling: float) -> None:
     for row in rows:
         found, spec = estimate(torch.stack(row.lds)), row.spec
         curvature = spec["curvature"] + (f"({spec['alpha']:g})" if spec.get("alpha", 1) != 1 else "")
-        damping = "" if spec["damping"] is None or curvature == "identity" else f"{spec['damping']:g}"
+        damping = "" if curvature == "identity" else str(spec["damping"])
         damping += " whole" if spec.get("whole") else ""
         print(
             f"{curvature:22s} {spec['projection']:12s} {spec['k'] or '':>4} {damping:>12s} {spec['mode']:8s}"
