@@ -10,7 +10,8 @@
 namespace lgk {
 namespace {
 
-constexpr int64_t kMostRows = 16;  // rows of a task
+constexpr int64_t kMostRows = 16;     // rows of a task
+constexpr int64_t kDotRunsOfOne = 4;  // runs of a single column that are read before the next row is
 
 int64_t width_of(int64_t columns) {
   int64_t width = 1;
@@ -35,16 +36,18 @@ struct Few {
   int64_t ldb, n, width, depth;
   Output<T> c;
 
+  // What is used again for each row stays in the L2 cache.
+  int64_t run() const { return kDotRun * std::max<int64_t>(1, kDotRunsOfOne / width); }
   bool in_place() const { return a.column_stride == 1; }
   int64_t sums_size() const { return kMostRows * width * kernels.lanes; }
-  int64_t scratch_size() const { return sums_size() + (in_place() ? 0 : kMostRows * std::min(ldb, kDotRun)); }
+  int64_t scratch_size() const { return sums_size() + (in_place() ? 0 : kMostRows * std::min(ldb, run())); }
 
   void multiply(int64_t row, int64_t rows, T* scratch) const {
     T* copy = scratch + sums_size();
-    const int64_t ld = std::min(ldb, kDotRun);
+    const int64_t ld = std::min(ldb, run());
     const Rows copied = matrix(copy, sizeof(T) == sizeof(double) ? Dtype::kF64 : Dtype::kF32, ld, 1);
-    for (int64_t k = 0; k < depth; k += kDotRun) {
-      const int64_t here = std::min(kDotRun, depth - k);
+    for (int64_t k = 0; k < depth; k += run()) {
+      const int64_t here = std::min(run(), depth - k);
       if (!in_place()) kernels.pack_rows(a, row, rows, k, here, copy, ld);
       kernels.dot(in_place() ? a : copied, in_place() ? row : 0, rows, in_place() ? k : 0, here, packed + k, ldb, width,
                   scratch, k > 0);

@@ -24,7 +24,8 @@ constexpr int64_t kTileLd = kPanel + 16;
 
 // The terms of a dot product that one lane sums before the total so far is added to them.
 constexpr int64_t kDotChain = 128;
-// Columns of a run of chains: a multiple of kDotChain * lanes in every set, so that cutting there changes no bits.
+// Runs of chains have a multiple of this many columns: one of kDotChain * lanes in every set, so that cutting there
+// changes no bits.
 constexpr int64_t kDotRun = 8192;
 // The most columns for which rows are read from where they lie, and the rows that are read side by side at most.
 constexpr int64_t kFew = 8;
@@ -57,7 +58,7 @@ struct Kernels : Products<T> {
 
   // sums[i][j][lane] (+)= sum over a's columns column + k of a[row + i, column + k] b[j][k], k = lane modulo lanes, in
   // chains of kDotChain. a's columns are neighbours in memory; b comes from pack_rows, its `width` a power of 2 up to
-  // kFew; at most kDotRun columns. sums has room for whole multiples of kDotRows rows.
+  // kFew; whole kDotRuns of columns, but for the last. sums has room for whole multiples of kDotRows rows.
   void (*dot)(const Rows& a, int64_t row, int64_t rows, int64_t column, int64_t columns, const T* b, int64_t ldb,
               int64_t width, T* sums, bool add);
 };
