@@ -7,11 +7,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.errors import LograError
 from logra_kernels.nn.adapters import DEFAULT_KINDS, X_SIDE_KINDS, Adapter
 from logra_kernels.nn.covariance import Covariances
 from logra_kernels.nn.layers import Layer, find_layers
-from logra_kernels.nn.tap import Tap
+from logra_kernels.nn.tap import Tap, check_heard
 from logra_kernels.nn.tokens import TokenShares
 from logra_kernels.projection import Projection
 
@@ -182,15 +181,13 @@ class Taps:
             LograError: A layer received no gradient since the last reset.
         """
         found = {name: probe.leaf.grad for name, probe in self._probes.items() if probe.leaf is not None}
-        silent = [name for name in self._probes if found.get(name) is None]
-        if silent:
-            some = ", ".join(silent[:4]) + (", ..." if len(silent) > 4 else "")
-            raise LograError(
-                f"capture: {len(silent)} of {len(self._probes)} layers received no gradient ({some}): run forward and"
-                " backward under the taps, compile the model after the taps are on, and exclude layers that the loss"
-                " does not reach"
-            )
-        return {name: grad for name, grad in found.items() if grad is not None}
+        heard = {name: grad for name, grad in found.items() if grad is not None}
+        advice = (
+            "run forward and backward under the taps, compile the model after the taps are on, and exclude layers that"
+            " the loss does not reach"
+        )
+        check_heard("capture", self._probes, heard, advice)
+        return heard
 
     def rows(self) -> Tensor:
         """All layers' gradients side by side, [N, D]: one stored row a sample."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from logra_kernels.errors import LograError
 from logra_kernels.nn.adapters import Adapter
+from logra_kernels.nn.tap import alias, check_heard
 from logra_kernels.ops import accumulate_gram
 
 
@@ -30,8 +31,7 @@ class CovarianceTap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(adapter.keep(x, p_in), p_in, p_out, weights)
         ctx.adapter, ctx.sums = adapter, sums
-        # a plain alias: returning y itself would make it a view that in-place activations may not write to
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        return alias(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -99,12 +99,8 @@ class Covariances:
         Raises:
             LograError: A layer saw no backward, or its sums are not finite.
         """
-        silent = [name for name in self._layers if name not in self._sums or not self._sums[name].positions]
-        if silent:
-            raise LograError(
-                f"covariances: {len(silent)} of {len(self._layers)} layers received no gradient ({silent[0]}, ...):"
-                " run forward and backward of the model inside"
-            )
+        heard = [name for name, sums in self._sums.items() if sums.positions]
+        check_heard("covariances", self._layers, heard, "run forward and backward of the model inside")
         for name, sums in self._sums.items():
             if not (sums.a.isfinite().all() and sums.b.isfinite().all()):
                 raise LograError(f"covariances: those of layer {name!r} are NaN or infinite; check the model's loss")

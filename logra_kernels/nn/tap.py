@@ -7,10 +7,27 @@ Adding a zero probe[n] to the projected weight of sample n would have this gradi
 and tied weights, and `torch.autograd.grad(loss, probe)`, checkpointing and torch.compile need nothing special.
 """
 
+from collections.abc import Collection, Iterable
+
 import torch
 from torch import Tensor
 
+from logra_kernels.errors import LograError
 from logra_kernels.nn.adapters import Adapter
+
+
+def alias(y: Tensor) -> Tensor:
+    """y under another name: returned as it is, a Function makes it a view that in-place code may not write to."""
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
+def check_heard(who: str, layers: Iterable[str], heard: Collection[str], advice: str) -> None:
+    """Raise LograError unless every layer received a gradient."""
+    names = list(layers)
+    silent = [name for name in names if name not in heard]
+    if silent:
+        some = ", ".join(silent[:4]) + (", ..." if len(silent) > 4 else "")
+        raise LograError(f"{who}: {len(silent)} of {len(names)} layers received no gradient ({some}): {advice}")
 
 
 class Tap(torch.autograd.Function):
@@ -27,8 +44,7 @@ class Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(adapter.keep(x, p_in), p_in, p_out, weights)
         ctx.adapter = adapter
-        # a plain alias: returning y itself would make it a view that in-place activations may not write to
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        return alias(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -9,8 +9,8 @@ A mode of the taps: the same hooks, and a probe [Q, N, T] whose "gradient" is th
 import torch
 from torch import Tensor
 
-from logra_kernels.errors import LograError
 from logra_kernels.nn.adapters import Adapter
+from logra_kernels.nn.tap import alias, check_heard
 
 
 class TokenTap(torch.autograd.Function):
@@ -30,8 +30,7 @@ class TokenTap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(adapter.keep(x, p_in), m, p_in, p_out, weights)
         ctx.adapter = adapter
-        # a plain alias: returning y itself would make it a view that in-place activations may not write to
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        return alias(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -93,13 +92,8 @@ class TokenShares:
 
     def check(self) -> None:
         """Raise LograError unless every layer received a gradient."""
-        silent = [name for name in self._m if name not in self._probes or self._probes[name].grad is None]
-        if silent:
-            some = ", ".join(silent[:4]) + (", ..." if len(silent) > 4 else "")
-            raise LograError(
-                f"tokens: {len(silent)} of {len(self._m)} layers received no gradient ({some}): run forward and"
-                " backward of the same model that was logged"
-            )
+        heard = [name for name, probe in self._probes.items() if probe.grad is not None]
+        check_heard("tokens", self._m, heard, "run forward and backward of the same model that was logged")
 
     @property
     def layers(self) -> dict[str, Tensor]:

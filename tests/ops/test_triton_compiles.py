@@ -18,8 +18,8 @@ KERNELS = {
     "project_rows": "_project_rows_kernel",
     "project_grad": "_project_grad_kernel",
     "accumulate_gram": "_accumulate_gram_kernel",
-    "score_block": "_score_block_kernel",
-    "score_topk": "_scaled_score_kernel",
+    "score_block": "_score_kernel",
+    "score_topk": "_score_kernel",
 }
 
 
