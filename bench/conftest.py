@@ -1,45 +1,12 @@
 """One measured cell: an op, a provider, a shape and a dtype, checked against fp64 before it is timed."""
 
-import platform
-import subprocess
 from collections.abc import Callable, Mapping
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from machine import commit, cpu_model, triton_version
 from tolerance import assert_as_good_as_naive
 from torch import Tensor
-
-
-@cache
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-@cache
-def commit() -> str:
-    """The commit measured, with "+" where the tree holds changes to code."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(("git", *words), cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "../logra_kernels", "../csrc", "../python", ".", ":!results")
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")
-
-
-@cache
-def triton_version() -> str:
-    if find_spec("triton") is None:
-        return "absent"
-    import triton
-
-    return triton.__version__
 
 
 def _copies(args: tuple, dtype: torch.dtype | None = None) -> tuple:

@@ -38,16 +38,13 @@ def sealed_checksum(data: memoryview, at: int) -> tuple[str, str]:
     return recorded.decode("ascii", "replace"), computed
 
 
-def write_file(directory: Path, name: str, chunks: Iterable, tag: str = "") -> None:
+def write_file(directory: Path, name: str, chunks: Iterable) -> None:
     """Write `directory/name` from buffers: temporary file, fsync, rename. The caller fsyncs the directory.
-
-    Args:
-        tag: Sets apart the temporary names of processes that may write the same file at once.
 
     Raises:
         OSError: As the system reports it (disk full, file size limit, ...); the temporary file is removed.
     """
-    temporary = directory / f"{TEMPORARY}{tag}{name}"
+    temporary = directory / f"{TEMPORARY}{name}"
     try:
         with open(temporary, "wb", buffering=0) as file:
             for chunk in chunks:

@@ -1,10 +1,11 @@
 """Sidecars: tensors computed from the rows (curvature, self-influence), kept beside them and dropped when stale."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,11 @@ def write_sidecar(store: Path, name: str, key: str, tensors: Mapping[str, Tensor
     chunks, _ = sealed_file(specs, labels, [as_bytes(tensor) for tensor in held.values() if tensor.numel()])
     try:
         directory.mkdir(exist_ok=True)
-        write_file(directory, file, chunks, tag=f"{os.getpid()}-")
-        sync_directory(directory)
-        sync_directory(store)
-        remove_files(directory, [old.name for old in directory.glob(f"{name}.*.safetensors") if old.name != file])
+        with _alone(directory):
+            write_file(directory, file, chunks)
+            sync_directory(directory)
+            sync_directory(store)
+            remove_files(directory, [old.name for old in directory.glob(f"{name}.*.safetensors") if old.name != file])
     except OSError as error:
         raise StoreError(
             f"writing {directory / file} failed: {error.strerror}; the rows are not touched;"
@@ -85,8 +87,22 @@ def read_sidecar(store: Path, name: str, key: str) -> tuple[dict[str, Tensor], d
 
 
 def remove_temporaries(store: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        remove_files(store / SIDECARS, [path.name for path in (store / SIDECARS).glob(f"{TEMPORARY}*")])
+    """Remove what writers that died have left."""
+    with contextlib.suppress(FileNotFoundError), _alone(store / SIDECARS):
+        pass
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold the directory against other processes' writers; temporaries in it were left by writers that died, and go."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        remove_files(directory, [path.name for path in directory.glob(f"{TEMPORARY}*")])
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # by itself, closing would leave it to a forked child's copy
+        os.close(fd)
 
 
 def _file_name(name: str, key: str) -> str:

@@ -1,3 +1,7 @@
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -96,3 +100,18 @@ def test_it_needs_no_rows(tmp_path):
     with GradientStore.create(tmp_path / "s", LAYERS) as store:
         store.sidecar_write("x", {}, {"a": 1})
         assert store.sidecar_read("x") == ({}, {"a": 1})
+
+
+def test_a_writer_that_died_leaves_nothing(store):
+    store.sidecar_write("kept", {"x": torch.ones(3)})
+    before = tree(store.path)
+    dies = (
+        "import os, signal, sys, torch; from logra_kernels.store import GradientStore;"
+        "os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
+        "GradientStore.open(sys.argv[1]).sidecar_write('fresh', {'x': torch.ones(3)})"
+    )
+    died = subprocess.run([sys.executable, "-c", dies, str(store.path)])
+    assert died.returncode == -signal.SIGKILL
+    assert set(tree(store.path)) - set(before), "the writer died before it had written anything"
+    store.sidecar_write("kept", {"x": torch.ones(3)})
+    assert tree(store.path) == before
