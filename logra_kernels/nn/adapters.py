@@ -6,6 +6,7 @@ from the forward and how to project both sides. A new layer kind is one class he
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from logra_kernels.ops import project_grad, project_rows
 
 
-class Adapter:
+class Adapter(ABC):
     """One layer's matrix view.
 
     Attributes:
@@ -32,27 +33,27 @@ class Adapter:
     def __init__(self, d_in: int, d_out: int) -> None:
         self.d_in, self.d_out = d_in, d_out
 
+    @abstractmethod
     def check(self, name: str, x: Tensor) -> None:
         """Raise ValueError unless x is a batch this layer can be tapped on."""
-        raise NotImplementedError
 
     def positions(self, x: Tensor, y: Tensor) -> tuple[int, ...]:
         """The shape [N, ...] that position weights must have (up to flattening)."""
         return y.shape[:-1]
 
+    @abstractmethod
     def keep(self, x: Tensor, p_in: Tensor | None) -> Tensor:
         """What the forward saves: as little as the backward can do with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradient(
         self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, weights: Tensor | None
     ) -> Tensor:
         """[N, k_out, k_in] from what was kept and the gradient of the layer's output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         """left [N, repeats * T, k_out], right [N, repeats * T, k_in]: the gradient is sum_t left (x) right."""
-        raise NotImplementedError
 
     def parameters(self, module: nn.Module) -> list[Tensor]:
         """The parameters whose gradients make up dW."""
