@@ -137,7 +137,7 @@ def topk(
         return _ranked(store, solved, k, scale, shift, rows, (largest,))[0]
     _check(store, solved, k, rows)
     values, indices = store.topk(solved, k, row_scale=scale, largest=largest)
-    return TopK(values, indices, _names(store.ids, indices))
+    return TopK(values, indices, [store.ids_of(row) for row in indices])
 
 
 def extremes(
@@ -186,7 +186,7 @@ def _ranked(
             values, order = _first(torch.cat([best[i][0], found], dim=1), k, largest)
             numbers = torch.cat([best[i][1], index.to(device).expand(len(solved), -1)], dim=1)
             best[i] = values, numbers.gather(1, order)
-    return [TopK(values, numbers, _names(store.ids, numbers)) for values, numbers in best]
+    return [TopK(values, numbers, [store.ids_of(row) for row in numbers]) for values, numbers in best]
 
 
 def _first(scores: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:

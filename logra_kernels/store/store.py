@@ -262,6 +262,10 @@ class GradientStore:
     def ids(self) -> list[str]:
         return self.table.column("id").to_pylist()
 
+    def ids_of(self, indices: Tensor) -> list[str]:
+        """The ids of chosen rows, [k] int64, without making a list of all."""
+        return self.table.column("id").take(pa.array(indices.tolist(), pa.int64())).to_pylist()
+
     @property
     def columns(self) -> dict[str, list]:
         """The user's columns: name -> one value for each committed row."""

@@ -237,3 +237,10 @@ def test_leftovers_are_removed_by_the_next_writer_only(tmp_path):
     assert len(tree(tmp_path / "s")) == len(before) + 4
     GradientStore.open(tmp_path / "s", mode="append").close()
     assert tree(tmp_path / "s") == {**before, "notes.txt": b"the user's own"}
+
+
+def test_ids_of_chosen_rows(tmp_path):
+    store = GradientStore.open(write(tmp_path / "s"))
+    chosen = torch.tensor([len(store) - 1, 0, 3, 3])
+    assert store.ids_of(chosen) == [store.ids[i] for i in chosen.tolist()]
+    assert store.ids_of(chosen[:0]) == []
