@@ -31,6 +31,22 @@ def dot_tile(
     return acc
 
 
+@triton.jit
+def dot_tile_described(
+    a, b, row_a, row_b, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, D,
+    ACC: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """C[m,n] = sum_d A[row_a + m, d] B[row_b + n, d], both through tensor descriptors: beyond their ends are zeros."""
+    acc = tl.zeros([ROWS_A, ROWS_B], ACC)
+    for start in range(0, D, BLOCK_D):
+        left = a.load([row_a.to(tl.int32), start])
+        right = b.load([row_b, start]).T
+        if UPCAST:
+            left, right = left.to(ACC), right.to(ACC)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc
+
+
 INTERPRETED = isinstance(dot_tile, InterpretedFunction)
 OPTIONS = {"num_stages": 3, "enable_fp_fusion": True}  # fused multiply-add is Triton's default only before 3.10
 

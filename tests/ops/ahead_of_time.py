@@ -13,9 +13,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from logra_kernels.ops.accumulate_gram.triton import launch as accumulate_gram
+from logra_kernels.ops.project_grad.configs import TILES, key_of
 from logra_kernels.ops.project_grad.triton import launch as project_grad
+from logra_kernels.ops.project_grad.triton import launch_tile
 from logra_kernels.ops.project_rows.triton import launch as project_rows
 from logra_kernels.ops.score_block.triton import launch as score_block
 from logra_kernels.ops.score_topk.triton import launch as score_topk
@@ -28,6 +31,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
 }
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a block can have
 
 
 def signature_of(kernel: JITFunction, args: tuple, options: dict) -> tuple[dict, dict, dict]:
@@ -38,6 +42,9 @@ def signature_of(kernel: JITFunction, args: tuple, options: dict) -> tuple[dict,
         multiple = False
         if kernel.params[i].is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            numbers = POINTERS[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{numbers}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[name], multiple = POINTERS[value.dtype], value.data_ptr() % 16 == 0
         else:
@@ -53,6 +60,7 @@ def compiling_instead(arch: int, kernels: list[str]):
         source = ASTSource(self, signature, constants, attributes)
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         assert made.asm["cubin"]
+        assert made.metadata.shared <= SHARED[arch], f"{made.metadata.shared} bytes of shared memory"
         kernels.append(self.__name__)
 
     return run
@@ -72,6 +80,24 @@ def cases(dtype: torch.dtype) -> dict[str, Callable]:
         "accumulate_gram": lambda: accumulate_gram(zeros(dtype, 50, 200), zeros(acc, 200, 200)),
         "score_block": lambda: score_block(rows[:8], rows),
         "score_topk": lambda: score_topk(queries, rows, 5, scale, True),
+    }
+
+
+def chunks(dtype: torch.dtype, arch: int) -> dict[str, Callable]:
+    """project_grad by the architecture's own tiles, long samples cut into chunks, through descriptors where it has them."""
+
+    def at(k: int, ragged: bool) -> Callable:
+        rows = (4096,) if ragged else (1, 4096)
+        x, dy, p_in, p_out = (zeros(dtype, *shape) for shape in ((*rows, 1024), (*rows, 512), (k, 1024), (k, 512)))
+        offsets = torch.tensor([0, 90, 4096]) if ragged else None
+        tile = TILES[key_of((arch // 10, 0), dtype.itemsize, k)]
+        g = torch.empty(2 if ragged else 1, k, k, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        return lambda: launch_tile(
+            x, dy, p_in, p_out, offsets, None, g, tile, described=arch >= 90, programs=264, most_partials=264
+        )
+
+    return {
+        f"chunks, k={k}{', ragged' * ragged}": at(k, ragged) for k, ragged in ((16, False), (64, True), (128, False))
     }
 
 
@@ -95,7 +121,7 @@ def main(arch: int, name: str) -> None:
     if name == "tf32":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     dtype = getattr(torch, "float32" if name == "tf32" else name)
-    for case, launch in (cases(dtype) | (variants(dtype) if name == "bfloat16" else {})).items():
+    for case, launch in (cases(dtype) | chunks(dtype, arch) | (variants(dtype) if name == "bfloat16" else {})).items():
         kernels: list[str] = []
         JITFunction.run = compiling_instead(arch, kernels)
         line = {"case": case, "kernels": kernels, "error": None}

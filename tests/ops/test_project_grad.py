@@ -237,6 +237,19 @@ def test_bad_offsets_raise(bad):
         lk.project_grad(x[0], dy[0], p_in, p_out, offsets)
 
 
+def test_offsets_that_were_changed_are_checked_again():
+    x, dy, p_in, p_out = case(1, 3, 8, 6, 4, 5)
+    offsets = torch.tensor([0, 3])
+    lk.project_grad(x[0], dy[0], p_in, p_out, offsets)
+    offsets[1] = 4
+    with pytest.raises(ValueError, match="stay within 0..3"):
+        lk.project_grad(x[0], dy[0], p_in, p_out, offsets)
+    offsets[1] = 3
+    lk.project_grad(x[0], dy[0], p_in, p_out, offsets)
+    with pytest.raises(ValueError, match="stay within 0..2"):
+        lk.project_grad(x[0, :2], dy[0, :2], p_in, p_out, offsets)
+
+
 def test_unavailable_backend_raises():
     with pytest.raises(RuntimeError, match="project_grad: backend 'cublas' is not available here"):
         lk.project_grad(*case(2, 3, 8, 6, 4, 5), backend="cublas")

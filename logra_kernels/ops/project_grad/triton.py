@@ -1,97 +1,316 @@
-"""Triton kernel: both projections and the sum over positions in one pass, one program for each sample.
+"""Triton kernel: both projections and the sum over positions in one pass.
 
-x and dy are each read once for every 128 x 128 tile of (k_out, k_in), so exactly once for k up to 128.
+The positions of a sample are cut into chunks, one program for each chunk and each tile of (k_out, k_in), so that one
+long sample and many short ones both fill the chip; x and dy are read once for every tile, so exactly once for k up to
+`Tile.block_k`. A sample of one chunk is written at once. The sums of several chunks go through memory, never more than
+a sixteenth of what is read, and a second kernel adds them in order: same input, same bits.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from logra_kernels.ops._check import accumulator_dtype
-from logra_kernels.ops._tile import OPTIONS, accumulator, block, device_of, dot_tile, fp32_precision, must_upcast
+from logra_kernels.ops._tile import (
+    OPTIONS,
+    accumulator,
+    block,
+    device_of,
+    dot_tile,
+    dot_tile_described,
+    fp32_precision,
+    must_upcast,
+)
+from logra_kernels.ops._tune import tile_for
+from logra_kernels.ops.project_grad.configs import TILES, Tile, candidates, key_of
+
+PROGRAMS_PER_PROCESSOR = 2  # what is aimed at where a sample is cut; fewer leave gaps, more cost partial sums
+SHARE_OF_PARTIALS = 16  # partial sums are at most what is read over this
+LEAST_BLOCK_T = 16
+BUSY = 0.9  # the share of processors with work that is good enough not to halve the blocks
+SAMPLES_AT_ONCE = 1024  # whose chunks are counted side by side where a program looks for its own
+
+
+@triton.jit
+def _chunk_of(
+    offsets, chunk, N, T, stride_offset,
+    CHUNK: tl.constexpr, MOST: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """(sample, first position, end, whether it is the sample's only chunk); the sample is N for a chunk too many.
+
+    Samples of equal length T have cdiv(T, CHUNK) = MOST chunks each; ragged ones have their chunks one after the other.
+    """
+    if offsets is None:
+        n = chunk // MOST
+        first = (chunk % MOST) * CHUNK
+        end = tl.minimum(first + CHUNK, T)
+        only = MOST == 1
+    else:
+        total = tl.cast(0, tl.int64)
+        before = tl.cast(0, tl.int64)
+        n = tl.cast(0, tl.int64)
+        for start in range(0, N, SPAN):
+            s = start + tl.arange(0, SPAN).to(tl.int64)
+            low = tl.load(offsets + s * stride_offset, mask=s < N, other=0).to(tl.int64)
+            high = tl.load(offsets + (s + 1) * stride_offset, mask=s < N, other=0).to(tl.int64)
+            ends = total + tl.cumsum((high - low + CHUNK - 1) // CHUNK, 0)
+            passed = (ends <= chunk) & (s < N)
+            n += tl.sum(passed.to(tl.int64), 0)
+            before = tl.maximum(before, tl.max(tl.where(passed, ends, 0), 0))
+            total = tl.max(ends, 0)
+        low = tl.load(offsets + n * stride_offset, mask=n < N, other=0).to(tl.int64)
+        high = tl.load(offsets + (n + 1) * stride_offset, mask=n < N, other=0).to(tl.int64)
+        first = low + (chunk - before) * CHUNK
+        end = tl.minimum(first + CHUNK, high)
+        only = high - low <= CHUNK
+    return n, first, end, only
 
 
 @triton.jit
 def _projected(
-    v, p, ok, stride_vd, stride_pk, stride_pd, k, D, K,
-    ACC: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    v, p, row, ok, stride_vt, stride_vd, stride_pk, stride_pd, k, k0, D, K,
+    ACC: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """[T, K] = v p^T, or v itself where there is no p; v [T] points at each position's first element."""
-    if p is None:
-        tile = tl.load(v[:, None] + (k * stride_vd)[None, :], mask=ok[:, None] & (k < K)[None, :], other=0.0).to(ACC)
+    """[T, K] = v p^T, or v itself where there is no p; zeros where not ok."""
+    if DESCRIBED:
+        tile = dot_tile_described(v, p, row, k0, ok.shape[0], k.shape[0], D, ACC, BLOCK_D, PRECISION, UPCAST)
+        tile = tl.where(ok[:, None], tile, 0.0)  # a block of rows may run on into the next sample
+    elif p is None:
+        rows = v + (row + tl.arange(0, ok.shape[0])).to(tl.int64) * stride_vt
+        there = ok[:, None] & (k < K)[None, :]
+        tile = tl.load(rows[:, None] + (k * stride_vd)[None, :], mask=there, other=0.0).to(ACC)
     else:
-        tile = dot_tile(v, p + k * stride_pk, ok, k < K, stride_vd, stride_pd, D, ACC, BLOCK_D, PRECISION, UPCAST)
+        rows = v + (row + tl.arange(0, ok.shape[0])).to(tl.int64) * stride_vt
+        tile = dot_tile(rows, p + k * stride_pk, ok, k < K, stride_vd, stride_pd, D, ACC, BLOCK_D, PRECISION, UPCAST)
     return tile
 
 
 @triton.jit
 def _project_grad_kernel(
-    x, dy, p_in, p_out, offsets, weights, g,
-    T, D_IN, D_OUT, K_IN, K_OUT,
+    x, dy, p_in, p_out, offsets, weights, g, partial,
+    N, T, D_IN, D_OUT, K_IN, K_OUT,
     stride_xn, stride_xt, stride_xd, stride_yn, stride_yt, stride_yd, stride_wn, stride_wt, stride_offset,
     stride_ik, stride_id, stride_ok, stride_od,
-    ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr, CHUNK: tl.constexpr, MOST: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, OUTER: tl.constexpr, UPCAST: tl.constexpr,
+    X_DESCRIBED: tl.constexpr, DY_DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """g[n] = sum_{t of n} w[t] (p_out dy[t]) (p_in x[t])^T"""
+    """g[n] or partial[chunk] = sum_{t of the chunk} w[t] (p_out dy[t]) (p_in x[t])^T"""
     tiles_i = tl.cdiv(K_IN, BLOCK_I)
-    tiles = tiles_i * tl.cdiv(K_OUT, BLOCK_O)
-    n, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    o = ((tile // tiles_i) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
-    i = ((tile % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
-    if offsets is None:
-        start, end = tl.cast(0, tl.int64), tl.cast(T, tl.int64)
-    else:
-        start = tl.load(offsets + n * stride_offset).to(tl.int64)
-        end = tl.load(offsets + (n + 1) * stride_offset).to(tl.int64)
+    tiles = tiles_i * tl.cdiv(K_OUT, BLOCK_O)  # a chunk's tiles are neighbours: they find its x and dy in L2
+    chunk, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    o0, i0 = (tile // tiles_i) * BLOCK_O, (tile % tiles_i) * BLOCK_I
+    o, i = (o0 + tl.arange(0, BLOCK_O)).to(tl.int64), (i0 + tl.arange(0, BLOCK_I)).to(tl.int64)
+    n, first, end, only = _chunk_of(offsets, chunk, N, T, stride_offset, CHUNK, MOST, SPAN)
+    if n >= N:
+        return
+    row = n * T if offsets is None else tl.cast(0, tl.int64)  # of the sample's position 0
     acc = tl.zeros([BLOCK_O, BLOCK_I], ACC)
-    for first in range(start, end, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T).to(tl.int64)
+    for start in range(first, end, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T).to(tl.int64)
         ok = t < end
         if weights is not None:
             w = tl.load(weights + n * stride_wn + t * stride_wt, mask=ok, other=0.0)
-            ok = ok & (w != 0)  # what has no weight is not even read, so that NaN there stays there
-        x_rows, dy_rows = x + n * stride_xn + t * stride_xt, dy + n * stride_yn + t * stride_yt
-        a = _projected(
-            x_rows, p_in, ok, stride_xd, stride_ik, stride_id, i, D_IN, K_IN, ACC, BLOCK_D, PRECISION, UPCAST
-        )
-        b = _projected(
-            dy_rows, p_out, ok, stride_yd, stride_ok, stride_od, o, D_OUT, K_OUT, ACC, BLOCK_D, PRECISION, UPCAST
-        )
+            ok = ok & (w != 0)  # what has no weight does not count, so that NaN there stays there
+        if X_DESCRIBED:
+            a = _projected(
+                x, p_in, row + start, ok, 0, 0, 0, 0, i, i0, D_IN, K_IN, ACC, BLOCK_D, PRECISION, UPCAST, True
+            )
+        else:
+            a = _projected(
+                x + n * stride_xn, p_in, start, ok, stride_xt, stride_xd, stride_ik, stride_id, i, i0, D_IN, K_IN,
+                ACC, BLOCK_D, PRECISION, UPCAST, False,
+            )  # fmt: skip
+        if DY_DESCRIBED:
+            b = _projected(
+                dy, p_out, row + start, ok, 0, 0, 0, 0, o, o0, D_OUT, K_OUT, ACC, BLOCK_D, PRECISION, UPCAST, True
+            )
+        else:
+            b = _projected(
+                dy + n * stride_yn, p_out, start, ok, stride_yt, stride_yd, stride_ok, stride_od, o, o0, D_OUT, K_OUT,
+                ACC, BLOCK_D, PRECISION, UPCAST, False,
+            )  # fmt: skip
         if weights is not None:
             b = b * w[:, None]
         acc = tl.dot(tl.trans(b), a, acc, input_precision=OUTER, out_dtype=ACC)
-    ok = (o < K_OUT)[:, None] & (i < K_IN)[None, :]
-    tl.store(g + n * K_OUT * K_IN + o[:, None] * K_IN + i[None, :], acc, mask=ok)
+    there = (o < K_OUT)[:, None] & (i < K_IN)[None, :]
+    where = o[:, None] * K_IN + i[None, :]
+    if only:
+        tl.store(g + n * K_OUT * K_IN + where, acc, mask=there)
+    else:
+        tl.store(partial + chunk * K_OUT * K_IN + where, acc, mask=there)
+
+
+@triton.jit
+def _add_chunks_kernel(
+    offsets, partial, g,
+    N, T, SIZE, stride_offset,
+    ACC: tl.constexpr, CHUNK: tl.constexpr, MOST: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """g[n] = sum of the partial sums of n's chunks, in order; samples of exactly one chunk are there already"""
+    n = tl.program_id(1).to(tl.int64)
+    if offsets is None:
+        first = n * MOST
+        count = tl.cast(MOST, tl.int64)
+    else:
+        first = tl.cast(0, tl.int64)
+        for start in range(0, n, SPAN):
+            s = start + tl.arange(0, SPAN).to(tl.int64)
+            low = tl.load(offsets + s * stride_offset, mask=s < n, other=0).to(tl.int64)
+            high = tl.load(offsets + (s + 1) * stride_offset, mask=s < n, other=0).to(tl.int64)
+            first += tl.sum((high - low + CHUNK - 1) // CHUNK, 0)
+        length = tl.load(offsets + (n + 1) * stride_offset).to(tl.int64) - tl.load(offsets + n * stride_offset)
+        count = (length + CHUNK - 1) // CHUNK
+    if count == 1:
+        return
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], ACC)
+    for start in range(0, count, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C).to(tl.int64)
+        there = (c < count)[:, None] & (e < SIZE)[None, :]
+        total += tl.sum(tl.load(partial + (first + c)[:, None] * SIZE + e[None, :], mask=there, other=0.0), 0)
+    tl.store(g + n * SIZE + e, total, mask=e < SIZE)
 
 
 def launch(
     x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, offsets: Tensor | None, weights: Tensor | None
 ) -> Tensor:
     n = x.shape[0] if offsets is None else offsets.shape[0] - 1
-    d_in, d_out = x.shape[-1], dy.shape[-1]
-    k_in, k_out = (d if p is None else p.shape[0] for p, d in ((p_in, d_in), (p_out, d_out)))
+    k_in, k_out = (v.shape[-1] if p is None else p.shape[0] for p, v in ((p_in, x), (p_out, dy)))
     g = torch.empty((n, k_out, k_in), dtype=accumulator_dtype(dy.dtype), device=dy.device)
     if not g.numel():
         return g
-    size = dy.element_size()
-    block_t, block_d, most = {2: (64, 64, 128), 4: (32, 32, 128), 8: (16, 16, 64)}[size]
-    block_i, block_o = block(k_in, most), block(k_out, most)
-    precision = fp32_precision()
-    none = (0, 0)
+    if not x.shape[-2]:
+        return g.zero_()
+    capability = torch.cuda.get_device_capability(dy.device) if dy.is_cuda else (8, 0)
+
+    def run(tile: Tile) -> None:
+        launch_tile(x, dy, p_in, p_out, offsets, weights, g, tile, described=capability[0] >= 9)
+
     with device_of(dy):
-        _project_grad_kernel[n * triton.cdiv(k_in, block_i) * triton.cdiv(k_out, block_o),](
-            x, dy, p_in, p_out, offsets, weights, g, x.shape[-2], d_in, d_out, k_in, k_out,
-            *_three(x), *_three(dy), *(none if weights is None else _three(weights.unsqueeze(-1))[:2]),
-            0 if offsets is None else offsets.stride(0),
-            *(none if p_in is None else p_in.stride()), *(none if p_out is None else p_out.stride()),
-            ACC=accumulator(dy.dtype), BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_O=block_o, BLOCK_D=block_d,
-            # half operands give fp32 factors: three tf32 products keep their precision on the tensor cores
-            PRECISION=precision, OUTER="tf32x3" if size == 2 else precision, UPCAST=must_upcast(dy.dtype, dy.dtype),
-            num_warps=8 if block_i * block_o > 64 * 64 else 4, **OPTIONS,
-        )  # fmt: skip
+        key = key_of(capability, dy.element_size(), max(k_in, k_out))
+        run(tile_for("project_grad", TILES, key, candidates, run, triton.testing.do_bench))
     return g
+
+
+def launch_tile(
+    x: Tensor,
+    dy: Tensor,
+    p_in: Tensor | None,
+    p_out: Tensor | None,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    g: Tensor,
+    tile: Tile,
+    *,
+    described: bool,
+    programs: int | None = None,
+    most_partials: int | None = None,
+) -> None:
+    """Fill g by one tile of the table.
+
+    Args:
+        described: Let operands that can be come through tensor descriptors.
+        programs: How many to aim at; by default twice the device's processors.
+        most_partials: How many partial sums may be written; by default as many as are a sixteenth of what is read.
+    """
+    (n, k_out, k_in), t = g.shape, x.shape[-2]
+    block_i, block_o = block(k_in, tile.block_k), block(k_out, tile.block_k)
+    tiles = triton.cdiv(k_in, block_i) * triton.cdiv(k_out, block_o)
+    block_t, chunk = cut(
+        n, t, offsets is not None, tiles, tile.block_t, programs or _programs(dy), most_partials or _partials(x, dy, g)
+    )
+    most = triton.cdiv(t, chunk)
+    chunks = n * most if offsets is None else n + t // chunk
+    partial = g if offsets is None and most == 1 else g.new_empty((chunks, k_out, k_in))
+    precision, none = fp32_precision(), (0, 0)
+    x_arg, in_arg = _operands(x, p_in, block_t, block_i, tile.block_d, described)
+    dy_arg, out_arg = _operands(dy, p_out, block_t, block_o, tile.block_d, described)
+    cuts = {
+        "ACC": accumulator(dy.dtype),
+        "CHUNK": chunk,
+        "MOST": most if offsets is None else 1,
+        "SPAN": 1 if offsets is None else block(n, SAMPLES_AT_ONCE),
+    }
+    _project_grad_kernel[chunks * tiles,](
+        x_arg, dy_arg, in_arg, out_arg, offsets, weights, g, partial,
+        n, t, x.shape[-1], dy.shape[-1], k_in, k_out,
+        *_three(x), *_three(dy), *(none if weights is None else _three(weights.unsqueeze(-1))[:2]),
+        0 if offsets is None else offsets.stride(0),
+        *(none if p_in is None else p_in.stride()), *(none if p_out is None else p_out.stride()),
+        **cuts, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_O=block_o, BLOCK_D=tile.block_d,
+        # half operands give fp32 factors: three tf32 products keep their precision on the tensor cores
+        PRECISION=precision, OUTER="tf32x3" if dy.element_size() == 2 else precision,
+        UPCAST=must_upcast(dy.dtype, dy.dtype),
+        X_DESCRIBED=isinstance(x_arg, TensorDescriptor), DY_DESCRIBED=isinstance(dy_arg, TensorDescriptor),
+        num_warps=tile.warps, **(OPTIONS | {"num_stages": tile.stages}),
+    )  # fmt: skip
+    if partial is not g:
+        size = k_out * k_in
+        _add_chunks_kernel[triton.cdiv(size, 256), n](
+            offsets, partial, g, n, t, size, 0 if offsets is None else offsets.stride(0),
+            **cuts, BLOCK_C=16, BLOCK=256, num_warps=4, **OPTIONS,
+        )  # fmt: skip
+
+
+def cut(n: int, t: int, ragged: bool, tiles: int, block_t: int, programs: int, most_partials: int) -> tuple[int, int]:
+    """(block_t, positions of a chunk) for so many samples of t positions, or t positions in all where ragged.
+
+    A chunk is a whole number of blocks. Samples are cut only while that gives idle processors work.
+    """
+    samples = 1 if ragged else n
+    least = programs / PROGRAMS_PER_PROCESSOR * BUSY
+    while block_t > LEAST_BLOCK_T and samples * triton.cdiv(t, block_t) * tiles < least:
+        block_t //= 2
+    pieces = min(triton.cdiv(programs, samples * tiles), triton.cdiv(t, block_t), max(1, most_partials // samples))
+    return block_t, triton.cdiv(triton.cdiv(t, pieces), block_t) * block_t
+
+
+def _partials(x: Tensor, dy: Tensor, g: Tensor) -> int:
+    """How many partial sums of g's size a call may write."""
+    return max(1, (x.nbytes + dy.nbytes) // (SHARE_OF_PARTIALS * max(1, g[0].nbytes)))
+
+
+def _programs(tensor: Tensor) -> int:
+    """How many programs keep the tensor's device busy."""
+    if not tensor.is_cuda:
+        return 1
+    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def _operands(
+    v: Tensor, p: Tensor | None, block_t: int, block_k: int, block_d: int, described: bool
+) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor | None]:
+    """A side as the kernel takes it: through descriptors (TMA) where layout and dtype allow, else as pointers."""
+    rows = v if v.dim() == 2 else v.flatten(0, 1) if _flat(v) else None
+    if p is None or not described or rows is None or not (_describable(rows) and _describable(p)):
+        return v, p
+    return (
+        TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [block_t, block_d]),
+        TensorDescriptor(p, list(p.shape), list(p.stride()), [block_k, block_d]),
+    )
+
+
+def _flat(v: Tensor) -> bool:
+    """Whether [N, T, d] is [N * T, d] with one row stride."""
+    return v.shape[0] == 1 or v.stride(0) == v.shape[1] * v.stride(1)
+
+
+def _describable(m: Tensor) -> bool:
+    size = m.element_size()
+    return (
+        size < 8
+        and m.stride(1) == 1
+        and m.stride(0) >= m.shape[1]
+        and m.stride(0) * size % 16 == 0
+        and m.data_ptr() % 16 == 0
+        and m.numel() > 0
+        and m.shape[0] < 2**31
+    )
 
 
 def _three(v: Tensor) -> tuple[int, ...]:
