@@ -5,6 +5,7 @@ Tuning is for whoever measures: each row is timed once a process and printed, to
 
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
 from typing import TypeVar
 
 AUTOTUNE = os.environ.get("LOGRA_KERNELS_AUTOTUNE") == "1"
@@ -49,7 +50,7 @@ def _fastest(
     error: Exception | None = None
     for tile in tiles:
         try:
-            took = milliseconds(lambda tile=tile: run(tile))
+            took = milliseconds(partial(run, tile))
         except Exception as failed:  # a tile may ask for more registers or shared memory than the device has
             error = failed
             continue

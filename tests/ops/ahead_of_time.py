@@ -84,7 +84,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable]:
 
 
 def chunks(dtype: torch.dtype, arch: int) -> dict[str, Callable]:
-    """project_grad by the architecture's own tiles, long samples cut into chunks, through descriptors where it has them."""
+    """project_grad by the architecture's own tiles, samples cut into chunks, through descriptors where it has them."""
 
     def at(k: int, ragged: bool) -> Callable:
         rows = (4096,) if ragged else (1, 4096)
