@@ -38,25 +38,55 @@ def sealed_checksum(data: memoryview, at: int) -> tuple[str, str]:
     return recorded.decode("ascii", "replace"), computed
 
 
-def write_file(directory: Path, name: str, chunks: Iterable) -> None:
-    """Write `directory/name` from buffers: temporary file, fsync, rename. The caller fsyncs the directory.
+class Temporary:
+    """A file under a temporary name, to be settled or discarded."""
+
+    def __init__(self, directory: Path, name: str, flags: int = 0):
+        self._final = directory / name
+        self._path = directory / f"{TEMPORARY}{name}"
+        self.fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | flags, 0o666)
+
+    def settle(self) -> None:
+        """Fsync and rename; what fails is removed. The caller fsyncs the directory."""
+        try:
+            os.fsync(self.fd)
+            os.replace(self._path, self._final)
+        except BaseException:
+            self.discard()
+            raise
+        os.close(self.fd)
+
+    def discard(self) -> None:
+        os.close(self.fd)
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+
+def begin_file(directory: Path, name: str, chunks: Iterable) -> Temporary:
+    """Hand the buffers of `directory/name` to the system, to be settled by the caller.
 
     Raises:
         OSError: As the system reports it (disk full, file size limit, ...); the temporary file is removed.
     """
-    temporary = directory / f"{TEMPORARY}{name}"
+    temporary = Temporary(directory, name)
     try:
-        with open(temporary, "wb", buffering=0) as file:
-            for chunk in chunks:
-                left = memoryview(chunk).cast("B")
-                while left:  # a raw write may take less than it is given
-                    left = left[file.write(left) :]
-            os.fsync(file.fileno())
-        os.replace(temporary, directory / name)
+        for chunk in chunks:
+            left = memoryview(chunk).cast("B")
+            while left:  # a write may take less than it is given
+                left = left[os.write(temporary.fd, left) :]
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        temporary.discard()
         raise
+    return temporary
+
+
+def write_file(directory: Path, name: str, chunks: Iterable) -> None:
+    """Write `directory/name` from buffers: temporary file, fsync, rename. The caller fsyncs the directory.
+
+    Raises:
+        OSError: As in `begin_file`.
+    """
+    begin_file(directory, name, chunks).settle()
 
 
 def sync_directory(directory: Path) -> None:

@@ -144,8 +144,11 @@ def default_rows_per_shard(dim: int, dtype: str) -> int:
     return max(1, min(SHARD_ROWS, SHARD_BYTES // (dim * DTYPES[dtype].itemsize)))
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    write_file(directory, MANIFEST, [manifest.to_bytes()])
+def write_manifest(directory: Path, manifest: Manifest) -> int:
+    """Replace the manifest; how many bytes it has."""
+    data = manifest.to_bytes()
+    write_file(directory, MANIFEST, [data])
+    return len(data)
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,35 +10,71 @@ from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import from_parquet, to_parquet
-from logra_kernels.store.durable import digest, sealed_checksum, write_file
+from logra_kernels.store.disk import Disk, begin_sealed
+from logra_kernels.store.durable import Temporary, begin_file, digest, sealed_checksum
 from logra_kernels.store.format import File, Manifest, Shard, shard_names
-from logra_kernels.store.tensorfile import CHECKSUM_AT, Spec, as_bytes, header, map_file, sealed_file, view
+from logra_kernels.store.tensorfile import CHECKSUM_AT, Spec, as_bytes, header, map_file, view
 
 
-def write_shard(directory: Path, start: int, pieces: Sequence[tuple[Tensor, pa.Table]]) -> Shard:
-    """Write rows [start, start + n) as two files. The caller fsyncs the directory and commits the manifest.
+@dataclass(frozen=True)
+class WrittenShard:
+    """A shard whose bytes the system has, under temporary names."""
+
+    shard: Shard
+    files: tuple[Temporary, Temporary]
+
+    def settle(self) -> Shard:
+        """Fsync and rename. The caller fsyncs the directory and commits the manifest.
+
+        Raises:
+            OSError: As the system reports it; what is not settled is removed.
+        """
+        rows, columns = self.files
+        try:
+            rows.settle()
+        except BaseException:
+            columns.discard()
+            raise
+        columns.settle()
+        return self.shard
+
+    def discard(self) -> None:
+        for file in self.files:
+            file.discard()
+
+
+def write_shard(
+    directory: Path, start: int, pieces: Sequence[tuple[Tensor, pa.Table]], disk: Disk | None = None
+) -> WrittenShard:
+    """Write rows [start, start + n) as two files, to be settled by the caller.
 
     Args:
         start: Number of the first row.
         pieces: (rows [n_i, D] contiguous in the stored dtype, table of n_i lines), in row order.
+        disk: Writes large files while they are hashed.
 
     Raises:
-        OSError: As the system reports it.
+        OSError: As the system reports it; nothing is left.
     """
     count = sum(rows.shape[0] for rows, _ in pieces)
     rows_name, columns_name = shard_names(start, start + count)
     first = pieces[0][0]
-    specs = {"rows": Spec(first.dtype, (count, first.shape[1]))}
-    chunks, checksum = sealed_file(specs, {}, [as_bytes(rows) for rows, _ in pieces])
-    write_file(directory, rows_name, chunks)
+    head = header({"rows": Spec(first.dtype, (count, first.shape[1]))}, {})
+    payload = [as_bytes(rows) for rows, _ in pieces]
     parquet = to_parquet(pa.concat_tables([table for _, table in pieces]))
-    write_file(directory, columns_name, [parquet])
-    return Shard(
+    rows_file, checksum = begin_sealed(directory, rows_name, head, CHECKSUM_AT, payload, disk)
+    try:
+        columns_file = begin_file(directory, columns_name, [parquet])
+    except BaseException:
+        rows_file.discard()
+        raise
+    shard = Shard(
         start,
         start + count,
-        File(rows_name, sum(len(chunk) for chunk in chunks), checksum),
+        File(rows_name, len(head) + sum(len(part) for part in payload), checksum),
         File(columns_name, len(parquet), digest(parquet)),
     )
+    return WrittenShard(shard, (rows_file, columns_file))
 
 
 class MappedShard:

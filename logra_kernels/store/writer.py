@@ -1,28 +1,33 @@
-"""The background writer: takes rows from a bounded queue, cuts them into shards, commits each.
+"""The background writer: takes rows from a bounded queue, cuts them into shards, writes and commits them.
 
-A commit: both files of the shard, then the directory, then the manifest, then the directory again, and only then the
-deletion of a tail that the shard replaces. A crash between any two steps leaves the old manifest or the new one, and
-every file either of them names.
+Three threads, so that hashing, writing and waiting for the disk overlap: this file's cuts and hashes, `Disk` writes,
+and one settles and commits a shard while the next is written.
 """
 
+import contextlib
 import errno
 import os
 import threading
 from collections import deque
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 from torch import Tensor
 
 from logra_kernels.errors import StoreError
-from logra_kernels.store.durable import remove_files, sync_directory
-from logra_kernels.store.format import SHARD_BYTES, Manifest, shard_names, write_manifest
+from logra_kernels.store.commit import MOST_SECONDS, Committer
+from logra_kernels.store.disk import Disk
+from logra_kernels.store.format import SHARD_BYTES, Manifest, shard_names
+from logra_kernels.store.lane import Lane
 from logra_kernels.store.shard import write_shard
 
 Piece = tuple[Tensor, pa.Table]  # rows [n, D] contiguous on the CPU in the stored dtype, and their n ids and columns
 
 QUEUED_SHARDS = 2
+UNSETTLED_SHARDS = 2  # written and waiting for their fsync
 
 
 @dataclass
@@ -41,16 +46,19 @@ class BackgroundWriter:
 
     Args:
         directory: The store, locked by the caller.
-        manifest: Its manifest; `self.manifest` is the newest committed one.
+        manifest: Its manifest.
         tail: The rows of the last shard when that is short; they are written again together with what follows.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, tail: list[Piece]):
-        self.manifest = manifest
         self._directory = directory
+        self._committer = Committer(directory, manifest)
         self._pieces = tail
         self._base = manifest.rows - sum(rows.shape[0] for rows, _ in tail)
         self._assembled = manifest.rows - self._base
+        self._written = manifest.rows  # rows that the system has
+        self._unsettled: deque[tuple[str, Future]] = deque()
+        self._at = ""  # the file at work, to be named if it fails
         self._queue: deque[Piece | _Flush | None] = deque()
         self._queued_bytes = 0
         self._max_bytes = QUEUED_SHARDS * max(SHARD_BYTES, manifest.rows_per_shard * manifest.dim * 4)
@@ -58,8 +66,15 @@ class BackgroundWriter:
         self._failure_told = False
         self._changed = threading.Condition()
         self._owner = os.getpid()
+        self._disk = Disk()
+        self._commits = Lane("logra-store-commit")
         self._thread = threading.Thread(target=self._run, name="logra-store-writer", daemon=True)
         self._thread.start()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The newest committed one."""
+        return self._committer.manifest
 
     def check(self) -> None:
         """
@@ -130,22 +145,33 @@ class BackgroundWriter:
 
     def _run(self) -> None:
         try:
-            while True:
-                self._handle(self._next())
-        except _Closed:
-            pass
-        except BaseException as error:  # anything at all must reach the caller, who would wait for ever otherwise
-            failure = self._describe(error)
-            failure.__cause__ = error
-            with self._changed:
-                self._failure = failure
-                self._queue.clear()
-                self._pieces = []
-                self._changed.notify_all()
+            with self._disk, self._commits:
+                try:
+                    while True:
+                        self._handle(self._next())
+                except _Closed:
+                    pass
+                except BaseException as error:  # anything at all must reach the caller, who would wait for ever
+                    self._fail(error)
+        finally:
+            self._pieces = []
+
+    def _fail(self, error: BaseException) -> None:
+        """Commit what is whole, and say the rest."""
+        with contextlib.suppress(BaseException):
+            self._commits.submit(self._committer.commit).result()
+        failure = self._describe(error)
+        failure.__cause__ = error
+        with self._changed:
+            self._failure = failure
+            self._queue.clear()
+            self._changed.notify_all()
 
     def _next(self) -> Piece | _Flush | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._queue)
+            while not self._changed.wait_for(lambda: self._queue, MOST_SECONDS):
+                if self._committer.behind:  # a pause in the rows
+                    self._unsettled.append((self._at, self._commits.submit(self._committer.commit)))
             return self._queue.popleft()
 
     def _handle(self, item: Piece | _Flush | None) -> None:
@@ -167,30 +193,37 @@ class BackgroundWriter:
             self._assembled += stop - taken
             taken = stop
             if self._assembled == self.manifest.rows_per_shard:
-                self._commit()
+                self._write()
         with self._changed:
             self._queued_bytes -= rows.nbytes + table.nbytes
             self._changed.notify_all()
 
-    def _commit(self) -> None:
-        """Commit the assembled rows, if any are new; let a full shard go, keep a short one to be written again."""
-        if self._base + self._assembled > self.manifest.rows:
-            shard = write_shard(self._directory, self._base, self._pieces)
-            sync_directory(self._directory)
-            kept = tuple(old for old in self.manifest.shards if old.stop <= self._base)
-            replaced = self.manifest.shards[len(kept) :]
-            committed = replace(self.manifest, shards=(*kept, shard))
-            write_manifest(self._directory, committed)
-            self.manifest = committed
-            sync_directory(self._directory)
-            remove_files(self._directory, [name for old in replaced for name in old.names])
+    def _write(self) -> None:
+        """Write the assembled rows, if any are new; let a full shard go, keep a short one to be written again."""
+        if self._base + self._assembled > self._written:
+            while len(self._unsettled) >= UNSETTLED_SHARDS:
+                self._settle_oldest()
+            self._at = shard_names(self._base, self._base + self._assembled)[0]
+            written = write_shard(self._directory, self._base, self._pieces, self._disk)
+            self._written = self._base + self._assembled
+            self._unsettled.append((self._at, self._commits.submit(partial(self._committer.add, written))))
         if self._assembled == self.manifest.rows_per_shard:
             self._base += self._assembled
             self._assembled = 0
             self._pieces = []
 
+    def _settle_oldest(self) -> None:
+        self._at, settling = self._unsettled.popleft()
+        settling.result()
+
+    def _commit(self) -> None:
+        """Write and commit everything assembled."""
+        self._write()
+        while self._unsettled:
+            self._settle_oldest()
+        self._commits.submit(self._committer.commit).result()
+
     def _describe(self, error: BaseException) -> StoreError:
-        name = shard_names(self._base, self._base + self._assembled)[0]
         code = error.errno if isinstance(error, OSError) else None
         if code in (errno.ENOSPC, errno.EDQUOT):
             what = "free some space"
@@ -200,7 +233,7 @@ class BackgroundWriter:
             what = "remove the cause"
         why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
         return StoreError(
-            f"writing {self._directory / name} failed: {why}; {self.manifest.rows} rows are committed and intact;"
+            f"writing {self._directory / self._at} failed: {why}; {self.manifest.rows} rows are committed and intact;"
             f" {what}, then open the store with mode='append' and append the rest again"
             " (skip_committed=True drops the rows that are stored)"
         )

@@ -24,11 +24,11 @@ def broken(monkeypatch):
     def install(error):
         calls = []
 
-        def write_shard(directory, start, pieces):
+        def write_shard(directory, start, *rest):
             calls.append(start)
             if len(calls) > 1:
                 raise error
-            return real(directory, start, pieces)
+            return real(directory, start, *rest)
 
         monkeypatch.setattr(writer_module, "write_shard", write_shard)
 
@@ -94,7 +94,7 @@ def test_the_body_of_a_with_block_is_told_once(tmp_path, broken):
 def test_a_caller_who_waits_for_room_is_told(tmp_path, monkeypatch):
     go = threading.Event()
 
-    def write_shard(directory, start, pieces):
+    def write_shard(*arguments):
         go.wait()
         raise NO_SPACE
 
@@ -114,9 +114,9 @@ def test_the_queue_is_bounded(tmp_path, monkeypatch):
     longest = []
     real = writer_module.write_shard
 
-    def write_shard(directory, start, pieces):
+    def write_shard(*arguments):
         longest.append(store._appender.writer._queued_bytes)
-        return real(directory, start, pieces)
+        return real(*arguments)
 
     monkeypatch.setattr(writer_module, "write_shard", write_shard)
     with GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=4) as store:
@@ -129,9 +129,9 @@ def test_an_interrupt_while_closing_keeps_the_lock_until_the_rows_are_down(tmp_p
     go = threading.Event()
     real = writer_module.write_shard
 
-    def write_shard(directory, start, pieces):
+    def write_shard(*arguments):
         go.wait()
-        return real(directory, start, pieces)
+        return real(*arguments)
 
     monkeypatch.setattr(writer_module, "write_shard", write_shard)
     store = GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=8)
