@@ -4,10 +4,14 @@ from logra_kernels.curvature import Damping
 from logra_kernels.errors import LograError, StoreError, StoreMismatch
 from logra_kernels.nn import Taps, capture
 from logra_kernels.ops import (
+    EncodedRows,
+    RowFormat,
     accumulate_gram,
     backends,
+    dequantize_rows,
     project_grad,
     project_rows,
+    quantize_rows,
     score_block,
     score_topk,
 )
@@ -18,10 +22,12 @@ from logra_kernels.store import GradientStore
 
 __all__ = [
     "Damping",
+    "EncodedRows",
     "GradientStore",
     "LograError",
     "Projection",
     "Query",
+    "RowFormat",
     "Run",
     "StoreError",
     "StoreMismatch",
@@ -29,9 +35,11 @@ __all__ = [
     "accumulate_gram",
     "backends",
     "capture",
+    "dequantize_rows",
     "ensemble",
     "project_grad",
     "project_rows",
+    "quantize_rows",
     "score_block",
     "score_topk",
     "tracin",

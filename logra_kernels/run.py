@@ -11,6 +11,7 @@ from logra_kernels import influence
 from logra_kernels.curvature import CURVATURES, Curvature, Damping, Factor, keep_covariances
 from logra_kernels.errors import LograError, StoreError, StoreMismatch
 from logra_kernels.nn import DEFAULT_KINDS, KINDS, Covariances, Taps, capture, model_fingerprint
+from logra_kernels.ops import RowFormat
 from logra_kernels.projection import Projection
 from logra_kernels.session import Analysis, Query
 from logra_kernels.store import GradientStore
@@ -27,7 +28,8 @@ class Run(Analysis):
         include, exclude: Glob patterns on layer names, as in `capture`; default every layer that can be tapped, or the
             store's own layers where it exists.
         projection: Default `Projection()`, or the store's own where it exists.
-        dtype: Of the stored rows, "fp32" or "bf16".
+        dtype: Of the stored rows: fp32, bf16, fp16, fp8, int8, int4, int2 or sign.
+        block: Numbers of a row that share a scale, for fp8 and below; default 128, or as the store has it.
         kinds, bias: As in `capture`; default linear and convolution layers without bias, or as the store has them.
         rows_per_shard: How many rows a shard holds; default about 64 MB worth.
         fingerprints: More facts that queries must share with the store, as strings (tokenizer, loss, ...).
@@ -50,6 +52,7 @@ class Run(Analysis):
         projection: Projection | None = None,
         dtype: str | None = None,
         *,
+        block: int | None = None,
         kinds: Sequence[str] | None = None,
         bias: bool | None = None,
         rows_per_shard: int | None = None,
@@ -72,7 +75,11 @@ class Run(Analysis):
             stored = self._layers_of(self._store)
             if include is None and exclude is None and kinds is None:
                 include, kinds = stored, list(KINDS)
-        self._dtype = dtype or (self._store.dtype if self._store is not None else "fp32")
+        stored_format = self._store.format if self._store is not None else RowFormat.of("fp32")
+        if block is None and dtype in (None, stored_format.name):
+            self._format = stored_format
+        else:
+            self._format = RowFormat.of(dtype or stored_format.name, block)
         self._bias = bool(bias)
         self.taps: Taps = capture(model, projection, include, exclude, kinds=kinds or DEFAULT_KINDS, bias=self._bias)
         self.fingerprints = {"model": model_fingerprint(model), **(fingerprints or {})}
@@ -103,8 +110,8 @@ class Run(Analysis):
             differs.append(f"projection ({store.projection} there, {self.taps.projection.to_dict()} here)")
         if store.meta.get("bias", False) != self._bias:
             differs.append(f"bias ({not self._bias} there, {self._bias} here)")
-        if store.dtype != self._dtype:
-            differs.append(f"dtype ({store.dtype} there, {self._dtype} here)")
+        if store.format != self._format:
+            differs.append(f"dtype ({store.format} there, {self._format} here)")
         if differs:
             raise StoreMismatch(f"the store {self.path} was made with other settings: {'; '.join(differs)}")
         store.check(self.fingerprints)
@@ -217,7 +224,8 @@ class Run(Analysis):
             self._store = GradientStore.create(
                 self.path,
                 self.taps.layers,
-                self._dtype,
+                self._format.name,
+                block=self._format.block,
                 projection=self.taps.projection.to_dict(),
                 fingerprints=self.fingerprints,
                 rows_per_shard=self._rows_per_shard,

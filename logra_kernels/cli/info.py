@@ -34,7 +34,7 @@ def _print_facts(store: GradientStore) -> None:
     shards, per_shard = store.manifest.shards, store.manifest.rows_per_shard
     print(f"store           {store.path}")
     print(f"rows            {len(store):,}")
-    print(f"row             {store.dim:,} numbers, {store.dtype}")
+    print(f"row             {store.dim:,} numbers, {store.format}: {store.manifest.row_bytes:,} bytes")
     print(f"size            {store.nbytes / 1e6:,.1f} MB in {session.shards(len(shards))} of up to {per_shard:,} rows")
     print(f"columns         {', '.join(store.table.column_names)}")
     projection = store.projection or {}

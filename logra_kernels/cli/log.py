@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from logra_kernels.cli import session
 from logra_kernels.errors import LograError, StoreError
+from logra_kernels.ops import FORMATS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--max-length", type=int, help="tokens kept of a row (default 512, or the model's positions)")
     data.add_argument("--no-text", action="store_true", help="keep the texts out of the store")
     cost = parser.add_argument_group("cost")
-    cost.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the stored rows (default fp32)")
+    cost.add_argument("--dtype", choices=FORMATS, default="fp32", help="of the stored rows (default fp32)")
     cost.add_argument("--batch-size", type=int, default=8, help="rows in one forward and backward (default 8)")
     cost.add_argument("--rows-per-shard", type=int, help="rows in one file of the store (default about 64 MB worth)")
     session.add_device_argument(cost)

@@ -1,17 +1,25 @@
 from logra_kernels.ops._dispatch import Backend, FallbackWarning, backends
+from logra_kernels.ops._format import FORMATS, EncodedRows, RowFormat
 from logra_kernels.ops.accumulate_gram import accumulate_gram
+from logra_kernels.ops.dequantize_rows import dequantize_rows
 from logra_kernels.ops.project_grad import project_grad
 from logra_kernels.ops.project_rows import project_rows
+from logra_kernels.ops.quantize_rows import quantize_rows
 from logra_kernels.ops.score_block import score_block
 from logra_kernels.ops.score_topk import score_topk
 
 __all__ = [
+    "FORMATS",
     "Backend",
+    "EncodedRows",
     "FallbackWarning",
+    "RowFormat",
     "accumulate_gram",
     "backends",
+    "dequantize_rows",
     "project_grad",
     "project_rows",
+    "quantize_rows",
     "score_block",
     "score_topk",
 ]

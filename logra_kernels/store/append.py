@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import build_table
+from logra_kernels.store.encoding import encode
 from logra_kernels.store.format import Manifest
 from logra_kernels.store.lock import WriterLock
 from logra_kernels.store.reader import Reader
@@ -35,8 +35,7 @@ class Appender:
         tail = []
         last = manifest.shards[-1] if manifest.shards else None
         if last is not None and last.stop - last.start < manifest.rows_per_shard:
-            rows = stored.read(last.start, last.stop).to(manifest.torch_dtype)
-            tail = [(rows, stored.table.slice(last.start, last.stop - last.start))]
+            tail = [(stored.tail(), stored.table.slice(last.start, last.stop - last.start))]
         self.writer = BackgroundWriter(directory, manifest, tail)
         self._lock = lock
         # For a store that is dropped, or not closed when the interpreter ends: what was appended is committed then.
@@ -55,11 +54,10 @@ class Appender:
             check_new(self.row_of, ids)
             check_finite(manifest, rows, ids)
             self._schema = table.schema
-            step = max(1, SLICE_BYTES // (manifest.dim * manifest.torch_dtype.itemsize))
+            step = max(1, SLICE_BYTES // manifest.row_bytes)
             for start in range(0, len(ids), step):
                 part = ids[start : start + step]
-                held = torch.empty(len(part), manifest.dim, dtype=manifest.torch_dtype)
-                held.copy_(rows[start : start + step].detach())
+                held = encode(manifest, rows[start : start + step].detach())
                 end = len(self.row_of)
                 self.row_of.update((name, end + place) for place, name in enumerate(part))
                 self.writer.submit((held, table.slice(start, len(part))))

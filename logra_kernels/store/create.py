@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from logra_kernels.errors import StoreError
+from logra_kernels.ops import RowFormat
 from logra_kernels.store.durable import TEMPORARY, remove_files
 from logra_kernels.store.format import (
-    DTYPES,
     LOCK,
     MANIFEST,
     Layer,
@@ -27,13 +27,17 @@ def store_exists(path: Path) -> bool:
 def new_manifest(
     layers: Mapping[str, tuple[int, int]],
     dtype: str,
+    block: int | None,
+    scale: str | None,
     projection: Mapping[str, Any] | None,
     fingerprints: Mapping[str, str] | None,
     rows_per_shard: int | None,
     meta: Mapping[str, Any] | None,
 ) -> Manifest:
-    if dtype not in DTYPES:
-        raise StoreError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}; choose one of them")
+    try:
+        form = RowFormat.of(dtype, block, scale)
+    except ValueError as error:
+        raise StoreError(f"dtype: {error}") from None
     if not layers:
         raise StoreError("a store needs at least one layer: layers={'name': (k_out, k_in)}")
     table = []
@@ -44,14 +48,14 @@ def new_manifest(
         table.append(Layer(name, size[0], size[1], offset))
         offset += size[0] * size[1]
     if rows_per_shard is None:
-        rows_per_shard = default_rows_per_shard(offset, dtype)
+        rows_per_shard = default_rows_per_shard(offset, form)
     if rows_per_shard < 1:
         raise StoreError(f"rows_per_shard is {rows_per_shard}; it must be at least 1")
     if any(not isinstance(text, str) for pair in (fingerprints or {}).items() for text in pair):
         raise StoreError("fingerprints must map str to str")
     return Manifest(
         tuple(table),
-        dtype,
+        form,
         rows_per_shard,
         _as_json("projection", projection),
         dict(fingerprints or {}),

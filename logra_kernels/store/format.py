@@ -1,7 +1,7 @@
 """The layout of a store directory and its manifest.
 
     manifest.json                          this file's `Manifest`, with its own checksum; replaced last, by rename
-    rows-<start>-<stop>.safetensors        tensor "rows" [stop - start, D], row-major, immutable
+    rows-<start>-<stop>.safetensors        the tensors of `Manifest.tensors`, a line a row, row-major, immutable
     rows-<start>-<stop>.parquet            column "id" (string) and the user's columns, one line per row
     sidecars/<name>.<key>.safetensors      what was computed from the rows; stale once the key differs
     lock                                   empty; flocked by the one writer
@@ -20,14 +20,15 @@ from typing import Any
 import torch
 
 from logra_kernels.errors import StoreError
+from logra_kernels.ops import FORMATS, RowFormat
 from logra_kernels.store.durable import ZEROS, digest, seal, sealed_checksum, write_file
+from logra_kernels.store.tensorfile import Spec
 
 FORMAT = "logra_kernels.store"
-VERSION = 1
+VERSION = 2  # 1 knew fp32 and bf16 rows only, and is read
 MANIFEST = "manifest.json"
 SIDECARS = "sidecars"
 LOCK = "lock"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 64 << 20
 SHARD_ROWS = 1 << 16  # so that the id table of a shard of very short rows stays small too
 
@@ -94,7 +95,7 @@ class Manifest:
     """What a store is and which rows it holds. A commit makes a new one."""
 
     layers: tuple[Layer, ...]
-    dtype: str
+    format: RowFormat
     rows_per_shard: int
     projection: dict[str, Any] | None
     fingerprints: dict[str, str]
@@ -110,15 +111,32 @@ class Manifest:
         return self.shards[-1].stop if self.shards else 0
 
     @property
+    def dtype(self) -> str:
+        return self.format.name
+
+    @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        """Of decoded rows."""
+        return self.format.value_dtype
+
+    def tensors(self, count: int) -> dict[str, Spec]:
+        """What a shard of `count` rows holds, in the file's order: wider numbers first, which keeps all aligned."""
+        rows = {"rows": Spec(self.format.code_dtype, (count, self.format.code_width(self.dim)))}
+        if not self.format.scaled:
+            return rows
+        return {"scales": Spec(self.format.scale_dtype, (count, self.format.scale_width(self.dim)))} | rows
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one stored row, ids and columns not counted."""
+        return sum(spec.nbytes for spec in self.tensors(1).values())
 
     @cached_property
     def content_hash(self) -> str:
         """Names what the rows are: layers, dtype and the checksums of all shards."""
         layers = json.dumps([[layer.name, layer.k_out, layer.k_in] for layer in self.layers])
         checksums = [f"{shard.rows.checksum}{shard.columns.checksum}" for shard in self.shards]
-        return digest("\n".join([layers, self.dtype, *checksums]).encode())
+        return digest("\n".join([layers, str(self.format), *checksums]).encode())
 
     def to_bytes(self) -> bytes:
         table = {
@@ -126,6 +144,7 @@ class Manifest:
             "format": FORMAT,
             "version": VERSION,
             "dtype": self.dtype,
+            **({"block": self.format.block, "scale": self.format.scale} if self.format.scaled else {}),
             "dim": self.dim,
             "rows": self.rows,
             "rows_per_shard": self.rows_per_shard,
@@ -140,8 +159,8 @@ class Manifest:
         return seal(text.encode(), len(_BEFORE_CHECKSUM))[0]
 
 
-def default_rows_per_shard(dim: int, dtype: str) -> int:
-    return max(1, min(SHARD_ROWS, SHARD_BYTES // (dim * DTYPES[dtype].itemsize)))
+def default_rows_per_shard(dim: int, form: RowFormat) -> int:
+    return max(1, min(SHARD_ROWS, SHARD_BYTES // form.row_bytes(dim)))
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> int:
@@ -185,8 +204,8 @@ def _parse(path: Path, data: bytes) -> Manifest:
     if recorded != computed:
         raise _damaged(path, "its checksum does not fit its content")
     dtype = table.get("dtype")
-    if dtype not in DTYPES:
-        known = ", ".join(DTYPES)
+    if dtype not in FORMATS:
+        known = ", ".join(FORMATS)
         raise StoreError(f"{path} names the dtype {dtype!r}, known here are {known}; upgrade logra_kernels")
     try:
         return _build(table)
@@ -216,7 +235,7 @@ def _build(table: dict[str, Any]) -> Manifest:
         raise ValueError("the layers do not fill a row")
     return Manifest(
         layers=layers,
-        dtype=table["dtype"],
+        format=RowFormat.of(table["dtype"], table.get("block"), table.get("scale")),
         rows_per_shard=table["rows_per_shard"],
         projection=table["projection"],
         fingerprints=table["fingerprints"],

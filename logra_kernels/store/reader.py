@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from logra_kernels.errors import StoreError
-from logra_kernels.ops import score_block, score_topk
+from logra_kernels.ops import EncodedRows, score_block, score_topk
+from logra_kernels.store.encoding import decode, wrap
 from logra_kernels.store.format import Manifest, Shard
 from logra_kernels.store.shard import MappedShard, missing, read_columns
 
@@ -78,8 +79,8 @@ class Reader:
             self._row_of = {name: row for row, name in enumerate(self.table.column("id").to_pylist())}
         return self._row_of
 
-    def _map(self, shard: Shard, private: bool = False) -> Tensor:
-        """Rows of a shard [n, D], verified once per open. A private mapping is the caller's own to write on."""
+    def _map(self, shard: Shard, private: bool = False) -> EncodedRows:
+        """Rows of a shard, verified once per open. A private mapping is the caller's own to write on."""
         name = shard.rows.name
         mapped = None if private else self._mapped.pop(name, None)
         if mapped is None and self._tail is not None and shard is self.manifest.shards[-1]:
@@ -91,23 +92,28 @@ class Reader:
                 raise missing(self.directory / name) from None
             if shard.rows.checksum in self._verified:
                 mapped.trust()
-        rows = mapped.rows()
+        tensors = mapped.tensors()
         self._verified.add(shard.rows.checksum)
         if not private:
             self._mapped[name] = mapped
             while len(self._mapped) > MAPPED_SHARDS:
                 self._mapped.popitem(last=False)
-        return rows
+        return wrap(self.manifest, tensors)
 
-    def _tail_rows(self, private: bool) -> Tensor:
+    def tail(self) -> dict[str, Tensor]:
+        """The stored tensors of the short last shard, a copy."""
         assert self._tail is not None
-        rows = self._tail.rows()
-        return rows.clone() if private else rows  # its file may be gone, so it cannot be mapped once more
+        return {name: tensor.clone() for name, tensor in self._tail.tensors().items()}
 
-    def _stream(self, start: int, stop: int, max_bytes: int, private: bool) -> Iterator[tuple[int, Tensor]]:
-        manifest = self.manifest
-        step = max(1, max_bytes // (manifest.dim * manifest.torch_dtype.itemsize))
-        for shard in manifest.shards:
+    def _tail_rows(self, private: bool) -> EncodedRows:
+        assert self._tail is not None  # its file may be gone, so it cannot be mapped once more
+        return wrap(self.manifest, self.tail() if private else self._tail.tensors())
+
+    def _stream(
+        self, start: int, stop: int, max_bytes: int, row_bytes: int, private: bool
+    ) -> Iterator[tuple[int, EncodedRows]]:
+        step = max(1, max_bytes // row_bytes)
+        for shard in self.manifest.shards:
             if shard.stop <= start or shard.start >= stop:
                 continue
             rows = self._map(shard, private)
@@ -116,8 +122,16 @@ class Reader:
                 yield first, rows[first - shard.start : last - shard.start]
 
     def blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows [n, D] in the stored dtype), in order, of at most `max_bytes` but at least one row."""
-        yield from self._stream(0, self.manifest.rows, max_bytes or BLOCK_BYTES, private=True)
+        """(first row, rows [n, D] decoded), in order, of at most `max_bytes` but at least one row; the caller's own."""
+        private = not self.manifest.format.scaled  # decoding makes a copy
+        row_bytes = self.manifest.dim * self.manifest.torch_dtype.itemsize
+        for first, rows in self._stream(0, self.manifest.rows, max_bytes or BLOCK_BYTES, row_bytes, private):
+            yield first, decode(rows)
+
+    def encoded_blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, EncodedRows]]:
+        """(first row, rows as they are stored), in order, of at most `max_bytes` but at least one row."""
+        manifest = self.manifest
+        yield from self._stream(0, manifest.rows, max_bytes or BLOCK_BYTES, manifest.row_bytes, private=False)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) as fp32 [stop - start, D], a copy."""
@@ -126,16 +140,16 @@ class Reader:
                 f"rows {start} to {stop} are outside the store, which holds {self.manifest.rows}; ask for fewer"
             )
         out = torch.zeros(stop - start, self.manifest.dim)
-        for first, rows in self._stream(start, stop, BLOCK_BYTES, private=False):
-            out[first - start : first - start + rows.shape[0]] = rows
+        for first, rows in self._stream(start, stop, BLOCK_BYTES, self.manifest.dim * 4, private=False):
+            out[first - start : first - start + len(rows)] = decode(rows)
         return out
 
     def score(self, queries: Tensor, row_scale: Tensor | None, max_bytes: int | None = None) -> Tensor:
         """[Q, N] fp32 on the queries' device."""
         queries, row_scale = self._check(queries, row_scale)
         out = queries.new_zeros((queries.shape[0], self.manifest.rows), dtype=torch.float32)
-        for first, rows in self._stream(0, self.manifest.rows, max_bytes or BLOCK_BYTES, private=False):
-            part = slice(first, first + rows.shape[0])
+        for first, rows in self.encoded_blocks(max_bytes):
+            part = slice(first, first + len(rows))
             scores = score_block(queries, rows.to(queries.device))
             out[:, part] = scores if row_scale is None else scores * row_scale[part]
         return out
@@ -149,8 +163,8 @@ class Reader:
             raise StoreError(f"k is {k}; it must be at least 1")
         values = queries.new_zeros((queries.shape[0], 0), dtype=torch.float32)
         index = queries.new_zeros((queries.shape[0], 0), dtype=torch.int64)
-        for first, rows in self._stream(0, self.manifest.rows, max_bytes or BLOCK_BYTES, private=False):
-            scale = None if row_scale is None else row_scale[first : first + rows.shape[0]]
+        for first, rows in self.encoded_blocks(max_bytes):
+            scale = None if row_scale is None else row_scale[first : first + len(rows)]
             block = score_topk(queries, rows.to(queries.device), k, scale, largest=largest)
             values, index = _merge((values, index), (block[0], block[1] + first), k, largest)
         return values, index

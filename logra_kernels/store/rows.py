@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.errors import StoreError
+from logra_kernels.ops import RowFormat
 from logra_kernels.store.format import Manifest
 
 SHOWN = 5  # ids or layers named in a message
@@ -38,31 +39,50 @@ def check_rows(directory: Path, manifest: Manifest, rows: Tensor, ids: Sequence[
 
 
 def check_finite(manifest: Manifest, rows: Tensor, ids: Sequence[str]) -> None:
-    """Every number is finite and stays so in the stored dtype.
+    """Every number is finite and the format can hold it.
 
     Raises:
         StoreError: Names the ids and layers of those that are not.
     """
     if rows.numel() == 0:
         return
+    rows = rows.detach()
+    form = manifest.format
     # One pass without a temporary: NaN goes through aminmax, and rounding keeps the order of the others.
-    low, high = torch.aminmax(rows.detach())
-    dtype = manifest.torch_dtype
-    if bool(torch.stack((low, high)).to(dtype).isfinite().all()):
+    ends = torch.stack(torch.aminmax(rows))
+    if bool(_fits(ends, form).all()):
+        if form.scale == "fp16":
+            _check_small(manifest, rows, ids)
         return
-    good = rows.detach().to(dtype).isfinite()
+    good = _fits(rows, form)
     bad_rows = (~good.all(dim=1)).nonzero().flatten().tolist()
     bad_layers = [layer.name for layer in manifest.layers if not bool(good[:, layer.part].all())]
     where = f"ids {shorten([repr(ids[row]) for row in bad_rows])}, layers {shorten(bad_layers)}"
-    if bool(rows.detach().isfinite().all()):
+    if bool(rows.isfinite().all()):
         raise StoreError(
-            f"{len(bad_rows)} rows hold numbers too large for {manifest.dtype}: {where};"
+            f"{len(bad_rows)} rows hold numbers too large for {form}: {where};"
             " none of this append was stored; scale the loss down or leave these rows out"
         )
     raise StoreError(
         f"{len(bad_rows)} rows hold NaN or Inf: {where}; none of this append was stored;"
         " check the loss of these samples or leave them out"
     )
+
+
+def _fits(numbers: Tensor, form: RowFormat) -> Tensor:
+    numbers = numbers.to(form.value_dtype)
+    return (numbers / form.most).to(form.scale_dtype).isfinite() if form.scaled else numbers.isfinite()
+
+
+def _check_small(manifest: Manifest, rows: Tensor, ids: Sequence[str]) -> None:
+    """No row is so small that its largest scale loses digits in fp16."""
+    most = rows.abs().amax(dim=1)
+    bad = ((most > 0) & (most / manifest.format.most < torch.finfo(torch.float16).tiny)).nonzero().flatten().tolist()
+    if bad:
+        raise StoreError(
+            f"{len(bad)} rows are too small for {manifest.format}: ids {shorten([repr(ids[row]) for row in bad])};"
+            " none of this append was stored; use fp32 scales"
+        )
 
 
 def committed_prefix(row_of: dict[str, int], committed: int, end: int, ids: Sequence[str]) -> int:

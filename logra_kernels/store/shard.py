@@ -1,7 +1,7 @@
 """One shard: its two files written, and read with their checksums verified."""
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from logra_kernels.store.columns import from_parquet, to_parquet
 from logra_kernels.store.disk import Disk, begin_sealed
 from logra_kernels.store.durable import Temporary, begin_file, digest, sealed_checksum
 from logra_kernels.store.format import File, Manifest, Shard, shard_names
-from logra_kernels.store.tensorfile import CHECKSUM_AT, Spec, as_bytes, header, map_file, view
+from logra_kernels.store.tensorfile import CHECKSUM_AT, as_bytes, header, map_file, view
+
+Piece = tuple[Mapping[str, Tensor], pa.Table]  # the tensors of n encoded rows by name, and their ids and columns
 
 
 @dataclass(frozen=True)
@@ -44,23 +46,23 @@ class WrittenShard:
 
 
 def write_shard(
-    directory: Path, start: int, pieces: Sequence[tuple[Tensor, pa.Table]], disk: Disk | None = None
+    directory: Path, start: int, manifest: Manifest, pieces: Sequence[Piece], disk: Disk | None = None
 ) -> WrittenShard:
     """Write rows [start, start + n) as two files, to be settled by the caller.
 
     Args:
         start: Number of the first row.
-        pieces: (rows [n_i, D] contiguous in the stored dtype, table of n_i lines), in row order.
+        pieces: Contiguous CPU tensors of n_i lines, as `Manifest.tensors` names them, in row order.
         disk: Writes large files while they are hashed.
 
     Raises:
         OSError: As the system reports it; nothing is left.
     """
-    count = sum(rows.shape[0] for rows, _ in pieces)
+    count = sum(table.num_rows for _, table in pieces)
     rows_name, columns_name = shard_names(start, start + count)
-    first = pieces[0][0]
-    head = header({"rows": Spec(first.dtype, (count, first.shape[1]))}, {})
-    payload = [as_bytes(rows) for rows, _ in pieces]
+    specs = manifest.tensors(count)
+    head = header(specs, {})
+    payload = [as_bytes(tensors[name]) for name in specs for tensors, _ in pieces]
     parquet = to_parquet(pa.concat_tables([table for _, table in pieces]))
     rows_file, checksum = begin_sealed(directory, rows_name, head, CHECKSUM_AT, payload, disk)
     try:
@@ -88,13 +90,13 @@ class MappedShard:
     def __init__(self, directory: Path, manifest: Manifest, shard: Shard):
         self._path = directory / shard.rows.name
         self._shard = shard
-        self._spec = Spec(manifest.torch_dtype, (shard.stop - shard.start, manifest.dim))
-        self._head = header({"rows": self._spec}, {}, shard.rows.checksum)
+        self._specs = manifest.tensors(shard.stop - shard.start)
+        self._head = header(self._specs, {}, shard.rows.checksum)
         self._mapping = self._map()
         self._verified = False
 
     def _map(self) -> mmap.mmap:
-        expected = len(self._head) + self._spec.nbytes
+        expected = len(self._head) + sum(spec.nbytes for spec in self._specs.values())
         try:
             mapping = map_file(self._path, expected)
         except ValueError as error:
@@ -126,10 +128,14 @@ class MappedShard:
         self._verified = True
         return self
 
-    def rows(self) -> Tensor:
-        """[n, D] in the stored dtype, on the mapping."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Each stored tensor, a line a row, on the mapping."""
         self.verify()
-        return view(self._mapping, self._spec, len(self._head))
+        found, offset = {}, len(self._head)
+        for name, spec in self._specs.items():
+            found[name] = view(self._mapping, spec, offset)
+            offset += spec.nbytes
+        return found
 
 
 def read_columns(directory: Path, shard: Shard) -> pa.Table:

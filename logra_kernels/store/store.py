@@ -9,6 +9,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from logra_kernels.errors import StoreError
+from logra_kernels.ops import EncodedRows, RowFormat
 from logra_kernels.store import sidecar
 from logra_kernels.store.append import Appender
 from logra_kernels.store.create import check_free, new_manifest, remove_leftovers, store_exists
@@ -41,6 +42,8 @@ class GradientStore:
         layers: Mapping[str, tuple[int, int]],
         dtype: str = "fp32",
         *,
+        block: int | None = None,
+        scale: str | None = None,
         projection: Mapping[str, Any] | None = None,
         fingerprints: Mapping[str, str] | None = None,
         rows_per_shard: int | None = None,
@@ -51,7 +54,9 @@ class GradientStore:
         Args:
             path: A directory that is new, empty, or left by a creation that was interrupted.
             layers: name -> (k_out, k_in), in the order in which they lie in a row; D is the sum of k_out * k_in.
-            dtype: Of the stored numbers, "fp32" or "bf16".
+            dtype: Of the stored numbers: fp32, bf16, fp16, fp8, int8, int4, int2 or sign (`ops.RowFormat`).
+            block: Numbers that share a scale, for fp8 and below; 128 by default.
+            scale: Of those scales, "fp32" (the default) or "fp16".
             projection: How the rows were projected, as JSON data.
             fingerprints: What the rows belong to (model, tokenizer, data, loss, ...), for `check`.
             rows_per_shard: By default about 64 MB a shard.
@@ -60,7 +65,7 @@ class GradientStore:
         Raises:
             StoreError: There is a store already, something else lies there, or an argument is wrong.
         """
-        manifest = new_manifest(layers, dtype, projection, fingerprints, rows_per_shard, meta)
+        manifest = new_manifest(layers, dtype, block, scale, projection, fingerprints, rows_per_shard, meta)
         directory = Path(path)
         check_free(directory)
         try:
@@ -218,6 +223,11 @@ class GradientStore:
         return self._reader.manifest.dtype
 
     @property
+    def format(self) -> RowFormat:
+        """The number format of the stored rows."""
+        return self._reader.manifest.format
+
+    @property
     def projection(self) -> dict[str, Any] | None:
         return self._reader.manifest.projection
 
@@ -287,14 +297,23 @@ class GradientStore:
         return self._current().read(start, stop)
 
     def blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows [n, D] in the stored dtype) over all rows, on mapped pages; about 64 MB each by default.
+        """(first row, rows [n, D] in `manifest.torch_dtype`) over all rows; about 64 MB each by default.
 
-        A block is the caller's: writing on it changes neither the store nor what is read later.
+        Rows in a scaled format are decoded to fp32; others lie on mapped pages. A block is the caller's: writing on it
+        changes neither the store nor what is read later.
 
         Raises:
             StoreError: A shard is damaged.
         """
         return self._current().blocks(max_bytes)
+
+    def encoded_blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, EncodedRows]]:
+        """(first row, rows as they are stored) over all rows, on mapped pages, read only; what `score_block` takes.
+
+        Raises:
+            StoreError: A shard is damaged.
+        """
+        return self._current().encoded_blocks(max_bytes)
 
     def score(self, queries: Tensor, row_scale: Tensor | None = None, *, max_bytes: int | None = None) -> Tensor:
         """Every query against every row.

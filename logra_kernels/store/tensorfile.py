@@ -24,6 +24,7 @@ TAGS = {
     torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.uint8: "U8",
     torch.int8: "I8",
     torch.bool: "BOOL",

@@ -9,22 +9,18 @@ import errno
 import os
 import threading
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import pyarrow as pa
-from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.commit import MOST_SECONDS, Committer
 from logra_kernels.store.disk import Disk
 from logra_kernels.store.format import SHARD_BYTES, Manifest, shard_names
 from logra_kernels.store.lane import Lane
-from logra_kernels.store.shard import write_shard
-
-Piece = tuple[Tensor, pa.Table]  # rows [n, D] contiguous on the CPU in the stored dtype, and their n ids and columns
+from logra_kernels.store.shard import Piece, write_shard
 
 QUEUED_SHARDS = 2
 UNSETTLED_SHARDS = 2  # written and waiting for their fsync
@@ -50,18 +46,18 @@ class BackgroundWriter:
         tail: The rows of the last shard when that is short; they are written again together with what follows.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, tail: list[Piece]):
+    def __init__(self, directory: Path, manifest: Manifest, tail: Sequence[Piece]):
         self._directory = directory
         self._committer = Committer(directory, manifest)
-        self._pieces = tail
-        self._base = manifest.rows - sum(rows.shape[0] for rows, _ in tail)
+        self._pieces = list(tail)
+        self._base = manifest.rows - sum(table.num_rows for _, table in tail)
         self._assembled = manifest.rows - self._base
         self._written = manifest.rows  # rows that the system has
         self._unsettled: deque[tuple[str, Future]] = deque()
         self._at = ""  # the file at work, to be named if it fails
         self._queue: deque[Piece | _Flush | None] = deque()
         self._queued_bytes = 0
-        self._max_bytes = QUEUED_SHARDS * max(SHARD_BYTES, manifest.rows_per_shard * manifest.dim * 4)
+        self._max_bytes = QUEUED_SHARDS * max(SHARD_BYTES, manifest.rows_per_shard * manifest.row_bytes)
         self._failure: StoreError | None = None
         self._failure_told = False
         self._changed = threading.Condition()
@@ -92,7 +88,7 @@ class BackgroundWriter:
             StoreError: The writer has failed.
         """
         self._check_process()
-        nbytes = piece[0].nbytes + piece[1].nbytes
+        nbytes = _nbytes(piece)
         with self._changed:
             self._changed.wait_for(
                 lambda: self._failure or not self._queued_bytes or self._queued_bytes + nbytes <= self._max_bytes
@@ -184,18 +180,19 @@ class BackgroundWriter:
                 item.reached = True
                 self._changed.notify_all()
             return
-        rows, table = item
+        tensors, table = item
         taken = 0
-        while taken < rows.shape[0]:
+        while taken < table.num_rows:
             room = self.manifest.rows_per_shard - self._assembled
-            stop = min(rows.shape[0], taken + room)
-            self._pieces.append((rows[taken:stop], table.slice(taken, stop - taken)))
+            stop = min(table.num_rows, taken + room)
+            part = {name: tensor[taken:stop] for name, tensor in tensors.items()}
+            self._pieces.append((part, table.slice(taken, stop - taken)))
             self._assembled += stop - taken
             taken = stop
             if self._assembled == self.manifest.rows_per_shard:
                 self._write()
         with self._changed:
-            self._queued_bytes -= rows.nbytes + table.nbytes
+            self._queued_bytes -= _nbytes(item)
             self._changed.notify_all()
 
     def _write(self) -> None:
@@ -204,7 +201,7 @@ class BackgroundWriter:
             while len(self._unsettled) >= UNSETTLED_SHARDS:
                 self._settle_oldest()
             self._at = shard_names(self._base, self._base + self._assembled)[0]
-            written = write_shard(self._directory, self._base, self._pieces, self._disk)
+            written = write_shard(self._directory, self._base, self.manifest, self._pieces, self._disk)
             self._written = self._base + self._assembled
             self._unsettled.append((self._at, self._commits.submit(partial(self._committer.add, written))))
         if self._assembled == self.manifest.rows_per_shard:
@@ -237,3 +234,7 @@ class BackgroundWriter:
             f" {what}, then open the store with mode='append' and append the rest again"
             " (skip_committed=True drops the rows that are stored)"
         )
+
+
+def _nbytes(piece: Piece) -> int:
+    return sum(tensor.nbytes for tensor in piece[0].values()) + piece[1].nbytes

@@ -96,7 +96,7 @@ def test_what_a_store_cannot_be_made_of(tmp_path):
         ({"layers": {}}, "at least one layer"),
         ({"layers": {"a": (0, 3)}}, "two positive integers"),
         ({"layers": {"a": (2, 3, 4)}}, "two positive integers"),
-        ({"layers": LAYERS, "dtype": "int8"}, "dtype 'int8' is not one of fp32, bf16"),
+        ({"layers": LAYERS, "dtype": "int5"}, "'int5' is not one of fp32, bf16"),
         ({"layers": LAYERS, "rows_per_shard": 0}, "rows_per_shard is 0"),
         ({"layers": LAYERS, "projection": {"x": object()}}, "projection is not JSON data"),
         ({"layers": LAYERS, "meta": {"x": float("nan")}}, "meta is not JSON data"),

@@ -117,8 +117,8 @@ def resealed(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "has format version 2 and this logra_kernels reads up to 1; upgrade"),
-        ({"dtype": "int3"}, "dtype 'int3', known here are fp32, bf16; upgrade"),
+        ({"version": 3}, "has format version 3 and this logra_kernels reads up to 2; upgrade"),
+        ({"dtype": "int3"}, "dtype 'int3', known here are fp32, bf16, fp16"),
         ({"format": "other"}, "is not the manifest of a gradient store"),
         ({"rows_per_shard": 5}, "does not follow"),
         ({"layers": [{"name": "x"}]}, "inconsistent"),

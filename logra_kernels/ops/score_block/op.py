@@ -8,6 +8,8 @@ from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype, check_tensors
 from logra_kernels.ops._dispatch import LIB, launcher
+from logra_kernels.ops._format import EncodedRows
+from logra_kernels.ops.dequantize_rows import dequantize_rows
 
 LIB.define("score_block(Tensor queries, Tensor rows, str backend) -> Tensor")
 
@@ -39,12 +41,12 @@ def check_scores(op: str, queries: Tensor, rows: Tensor) -> None:
         )
 
 
-def score_block(queries: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
+def score_block(queries: Tensor, rows: Tensor | EncodedRows, *, backend: str = "auto") -> Tensor:
     """Score queries against stored rows: a GEMM that converts the rows as it loads them.
 
     Args:
         queries: [Q, D], fp32 or of the rows' dtype; preconditioned already.
-        rows: [N, D], fp32, bf16, fp16 or fp64. Any strides.
+        rows: [N, D], fp32, bf16, fp16 or fp64, any strides; or rows in a stored format.
         backend: "auto", "cpp", "triton" or "reference"; an unavailable one raises RuntimeError.
 
     Returns:
@@ -53,5 +55,7 @@ def score_block(queries: Tensor, rows: Tensor, *, backend: str = "auto") -> Tens
     Raises:
         ValueError: Sizes, dtypes or devices do not fit.
     """
+    if isinstance(rows, EncodedRows):
+        rows = dequantize_rows(rows) if rows.format.scaled else rows.codes
     check_scores("score_block", queries, rows)
     return _op(queries, rows, backend)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype, check_tensors
 from logra_kernels.ops._dispatch import LIB, launcher
+from logra_kernels.ops._format import EncodedRows
+from logra_kernels.ops.dequantize_rows import dequantize_rows
 from logra_kernels.ops.score_block.op import check_scores
 
 LIB.define(
@@ -40,7 +42,7 @@ _op = torch.ops.logra_kernels.score_topk.default
 
 def score_topk(
     queries: Tensor,
-    rows: Tensor,
+    rows: Tensor | EncodedRows,
     k: int,
     row_scale: Tensor | None = None,
     *,
@@ -51,7 +53,7 @@ def score_topk(
 
     Args:
         queries: [Q, D], fp32 or of the rows' dtype; preconditioned already.
-        rows: [N, D], fp32, bf16, fp16 or fp64. Any strides.
+        rows: [N, D], fp32, bf16, fp16 or fp64, any strides; or rows in a stored format.
         k: How many rows to keep, at least 1; min(k, N) are returned.
         row_scale: A factor for each row's score, [N], fp32 (fp64 for fp64 rows); l-RelatIF's 1/sqrt(self-influence).
         largest: False for the lowest scores, ascending.
@@ -63,6 +65,8 @@ def score_topk(
     Raises:
         ValueError: Sizes, dtypes or devices do not fit, or k < 1.
     """
+    if isinstance(rows, EncodedRows):
+        rows = dequantize_rows(rows) if rows.format.scaled else rows.codes
     check_scores("score_topk", queries, rows)
     if k < 1:
         raise ValueError(f"score_topk: k is {k}; it must be at least 1")
