@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.nn.adapters import DEFAULT_KINDS, X_SIDE_KINDS, Adapter
+from logra_kernels.nn.adapters import DEFAULT_KINDS, Adapter
 from logra_kernels.nn.covariance import Covariances
 from logra_kernels.nn.layers import Layer, find_layers
 from logra_kernels.nn.tap import Tap, check_heard
@@ -67,7 +67,7 @@ class _Hook:
                 )
             weights = weights.to(y.device, probe.dtype).reshape(shape[0], -1)
         # under autocast x and y may differ from the weight; ids and norms are projected beside dy
-        p_in = None if probe.p_in is None else probe.p_in.to(x.dtype if adapter.kind in X_SIDE_KINDS else y.dtype)
+        p_in = None if probe.p_in is None else probe.p_in.to(x.dtype if adapter.projects_x else y.dtype)
         p_out = None if probe.p_out is None else probe.p_out.to(y.dtype)
         if self.taps.mode is not None:
             return self.taps.mode.tap(self.name, adapter, y, x, p_in, p_out, weights)

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from logra_kernels.nn.adapters import ADAPTERS, DEFAULT_KINDS, Adapter, adapt
+from logra_kernels.nn.adapters import DEFAULT_KINDS, KINDS, Adapter, adapt
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ def find_layers(
     Raises:
         ValueError: An unknown kind, a pattern that matches no layer, or nothing is left.
     """
-    unknown = [kind for kind in kinds if kind not in ADAPTERS]
+    unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
-        raise ValueError(f"capture: kinds {unknown} are unknown; they must be of {', '.join(ADAPTERS)}")
+        raise ValueError(f"capture: kinds {unknown} are unknown; they must be of {', '.join(KINDS)}")
     model = getattr(model, "_orig_mod", model)
     found = {name: a for name, module in model.named_modules() if (a := adapt(module, tuple(kinds), bias)) is not None}
     if not found:

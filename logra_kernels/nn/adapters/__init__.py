@@ -1,0 +1,4 @@
+from logra_kernels.nn.adapters.base import Adapter
+from logra_kernels.nn.adapters.registry import DEFAULT_KINDS, KINDS, adapt
+
+__all__ = ["DEFAULT_KINDS", "KINDS", "Adapter", "adapt"]

@@ -1,0 +1,76 @@
+"""What an adapter is: one kind of layer seen as a matrix product, so that one tap serves them all.
+
+Every adapter writes a sample's weight gradient as dW = sum_t left[t] (x) right[t], [d_out, d_in], and says what to keep
+from the forward and how to project both sides.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from logra_kernels.ops import project_rows
+
+
+class Adapter(ABC):
+    """One layer's matrix view.
+
+    Attributes:
+        kind: "linear", "conv", "embedding" or "norm", what `capture(kinds=)` chooses by.
+        d_in, d_out: Width of the gradient's two sides.
+        argument: The name of x in the layer's forward.
+        projects_x: Whether P_in meets x itself, in x's dtype; else it meets what stands beside dy, in dy's.
+        repeats: How many rows of `sides` stand for one position (a convolution's groups), as [repeats, T] flattened.
+    """
+
+    kind: str
+    argument = "input"
+    projects_x = False
+    repeats = 1
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        self.d_in, self.d_out = d_in, d_out
+
+    @abstractmethod
+    def check(self, name: str, x: Tensor) -> None:
+        """Raise ValueError unless x is a batch this layer can be tapped on."""
+
+    def positions(self, x: Tensor, y: Tensor) -> tuple[int, ...]:
+        """The shape [N, ...] that position weights must have (up to flattening)."""
+        return y.shape[:-1]
+
+    @abstractmethod
+    def keep(self, x: Tensor, p_in: Tensor | None) -> Tensor:
+        """What the forward saves: as little as the backward can do with."""
+
+    @abstractmethod
+    def gradient(
+        self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        """[N, k_out, k_in] from what was kept and the gradient of the layer's output."""
+
+    @abstractmethod
+    def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
+        """left [N, repeats * T, k_out], right [N, repeats * T, k_in]: the gradient is sum_t left (x) right."""
+
+    def parameters(self, module: nn.Module) -> list[Tensor]:
+        """The parameters whose gradients make up dW."""
+        return [module.weight]  # type: ignore[list-item]
+
+    def matrix(self, grads: list[Tensor]) -> Tensor:
+        """dW [d_out, d_in] from the gradients of `parameters`, as autograd gives them."""
+        return grads[0].flatten(1)
+
+
+def positions_flat(x: Tensor) -> Tensor:
+    """[N, ..., d] -> [N, T, d]."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def projected(rows: Tensor, p: Tensor | None) -> Tensor:
+    """P rows; 16-bit ones in fp32, since single positions do not average their rounding away."""
+    if p is None:
+        return rows
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return project_rows(rows.to(wide), p.to(wide))

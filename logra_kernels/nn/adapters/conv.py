@@ -1,0 +1,76 @@
+"""Convolutions of one, two and three dimensions."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logra_kernels.nn.adapters.base import Adapter, projected
+from logra_kernels.ops import project_grad
+
+
+class ConvAdapter(Adapter):
+    """y = conv(x, W), groups side by side: dW = sum over groups and output positions of dy[g,t] (x) patch[g,t].
+
+    The patches are never laid out: P_in seen as k_in filters is itself a convolution of x, with the layer's own stride,
+    padding and dilation. dW is [C_out, C_in/groups * kernel]; P_out acts on all C_out rows, so a group has its columns.
+    """
+
+    kind = "conv"
+    projects_x = True
+
+    def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        self.in_shape = (conv.in_channels // conv.groups, *conv.kernel_size)
+        super().__init__(math.prod(self.in_shape), conv.out_channels)
+        self.channels, self.groups = conv.in_channels, conv.groups
+        self.repeats = conv.groups
+        self.stride, self.dilation, self.padding = conv.stride, conv.dilation, conv.padding
+        self.mode, self.around = conv.padding_mode, conv._reversed_padding_repeated_twice
+        self.convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[conv.weight.dim()]
+
+    def check(self, name: str, x: Tensor) -> None:
+        if x.dim() != len(self.in_shape) + 1 or x.shape[1] != self.channels:
+            spatial = ", ".join("HWD"[: len(self.in_shape) - 1])
+            raise ValueError(
+                f"capture: layer {name!r} got an input {tuple(x.shape)}; it must be [N, {self.channels}, {spatial}],"
+                " samples first"
+            )
+
+    def positions(self, x: Tensor, y: Tensor) -> tuple[int, ...]:
+        return y.shape[0], *y.shape[2:]
+
+    def keep(self, x: Tensor, p_in: Tensor | None) -> Tensor:
+        """[N, groups * T, k_in]."""
+        filters = torch.eye(self.d_in, dtype=x.dtype, device=x.device) if p_in is None else p_in
+        padding: tuple[int, ...] | str = self.padding
+        if self.mode != "zeros":
+            x, padding = F.pad(x, self.around, mode=self.mode), 0  # type: ignore[assignment]
+        kernel = filters.reshape(-1, *self.in_shape).repeat(self.groups, *[1] * len(self.in_shape))
+        a = self.convolve(x, kernel, None, self.stride, padding, self.dilation, self.groups)
+        return a.flatten(2).unflatten(1, (self.groups, -1)).transpose(2, 3).flatten(1, 2)
+
+    def gradient(
+        self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        if weights is not None and self.groups > 1:
+            weights = weights.repeat(1, self.groups)
+        if self.groups == 1:
+            return project_grad(kept.to(dy.dtype), dy.flatten(2).transpose(1, 2), None, p_out, None, weights)
+        left = self._left_by_group(dy, p_out)
+        return project_grad(kept.to(left.dtype), left, None, None, None, weights)
+
+    def _left_by_group(self, dy: Tensor, p_out: Tensor | None) -> Tensor:
+        """[N, groups * T, k_out]."""
+        by_group = dy.flatten(2).unflatten(1, (self.groups, -1))  # [N, groups, C_out/groups, T]
+        factor = torch.eye(self.d_out, dtype=dy.dtype, device=dy.device) if p_out is None else p_out
+        return torch.einsum("ngct,kgc->ngtk", by_group, factor.unflatten(1, (self.groups, -1))).flatten(1, 2)
+
+    def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.groups == 1:
+            return projected(dy.flatten(2).transpose(1, 2), p_out), kept
+        return self._left_by_group(dy, p_out), kept
+
+
+def adapt_conv(module: nn.Module, bias: bool) -> Adapter | None:
+    return ConvAdapter(module) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None

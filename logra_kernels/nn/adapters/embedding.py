@@ -1,0 +1,55 @@
+"""Embeddings."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logra_kernels.nn.adapters.base import Adapter, positions_flat, projected
+from logra_kernels.ops import project_grad
+
+
+class EmbeddingAdapter(Adapter):
+    """y[t] = W[id[t]]: dW = sum_t onehot(id[t]) (x) dy[t], [vocabulary, width] as torch (and a tied head) keeps W.
+
+    P_out times a one-hot is a column of P_out, so nothing of the vocabulary's width is made; only the ids are kept.
+    """
+
+    kind = "embedding"
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__(embedding.embedding_dim, embedding.num_embeddings)
+        self.padding = embedding.padding_idx
+
+    def check(self, name: str, x: Tensor) -> None:
+        if x.dim() < 1 or x.is_floating_point():
+            raise ValueError(
+                f"capture: layer {name!r} got ids {tuple(x.shape)} {x.dtype}; they must be [N, ...] integers"
+            )
+
+    def keep(self, x: Tensor, p_in: Tensor | None) -> Tensor:
+        return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+    def gradient(
+        self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        if self.padding is not None:  # torch gives this id no gradient
+            counted = (kept != self.padding).to(torch.float64 if dy.dtype == torch.float64 else torch.float32)
+            weights = counted if weights is None else weights * counted
+        return project_grad(positions_flat(dy), self._columns(kept, dy, p_out), p_in, None, None, weights)
+
+    def _columns(self, kept: Tensor, dy: Tensor, p_out: Tensor | None) -> Tensor:
+        """P_out onehot(id), [N, T, k_out]."""
+        return F.one_hot(kept, self.d_out).to(dy.dtype) if p_out is None else p_out.T[kept]
+
+    def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
+        left = self._columns(kept, dy, p_out)
+        if self.padding is not None:
+            left = left * (kept != self.padding)[..., None].to(left.dtype)
+        return left, projected(positions_flat(dy), p_in)
+
+
+def adapt_embedding(module: nn.Module, bias: bool) -> Adapter | None:
+    plain = isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq
+    return EmbeddingAdapter(module) if plain else None  # type: ignore[arg-type]

@@ -1,0 +1,60 @@
+"""Gains of layer norms: LayerNorm, RMSNorm and Hugging Face's own copies of it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logra_kernels.nn.adapters.base import Adapter, positions_flat, projected
+from logra_kernels.ops import project_grad
+
+
+class NormAdapter(Adapter):
+    """y = w * normed(x) (+ b): the gain's gradient sum_t dy[t] * normed(x)[t], a [d, 1] matrix."""
+
+    kind = "norm"
+
+    def __init__(self, width: int, argument: str, eps: float, centred: bool) -> None:
+        super().__init__(1, width)
+        self.argument, self.eps, self.centred = argument, eps, centred
+
+    def check(self, name: str, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[-1] != self.d_out:
+            raise ValueError(
+                f"capture: layer {name!r} got an input {tuple(x.shape)}; it must be [N, ..., {self.d_out}],"
+                " samples first"
+            )
+
+    def keep(self, x: Tensor, p_in: Tensor | None) -> Tensor:
+        rows = positions_flat(x)
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        if self.centred:
+            return F.layer_norm(wide, (self.d_out,), eps=self.eps).to(rows.dtype)
+        return F.rms_norm(wide, (self.d_out,), eps=self.eps).to(rows.dtype)
+
+    def gradient(
+        self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        gain = positions_flat(dy) * kept.to(dy.dtype)
+        ones = torch.ones_like(gain[..., :1])
+        return project_grad(ones, gain, p_in, p_out, None, weights)
+
+    def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
+        gain = positions_flat(dy) * kept.to(dy.dtype)
+        return projected(gain, p_out), projected(torch.ones_like(gain[..., :1]), p_in)
+
+    def matrix(self, grads: list[Tensor]) -> Tensor:
+        return grads[0][:, None]
+
+
+def adapt_norm(module: nn.Module, bias: bool) -> Adapter | None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1:
+        return None
+    if isinstance(module, nn.LayerNorm):
+        return NormAdapter(len(weight), "input", module.eps, centred=True)
+    if isinstance(module, nn.RMSNorm):
+        return NormAdapter(len(weight), "x", module.eps or torch.finfo(weight.dtype).eps, centred=False)
+    eps = getattr(module, "variance_epsilon", None)  # Hugging Face's own copies
+    if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float):
+        return NormAdapter(len(weight), "hidden_states", eps, centred=False)
+    return None
