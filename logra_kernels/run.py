@@ -4,17 +4,18 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from logra_kernels import influence
-from logra_kernels.curvature import CURVATURES, Curvature, Damping, Factor, keep_covariances
+from logra_kernels.curvature import CURVATURES, Curvature, Damping, Factor
 from logra_kernels.errors import LograError, StoreError, StoreMismatch
-from logra_kernels.nn import DEFAULT_KINDS, KINDS, Covariances, Taps, capture, model_fingerprint
+from logra_kernels.nn import DEFAULT_KINDS, KINDS, Taps, capture, model_fingerprint
 from logra_kernels.ops import RowFormat
 from logra_kernels.projection import Projection
-from logra_kernels.session import Analysis, Query
-from logra_kernels.store import GradientStore
+from logra_kernels.session import Analysis, Observation, Query
+from logra_kernels.store import GradientStore, projection_of, sidecars_of
 
 Progress = Callable[[int], None]
 
@@ -27,7 +28,8 @@ class Run(Analysis):
         model: Any module whose inputs hold the samples in dimension 0.
         include, exclude: Glob patterns on layer names, as in `capture`; default every layer that can be tapped, or the
             store's own layers where it exists.
-        projection: Default `Projection()`, or the store's own where it exists.
+        projection: Default the store's own where it exists, else of rank 64: "pca" of the batches that `observe` sees
+            before the first row, or "orthonormal", at random, where it sees none.
         dtype: Of the stored rows: fp32, bf16, fp16, fp8, int8, int4, int2 or sign.
         block: Numbers of a row that share a scale, for fp8 and below; default 128, or as the store has it.
         kinds, bias: As in `capture`; default linear and convolution layers without bias, or as the store has them.
@@ -70,7 +72,7 @@ class Run(Analysis):
         self._writing = False
         self._store = GradientStore.open(self.path) if GradientStore.exists(self.path) else None
         if self._store is not None:
-            projection = projection or Projection.from_dict(self._store.projection or {})
+            projection = _agreed(projection, projection_of(self._store))
             bias = self._store.meta.get("bias", False) if bias is None else bias
             stored = self._layers_of(self._store)
             if include is None and exclude is None and kinds is None:
@@ -81,11 +83,12 @@ class Run(Analysis):
         else:
             self._format = RowFormat.of(dtype or stored_format.name, block)
         self._bias = bool(bias)
-        self.taps: Taps = capture(model, projection, include, exclude, kinds=kinds or DEFAULT_KINDS, bias=self._bias)
+        drawn = (projection or Projection()).drawn()
+        self.taps: Taps = capture(model, drawn, include, exclude, kinds=kinds or DEFAULT_KINDS, bias=self._bias)
         self.fingerprints = {"model": model_fingerprint(model), **(fingerprints or {})}
         if self._store is not None:
-            self._check(self._store)
-        self._observed: Covariances | None = None
+            self._check(self._store, projection)
+        self._observation = Observation(self.taps, projection, decided=self._store is not None)
         self._curvature: Curvature | None = None
         self._factors: dict[float | Damping | None, Factor] = {}
         self._row_statistics: dict[float | Damping | None, dict[str, Tensor]] = {}
@@ -102,12 +105,12 @@ class Run(Analysis):
             )
         return list(store.layers)
 
-    def _check(self, store: GradientStore) -> None:
+    def _check(self, store: GradientStore, projection: Projection | None) -> None:
         differs = []
         if store.layers != self.taps.layers:
             differs.append(f"layers ({len(store.layers)} there, {len(self.taps.layers)} here)")
-        if store.projection != self.taps.projection.to_dict():
-            differs.append(f"projection ({store.projection} there, {self.taps.projection.to_dict()} here)")
+        if projection is not None and store.projection != projection.to_dict():
+            differs.append(f"projection ({store.projection} there, {projection.to_dict()} here)")
         if store.meta.get("bias", False) != self._bias:
             differs.append(f"bias ({not self._bias} there, {self._bias} here)")
         if store.format != self._format:
@@ -143,10 +146,11 @@ class Run(Analysis):
             weights: A factor for each position, [N, T], as in `Taps.reset`.
 
         Raises:
-            LograError: A layer received no gradient.
+            LograError: A layer received no gradient, or the projection is "pca" and nothing was observed.
             StoreError: A gradient is NaN or infinite, an id is a duplicate, the disk is full; what was committed stays.
         """
         ids = [str(i) for i in ids]
+        self._observation.decide()
         with self._tapped(len(ids), weights):
             yield
             rows = self.taps.rows()
@@ -165,6 +169,7 @@ class Run(Analysis):
             LograError: A layer received no gradient, or a gradient is NaN or infinite.
         """
         query = Query([str(i) for i in ids])
+        self._observation.decide()
         with self._tapped(len(query.ids), weights):
             yield query
             rows = self.taps.rows().float().cpu()
@@ -174,33 +179,26 @@ class Run(Analysis):
         query.rows = rows
 
     @contextmanager
-    def observe(self, weights: Tensor | None = None) -> Iterator[None]:
-        """Gather the covariances over positions that curvature "kfac" and "ekfac" are made of, batch by batch.
+    def observe(self, weights: Tensor | None = None, *, sharing: str = "expand") -> Iterator[None]:
+        """Learn from a sample of the training data what rows alone cannot tell: forward and backward go inside.
 
-        Forward and backward of a training batch go inside; any sample of the training data serves, before or after it
-        is logged. A new session's first batch replaces what earlier sessions observed.
+        Before the first row is logged, a "pca" projection (or one that was left to the run) learns its factors from it.
+        Before or after, it gathers the covariances that curvature "kfac" and "ekfac" are made of; a new session's first
+        batch then replaces what earlier sessions observed.
 
         Args:
             weights: A factor for each position, [N, T]; positions of weight 0 (padding) do not count.
+            sharing: How the positions count that share a weight: "expand", each by itself, or "reduce", a sample's
+                together (Eschenhagen et al. 2023).
 
         Raises:
             LograError: A layer received no gradient, or the covariances are NaN or infinite.
         """
-        with self._tapped(None, weights), self.taps.covariances(self._observed) as observed:
+        with self._tapped(None, weights), self._observation.batch(sharing):
             yield
-            observed.samples += next(iter(self.taps.probes.values())).shape[0] if self.taps.probes else 0
-        _ = observed.layers
-        self._observed = observed
         self._forget()
         if self._store is not None and not self._writing:
-            self._keep_observed(self._store)
-
-    def _keep_observed(self, store: GradientStore) -> None:
-        if self._observed is not None:
-            layers = self._observed.layers
-            sums = {name: (sums.a.cpu(), sums.b.cpu()) for name, sums in layers.items()}
-            positions = {name: sums.positions for name, sums in layers.items()}
-            keep_covariances(store, sums, positions, self._observed.samples)
+            self._observation.keep(self._store)
 
     @contextmanager
     def _tapped(self, samples: int | None, weights: Tensor | None) -> Iterator[None]:
@@ -230,6 +228,7 @@ class Run(Analysis):
                 fingerprints=self.fingerprints,
                 rows_per_shard=self._rows_per_shard,
                 meta={"bias": self._bias},
+                sidecars=sidecars_of(self.taps.projection),
             )
         elif not self._writing:
             self._store = GradientStore.open(self.path, mode="append")
@@ -246,7 +245,7 @@ class Run(Analysis):
         if self._writing:
             self.store.close()
             self._store, self._writing = GradientStore.open(self.path), False
-            self._keep_observed(self._store)
+            self._observation.keep(self._store)
         return self.store
 
     def finalize(self, progress: Progress | None = None) -> None:
@@ -291,3 +290,10 @@ class Run(Analysis):
                 self.store, factor, missing, curvature=self._kind.kind, damping=damping, progress=progress
             )
         return {name: kept[name] for name in wanted}
+
+
+def _agreed(projection: Projection | None, stored: Projection) -> Projection:
+    """The store's, unless the user's differs in more than factors that were learned for the store."""
+    if projection is None or projection == replace(stored, learned=None):
+        return stored
+    return projection

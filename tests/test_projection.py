@@ -60,7 +60,7 @@ def test_gaussian_is_normal():
 def test_a_narrow_side_keeps_its_width():
     assert lk.Projection(rank=64).factor("a", "out", 10).shape == (10, 10)
     assert lk.Projection(kind="identity").factor("a", "out", 10) is None
-    assert lk.Projection(kind="identity").width(10) == 10
+    assert lk.Projection(kind="identity").width(10, "out") == 10
 
 
 def test_settings_survive_the_manifest():

@@ -1,7 +1,7 @@
 """capture(model): taps on the chosen layers, and the projected gradients they gather."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,11 +20,15 @@ class _Probe:
 
     def __init__(self, layer: Layer, projection: Projection) -> None:
         dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.float32
-        factors = projection.factor(layer.name, "in", layer.d_in), projection.factor(layer.name, "out", layer.d_out)
-        self.p_in, self.p_out = (None if p is None else p.to(layer.weight.device, dtype) for p in factors)
-        self.k = projection.width(layer.d_out), projection.width(layer.d_in)
         self.device, self.dtype = layer.weight.device, torch.float64 if dtype == torch.float64 else torch.float32
+        self._weight_dtype = dtype
         self.leaf: Tensor | None = None
+        self.project(layer, projection)
+
+    def project(self, layer: Layer, projection: Projection) -> None:
+        factors = projection.factor(layer.name, "in", layer.d_in), projection.factor(layer.name, "out", layer.d_out)
+        self.p_in, self.p_out = (None if p is None else p.to(self.device, self._weight_dtype) for p in factors)
+        self.k = projection.width(layer.d_out, "out"), projection.width(layer.d_in, "in")
 
     def renew(self, samples: int) -> None:
         # 4 bytes seen as [N, k_out, k_in]: only the gradient's shape counts
@@ -102,6 +106,17 @@ class Taps:
             handle.remove()
         self._handles.clear()
 
+    def project(self, projection: Projection) -> None:
+        """Go on with other factors. Do so before torch.compile traces the model.
+
+        Raises:
+            LograError: `projection` is still to be learned.
+        """
+        for layer in self._layers:
+            self._probes[layer.name].project(layer, projection)
+        self.projection = projection
+        self.reset()
+
     def reset(self, batch_size: int | None = None, weights: Tensor | None = None) -> None:
         """Begin a new batch.
 
@@ -132,13 +147,17 @@ class Taps:
             self.mode = None
 
     @contextmanager
-    def covariances(self, into: Covariances | None = None) -> Iterator[Covariances]:
-        """Gather, instead of gradients, the covariances over positions that KFAC is made of; eager models only.
+    def covariances(
+        self, into: Covariances | None = None, whole: Collection[str] = (), sharing: str = "expand"
+    ) -> Iterator[Covariances]:
+        """Gather, instead of gradients, the covariances over positions (for KFAC and PCA); eager models only.
 
         Args:
-            into: Earlier ones to go on adding to.
+            into: Earlier ones to go on adding to; the other arguments are then theirs.
+            whole: The sides, of "in" and "out", that are not projected.
+            sharing: How positions count that share a weight, "expand" or "reduce".
         """
-        self.mode = covariances = into or Covariances(self.layers)
+        self.mode = covariances = into or Covariances(self.layers, whole, sharing)
         try:
             yield covariances
         finally:

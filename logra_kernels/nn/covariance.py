@@ -1,9 +1,14 @@
-"""Covariances over positions: what KFAC is made of.
+"""Second moments over positions: what KFAC and PCA projections are made of.
 
     A = sum over positions of (P_in x) (P_in x)^T,   B = sum over positions of (P_out dy) (P_out dy)^T      uncentred
+    expand     a weight that is shared by T positions sees T samples
+    reduce     it sees one: x is the mean over positions, dy the sum        (both Eschenhagen et al. 2023)
 
-A mode of the taps: the same hooks, and a backward that adds to A and B instead of making gradients.
+A mode of the taps: the same hooks, and a backward that adds to A and B instead of making gradients. A side whose
+projection is still to be learned is taken whole.
 """
+
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +16,9 @@ from torch import Tensor
 from logra_kernels.errors import LograError
 from logra_kernels.nn.adapters import Adapter
 from logra_kernels.nn.tap import alias, check_heard
-from logra_kernels.ops import accumulate_gram
+from logra_kernels.projection import Moment, SecondMoment, SideSpectrum
+
+SHARING = ("expand", "reduce")
 
 
 class CovarianceTap(torch.autograd.Function):
@@ -28,48 +35,87 @@ class CovarianceTap(torch.autograd.Function):
         weights: Tensor | None,
         adapter: Adapter,
         sums: "LayerCovariance",
+        sharing: str,
     ) -> Tensor:
         ctx.save_for_backward(adapter.keep(x, p_in), p_in, p_out, weights)
-        ctx.adapter, ctx.sums = adapter, sums
+        ctx.adapter, ctx.sums, ctx.sharing = adapter, sums, sharing
         return alias(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor):
         kept, p_in, p_out, weights = ctx.saved_tensors
-        ctx.sums.add(*ctx.adapter.sides(kept, dy, p_in, p_out), weights, ctx.adapter.repeats)
-        return dy, None, torch.zeros_like(dy[(0,) * dy.dim()]), None, None, None, None, None
+        ctx.sums.add(*ctx.adapter.sides(kept, dy, p_in, p_out), weights, ctx.adapter.repeats, ctx.sharing)
+        return dy, None, torch.zeros_like(dy[(0,) * dy.dim()]), None, None, None, None, None, None
 
 
 class LayerCovariance:
     """Sums of one layer.
 
     Attributes:
-        a, b: [k_in, k_in] and [k_out, k_out] fp32 (fp64 for an fp64 model).
-        positions: How many positions were summed over; those of weight 0 do not count.
+        right, left: The moments A [k_in, k_in] and B [k_out, k_out], fp32 (fp64 for an fp64 model).
+        positions: How many positions were summed over; those of weight 0 do not count. Samples with "reduce".
     """
 
-    def __init__(self, k_out: int, k_in: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.a = torch.zeros(k_in, k_in, device=device, dtype=dtype)
-        self.b = torch.zeros(k_out, k_out, device=device, dtype=dtype)
-        self.positions = 0
+    def __init__(self, right: Moment, left: Moment, positions: int = 0) -> None:
+        self.right, self.left, self.positions = right, left, positions
 
-    def add(self, left: Tensor, right: Tensor, weights: Tensor | None, repeats: int) -> None:
-        left, right = left.detach().to(self.b.dtype).flatten(0, 1), right.detach().to(self.a.dtype).flatten(0, 1)
+    @property
+    def a(self) -> Tensor:
+        return self.right.matrix  # type: ignore[attr-defined]
+
+    @property
+    def b(self) -> Tensor:
+        return self.left.matrix  # type: ignore[attr-defined]
+
+    def add(self, left: Tensor, right: Tensor, weights: Tensor | None, repeats: int, sharing: str) -> None:
+        """left [N, repeats * T, k_out], right [N, repeats * T, k_in], weights [N, T]."""
+        left, right = left.detach().to(self.left.dtype), right.detach().to(self.right.dtype)
         if weights is not None:
-            factor = weights.repeat(1, repeats).flatten().to(left.dtype)
-            kept = factor != 0
-            left, right = left[kept] * factor[kept][:, None], right[kept]
-        accumulate_gram(right, self.a)
-        accumulate_gram(left, self.b)
+            weights = weights.repeat(1, repeats).to(left.dtype)
+        if sharing == "reduce":
+            left, right = _reduced(left, right, weights, repeats)
+        else:
+            left, right = left.flatten(0, 1), right.flatten(0, 1)
+            if weights is not None:
+                factor = weights.flatten()
+                kept = factor != 0
+                left, right = left[kept] * factor[kept][:, None], right[kept]
+        self.right.add(right)
+        self.left.add(left)
         self.positions += len(left)
 
 
-class Covariances:
-    """The sums of all layers. Made by `Taps.covariances`; eager models only."""
+def _reduced(left: Tensor, right: Tensor, weights: Tensor | None, repeats: int) -> tuple[Tensor, Tensor]:
+    """One row a sample (and group of a convolution): the sum of left and the mean of right over its positions."""
+    left, right = left.unflatten(1, (repeats, -1)), right.unflatten(1, (repeats, -1))
+    if weights is None:
+        return left.sum(2).flatten(0, 1), right.mean(2).flatten(0, 1)
+    factor = weights.unflatten(1, (repeats, -1))[..., None]
+    counted = (factor != 0).to(left.dtype)
+    count = counted.sum(2)
+    kept = count.flatten() != 0
+    left, right = (left * factor).sum(2), (right * counted).sum(2) / count.clamp_min(1)
+    return left.flatten(0, 1)[kept], right.flatten(0, 1)[kept]
 
-    def __init__(self, layers: dict[str, tuple[int, int]]) -> None:
-        self._layers = layers
+
+class Covariances:
+    """The sums of all layers. Made by `Taps.covariances`; eager models only.
+
+    Args:
+        layers: Layer names.
+        whole: The sides, of "in" and "out", that are taken whole, for `spectra`.
+        sharing: "expand" or "reduce".
+
+    Attributes:
+        samples: How many samples were seen.
+    """
+
+    def __init__(self, layers: Collection[str], whole: Collection[str] = (), sharing: str = "expand") -> None:
+        if sharing not in SHARING:
+            raise ValueError(f"covariances: sharing is {sharing!r}; it must be one of {', '.join(SHARING)}")
+        self._names = list(layers)
+        self.whole, self.sharing = tuple(whole), sharing
         self._sums: dict[str, LayerCovariance] = {}
         self.samples = 0
 
@@ -86,11 +132,16 @@ class Covariances:
         """y, with this layer's covariances tapped; what the taps' hooks call."""
         if torch.compiler.is_compiling():
             raise RuntimeError("covariances: a compiled model cannot be observed; run the model itself")
+        p_in, p_out = (None if side in self.whole else p for side, p in (("in", p_in), ("out", p_out)))
         if name not in self._sums:
             dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-            self._sums[name] = LayerCovariance(*self._layers[name], y.device, dtype)
+            right, left = (
+                SecondMoment.zeros(dim if p is None else len(p), y.device, dtype)
+                for dim, p in ((adapter.d_in, p_in), (adapter.d_out, p_out))
+            )
+            self._sums[name] = LayerCovariance(right, left)
         probe = torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
-        return CovarianceTap.apply(y, x, probe, p_in, p_out, weights, adapter, self._sums[name])
+        return CovarianceTap.apply(y, x, probe, p_in, p_out, weights, adapter, self._sums[name], self.sharing)
 
     @property
     def layers(self) -> dict[str, LayerCovariance]:
@@ -100,8 +151,35 @@ class Covariances:
             LograError: A layer saw no backward, or its sums are not finite.
         """
         heard = [name for name, sums in self._sums.items() if sums.positions]
-        check_heard("covariances", self._layers, heard, "run forward and backward of the model inside")
+        check_heard("covariances", self._names, heard, "run forward and backward of the model inside")
         for name, sums in self._sums.items():
-            if not (sums.a.isfinite().all() and sums.b.isfinite().all()):
+            if not (sums.right.isfinite() and sums.left.isfinite()):
                 raise LograError(f"covariances: those of layer {name!r} are NaN or infinite; check the model's loss")
-        return {name: self._sums[name] for name in self._layers}
+        return {name: self._sums[name] for name in self._names}
+
+    def spectra(self, rank: int) -> dict[tuple[str, str], SideSpectrum]:
+        """(layer name, side) -> the `rank` leading directions of every side that was taken whole (all of a narrow one).
+
+        Raises:
+            LograError: As `layers`.
+        """
+        return {
+            (name, side): SideSpectrum.of(moment, min(rank, moment.dim))
+            for name, sums in self.layers.items()
+            for side, moment in (("in", sums.right), ("out", sums.left))
+            if side in self.whole
+        }
+
+    def projected(self, spectra: Mapping[tuple[str, str], SideSpectrum]) -> "Covariances":
+        """The same covariances in the coordinates that `spectra` chose, where they are diagonal; to be added to."""
+        found = Covariances(self._names, sharing=self.sharing)
+        found.samples = self.samples
+        for name, sums in self.layers.items():
+            moments = []
+            for side, moment in (("in", sums.right), ("out", sums.left)):
+                if (name, side) in spectra:
+                    matrix = spectra[name, side].values.diag()
+                    moment = SecondMoment(matrix.to(moment.device, moment.dtype))
+                moments.append(moment)
+            found._sums[name] = LayerCovariance(moments[0], moments[1], sums.positions)
+        return found

@@ -1,7 +1,18 @@
 from logra_kernels.session.analysis import Analysis
 from logra_kernels.session.ensemble import Ensemble, ensemble, member_scores, tracin
+from logra_kernels.session.observation import Observation
 from logra_kernels.session.query import Query
 from logra_kernels.session.sensitivity import Sensitivity
 from logra_kernels.session.verify import Verification
 
-__all__ = ["Analysis", "Ensemble", "Query", "Sensitivity", "Verification", "ensemble", "member_scores", "tracin"]
+__all__ = [
+    "Analysis",
+    "Ensemble",
+    "Observation",
+    "Query",
+    "Sensitivity",
+    "Verification",
+    "ensemble",
+    "member_scores",
+    "tracin",
+]

@@ -1,3 +1,4 @@
+from logra_kernels.store.factors import projection_of, sidecars_of, spread_of
 from logra_kernels.store.store import GradientStore
 
-__all__ = ["GradientStore"]
+__all__ = ["GradientStore", "projection_of", "sidecars_of", "spread_of"]

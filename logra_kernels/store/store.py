@@ -48,6 +48,7 @@ class GradientStore:
         fingerprints: Mapping[str, str] | None = None,
         rows_per_shard: int | None = None,
         meta: Mapping[str, Any] | None = None,
+        sidecars: Mapping[str, tuple[str, Mapping[str, Tensor]]] | None = None,
     ) -> "GradientStore":
         """Make an empty store, open for appending.
 
@@ -61,6 +62,8 @@ class GradientStore:
             fingerprints: What the rows belong to (model, tokenizer, data, loss, ...), for `check`.
             rows_per_shard: By default about 64 MB a shard.
             meta: Anything else to keep, as JSON data.
+            sidecars: name -> (key, tensors) of sidecars that are there before the first row is, as the factors of a
+                projection that no seed gives again.
 
         Raises:
             StoreError: There is a store already, something else lies there, or an argument is wrong.
@@ -78,6 +81,8 @@ class GradientStore:
         try:
             check_free(directory)  # again, now that no other process can create it
             remove_files(directory, [entry.name for entry in directory.glob(f"{TEMPORARY}*")])
+            for name, (key, tensors) in (sidecars or {}).items():
+                sidecar.write_sidecar(directory, name, key, tensors, {})
             write_manifest(directory, manifest)
             sync_directory(directory)
             sync_directory(directory.absolute().parent)

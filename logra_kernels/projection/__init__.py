@@ -1,0 +1,5 @@
+from logra_kernels.projection.learned import Learned, SideSpectrum
+from logra_kernels.projection.moment import Moment, SecondMoment
+from logra_kernels.projection.projection import KINDS, Projection
+
+__all__ = ["KINDS", "Learned", "Moment", "Projection", "SecondMoment", "SideSpectrum"]

@@ -1,0 +1,97 @@
+"""Factors that were learned from data (PCA): what a store must keep, since no seed gives them again.
+
+P = the k leading eigenvectors of C = sum over positions of r r^T, as rows      (Choe et al. 2024, section 3.2)
+spread = (trace(C) / d) / (trace(P C P^T) / k)      mean eigenvalue of the whole side over that of what P keeps
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import xxhash
+from torch import Tensor
+
+from logra_kernels.projection.moment import Moment
+
+SIDES = ("in", "out")
+
+
+@dataclass(frozen=True)
+class SideSpectrum:
+    """One side of a layer, as learned.
+
+    Attributes:
+        factor: P [k, d] fp32, orthonormal rows, largest eigenvalue first.
+        values: Eigenvalues of C that belong to them, [k] fp64.
+        spread: See the module; 1 where the rows' energy is spread evenly, below 1 where P keeps the most of it.
+    """
+
+    factor: Tensor
+    values: Tensor
+    spread: float
+
+    @classmethod
+    def of(cls, moment: Moment, k: int) -> "SideSpectrum":
+        """The k leading directions of what was observed."""
+        vectors, values = moment.leading(k)
+        largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+        kept, whole = float(values.sum()) / k, moment.trace() / moment.dim
+        spread = whole / kept if kept > 0 else 1.0
+        return cls((vectors * largest.sign()).float().contiguous(), values, spread)
+
+
+class Learned(Mapping[tuple[str, str], Tensor]):
+    """(layer name, "in" or "out") -> P [k, d] fp32, of the sides that were learned; equal if the numbers are.
+
+    Attributes:
+        spread: Layer name -> the product of its learned sides' spreads.
+    """
+
+    def __init__(self, factors: Mapping[tuple[str, str], Tensor], spread: Mapping[str, float]) -> None:
+        self._factors = {key: p.detach().float().cpu().contiguous() for key, p in factors.items()}
+        self.spread = dict(spread)
+
+    @classmethod
+    def of(cls, sides: Mapping[tuple[str, str], SideSpectrum]) -> "Learned":
+        spread: dict[str, float] = {}
+        for (name, _), side in sides.items():
+            spread[name] = spread.get(name, 1.0) * side.spread
+        return cls({key: side.factor for key, side in sides.items()}, spread)
+
+    def __getitem__(self, key: tuple[str, str]) -> Tensor:
+        return self._factors[key]
+
+    def __iter__(self):
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Learned) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @cached_property
+    def digest(self) -> str:
+        """xxh3_128 (hex) of every name and number."""
+        found = xxhash.xxh3_128(json.dumps(self.spread, sort_keys=True).encode())
+        for name, tensor in sorted(self.state().items()):
+            found.update(f"{name} {tuple(tensor.shape)} ".encode())
+            found.update(tensor.numpy().tobytes())
+        return found.hexdigest()
+
+    def state(self) -> dict[str, Tensor]:
+        """The factors as tensors by name, for a file."""
+        return {f"{name}/{side}": p for (name, side), p in self._factors.items()}
+
+    @classmethod
+    def restore(cls, state: Mapping[str, Tensor], spread: Mapping[str, float]) -> "Learned":
+        """Have it again from what `state` gave."""
+        factors = {}
+        for key, tensor in state.items():
+            name, side = key.rsplit("/", 1)
+            factors[name, side] = tensor
+        return cls(factors, spread)

@@ -1,0 +1,67 @@
+"""The uncentred second moment of one side of a layer, C = sum over rows of r r^T, and its leading eigenvectors."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from logra_kernels.ops import accumulate_gram
+
+
+class Moment(ABC):
+    """C of rows [R, dim] that come batch by batch.
+
+    Attributes:
+        dim: Length of a row.
+        device, dtype: Of the sums.
+    """
+
+    dim: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @abstractmethod
+    def add(self, rows: Tensor) -> None:
+        """C += sum over rows of r r^T; rows [R, dim] in the moment's dtype."""
+
+    @abstractmethod
+    def trace(self) -> float:
+        """Sum over rows of |r|^2."""
+
+    @abstractmethod
+    def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        """(eigenvectors [k, dim], orthonormal rows, largest first; their eigenvalues [k]), fp64 on the CPU."""
+
+    @abstractmethod
+    def isfinite(self) -> bool:
+        """Whether no row held NaN or infinity."""
+
+
+class SecondMoment(Moment):
+    """C itself.
+
+    Attributes:
+        matrix: [dim, dim] fp32, or fp64 for an fp64 model.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.dim, self.device, self.dtype = len(matrix), matrix.device, matrix.dtype
+
+    @classmethod
+    def zeros(cls, dim: int, device: torch.device, dtype: torch.dtype) -> "SecondMoment":
+        return cls(torch.zeros(dim, dim, device=device, dtype=dtype))
+
+    def add(self, rows: Tensor) -> None:
+        accumulate_gram(rows, self.matrix)
+
+    def trace(self) -> float:
+        return float(self.matrix.diagonal().double().sum())
+
+    def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.matrix.double().cpu())
+        order = torch.arange(self.dim - 1, self.dim - 1 - k, -1)
+        return vectors.T[order], values[order].clamp_min(0)
+
+    def isfinite(self) -> bool:
+        return bool(self.matrix.isfinite().all())

@@ -1,0 +1,68 @@
+"""What a run learns from a sample of its data: the factors of a PCA projection, and the covariances of KFAC."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from logra_kernels.curvature import keep_covariances
+from logra_kernels.errors import LograError
+from logra_kernels.nn import Covariances, Taps
+from logra_kernels.projection import Projection
+from logra_kernels.store import GradientStore
+
+
+class Observation:
+    """The observed batches of a run, and its projection until they have decided it.
+
+    Args:
+        taps: Of the run; with `wanted.drawn()` factors as long as the projection is open.
+        wanted: The projection; None for PCA of what is observed before the first row, or a random one if nothing is.
+        decided: Whether a store has fixed the factors already.
+    """
+
+    def __init__(self, taps: Taps, wanted: Projection | None, decided: bool) -> None:
+        self._taps, self._wanted = taps, wanted
+        self._open = not decided and (wanted is None or bool(wanted.learns))
+        self._seen: Covariances | None = None
+
+    @contextmanager
+    def batch(self, sharing: str) -> Iterator[None]:
+        """Forward and backward of a batch go inside; they count once they succeed.
+
+        Raises:
+            LograError: A layer received no gradient, the covariances are NaN or infinite, or `sharing` changed.
+        """
+        if self._seen is not None and self._seen.sharing != sharing:
+            raise LograError(
+                f"observe: earlier batches have sharing={self._seen.sharing!r}, this one {sharing!r};"
+                " use one of them for all"
+            )
+        whole = () if not self._open else ("in", "out") if self._wanted is None else self._wanted.learns
+        with self._taps.covariances(self._seen, whole, sharing) as seen:
+            yield
+            seen.samples += next(iter(self._taps.probes.values())).shape[0] if self._taps.probes else 0
+        _ = seen.layers
+        self._seen = seen
+
+    def decide(self) -> None:
+        """Fix the factors, because gradients are about to be projected; a second call does nothing.
+
+        Raises:
+            LograError: The projection is to be learned, and nothing was observed.
+        """
+        if not self._open:
+            return
+        projection = self._wanted or Projection(kind="orthonormal" if self._seen is None else "pca")
+        if projection.learns and self._seen is not None:
+            spectra = self._seen.spectra(projection.rank)
+            projection = projection.learn(spectra)
+            self._seen = self._seen.projected(spectra)
+        self._taps.project(projection)
+        self._open = False
+
+    def keep(self, store: GradientStore) -> None:
+        """Keep the covariances beside the store."""
+        if self._seen is not None:
+            layers = self._seen.layers
+            sums = {name: (sums.a.cpu(), sums.b.cpu()) for name, sums in layers.items()}
+            positions = {name: sums.positions for name, sums in layers.items()}
+            keep_covariances(store, sums, positions, self._seen.samples)
