@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import build_table
+from logra_kernels.store.compact import compact
+from logra_kernels.store.deleted import delete_rows
 from logra_kernels.store.encoding import encode
-from logra_kernels.store.format import Manifest
+from logra_kernels.store.format import Manifest, read_manifest
 from logra_kernels.store.lock import WriterLock
 from logra_kernels.store.reader import Reader
-from logra_kernels.store.rows import check_finite, check_new, check_rows, committed_prefix
+from logra_kernels.store.rows import check_finite, check_new, check_rows, committed_prefix, rows_to_delete
 from logra_kernels.store.shard import check_files
 from logra_kernels.store.writer import BackgroundWriter
 
@@ -26,20 +28,20 @@ class Appender:
 
     def __init__(self, directory: Path, manifest: Manifest, lock: WriterLock):
         check_files(directory, manifest)
-        stored = Reader(directory, lambda: manifest)
-        self.row_of = stored.row_of  # of every row, queued ones included
         self._directory = directory
-        self._schema = stored.table.schema if manifest.rows else None
+        self._lock = lock
         self._opened_with = manifest.rows
         self._appending = threading.Lock()
-        tail = []
-        last = manifest.shards[-1] if manifest.shards else None
-        if last is not None and last.stop - last.start < manifest.rows_per_shard:
-            tail = [(stored.tail(), stored.table.slice(last.start, last.stop - last.start))]
-        self.writer = BackgroundWriter(directory, manifest, tail)
-        self._lock = lock
+        self._begin(manifest)
+
+    def _begin(self, manifest: Manifest) -> None:
+        stored = Reader(self._directory, lambda: manifest)
+        self.row_of = stored.row_of  # number of every row that is shown, queued ones included
+        self._deleted = set(stored.deleted_ids())
+        self._schema = stored.table.schema if manifest.shards else None
+        self.writer = BackgroundWriter(self._directory, manifest, stored.tail())
         # For a store that is dropped, or not closed when the interpreter ends: what was appended is committed then.
-        self._finalizer = weakref.finalize(self, _finish, self.writer, lock)
+        self._finalizer = weakref.finalize(self, _finish, self.writer, self._lock)
 
     def append(self, rows: Tensor, ids: Sequence[str], columns: Mapping[str, Any] | None, skip_committed: bool) -> int:
         manifest = self.writer.manifest
@@ -49,9 +51,9 @@ class Appender:
             if len(ids) == 0:
                 return 0
             table = build_table(ids, columns, self._schema)
-            skip = committed_prefix(self.row_of, self._opened_with, len(self.row_of), ids) if skip_committed else 0
+            skip = self._skipped(ids) if skip_committed else 0
             rows, ids, table = rows[skip:], ids[skip:], table.slice(skip)
-            check_new(self.row_of, ids)
+            check_new(self.row_of, self._deleted, ids)
             check_finite(manifest, rows, ids)
             self._schema = table.schema
             step = max(1, SLICE_BYTES // manifest.row_bytes)
@@ -62,6 +64,35 @@ class Appender:
                 self.row_of.update((name, end + place) for place, name in enumerate(part))
                 self.writer.submit((held, table.slice(start, len(part))))
             return len(ids)
+
+    def _skipped(self, ids: Sequence[str]) -> int:
+        return committed_prefix(self.row_of, self._deleted, self._opened_with, len(self.row_of), ids)
+
+    def delete(self, ids: Sequence[str], missing_ok: bool) -> int:
+        """Commit what was appended, then that these rows are no longer shown; how many were until now."""
+        with self._appending:
+            rows = rows_to_delete(self._directory, self.row_of, self._deleted, ids, missing_ok)
+            if len(rows):
+                self._exchange(lambda manifest: delete_rows(self._directory, manifest, rows))
+                self._opened_with -= int((rows < self._opened_with).sum())
+            return len(rows)
+
+    def compact(self) -> int:
+        """Commit what was appended, then write shards with deleted rows again without them; how many that took out."""
+        with self._appending:
+            hidden = sum(shard.hidden for shard in self.writer.manifest.shards)
+            self._exchange(lambda manifest: compact(self._directory, manifest))
+            return hidden
+
+    def _exchange(self, commit: Callable[[Manifest], Manifest]) -> None:
+        """Let the writer end, commit another manifest, and go on from what is then committed."""
+        self.writer.close()
+        before = self._finalizer
+        try:
+            commit(self.writer.manifest)
+        finally:
+            self._begin(read_manifest(self._directory))
+            before.detach()
 
     def close(self) -> None:
         _finish(self.writer, self._lock)

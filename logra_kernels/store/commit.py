@@ -56,11 +56,13 @@ class Committer:
         first = self._settled[0].start
         sync_directory(self._directory)
         kept = tuple(old for old in self.manifest.shards if old.stop <= first)
-        replaced = self.manifest.shards[len(kept) :]
-        committed = replace(self.manifest, shards=(*kept, *self._settled))
+        replaced = self.manifest.shards[len(kept) :]  # the tail: what follows begins with its rows
+        for old in replaced:
+            self._settled[0] = replace(self._settled[0], deleted=old.deleted, hidden=old.hidden)
+        committed = replace(self.manifest, shards=(*kept, *self._settled), content=None)
         self._manifest_bytes = write_manifest(self._directory, committed)
         self.manifest = committed
         self._settled = []
         self._committed_at = time.monotonic()
         sync_directory(self._directory)
-        remove_files(self._directory, [name for old in replaced for name in old.names])
+        remove_files(self._directory, [file.name for old in replaced for file in (old.rows, old.columns)])

@@ -15,7 +15,7 @@ from logra_kernels.store.format import (
     Layer,
     Manifest,
     default_rows_per_shard,
-    is_shard_name,
+    is_row_file,
 )
 from logra_kernels.store.rows import shorten
 from logra_kernels.store.sidecar import remove_temporaries
@@ -86,14 +86,14 @@ def check_free(directory: Path) -> None:
 
 
 def remove_leftovers(directory: Path, manifest: Manifest) -> None:
-    """Remove what a writer leaves that dies between two steps: temporaries, and shards no manifest names."""
-    named = {name for shard in manifest.shards for name in shard.names}
+    """Remove what a writer leaves that dies between two steps: temporaries, and files of rows no manifest names."""
+    named = {name for shard in manifest.shards for name in shard.names} | {*manifest.retired}
     remove_files(
         directory,
         [
             entry.name
             for entry in directory.iterdir()
-            if entry.name.startswith(TEMPORARY) or (is_shard_name(entry.name) and entry.name not in named)
+            if entry.name.startswith(TEMPORARY) or (is_row_file(entry.name) and entry.name not in named)
         ],
     )
     remove_temporaries(directory)

@@ -3,11 +3,15 @@
     manifest.json                          this file's `Manifest`, with its own checksum; replaced last, by rename
     rows-<start>-<stop>.safetensors        the tensors of `Manifest.tensors`, a line a row, row-major, immutable
     rows-<start>-<stop>.parquet            column "id" (string) and the user's columns, one line per row
+    deleted-<start>-<hash>.safetensors     tensor "rows" int64 [m], sorted: lines of that shard that are not shown
     sidecars/<name>.<key>.safetensors      what was computed from the rows; stale once the key differs
     lock                                   empty; flocked by the one writer
 
-Shard i holds the rows [i * rows_per_shard, (i + 1) * rows_per_shard); only the last may be shorter. Nothing in a store
-depends on time, machine or how the rows were batched, so equal rows give equal bytes.
+<start> and <stop> are serial numbers: the k-th row that was ever appended has number k, for ever. Appending fills a
+shard up to rows_per_shard rows, and only the last may grow, so that a store that was only appended to has the rows
+[i * rows_per_shard, (i + 1) * rows_per_shard) in shard i. A compaction writes a shard again without its deleted rows;
+the names of its files then end in -v<version>. Rows that a user sees are numbered 0, 1, ... without gaps, in serial
+order. Nothing in a store depends on time, machine or how the rows were batched, so equal rows give equal bytes.
 """
 
 import json
@@ -25,7 +29,7 @@ from logra_kernels.store.durable import ZEROS, digest, seal, sealed_checksum, wr
 from logra_kernels.store.tensorfile import Spec
 
 FORMAT = "logra_kernels.store"
-VERSION = 2  # 1 knew fp32 and bf16 rows only, and is read
+VERSION = 2  # 1 knew fp32 and bf16 rows only and no deleted ones, and is read
 MANIFEST = "manifest.json"
 SIDECARS = "sidecars"
 LOCK = "lock"
@@ -60,39 +64,121 @@ class File:
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows [start, stop) of the store and the two files that hold them."""
+    """The rows with serial numbers [start, stop), less those that compactions took out, and the files that hold them.
+
+    Attributes:
+        version: How often the shard was compacted.
+        removed: How many rows compactions took out.
+        deleted: The file that lists the lines which are not shown; None where all are.
+        hidden: How many it lists.
+    """
 
     start: int
     stop: int
     rows: File
     columns: File
+    version: int = 0
+    removed: int = 0
+    deleted: File | None = None
+    hidden: int = 0
 
     @property
-    def names(self) -> tuple[str, str]:
-        return self.rows.name, self.columns.name
+    def count(self) -> int:
+        """Rows in the files."""
+        return self.stop - self.start - self.removed
+
+    @property
+    def shown(self) -> int:
+        """Rows that a reader sees."""
+        return self.count - self.hidden
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        return (self.rows, self.columns) if self.deleted is None else (self.rows, self.columns, self.deleted)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(file.name for file in self.files)
 
     @cached_property
     def line(self) -> str:
         """The shard's line in the manifest; kept, because every commit writes all of them."""
-        files = {
-            key: {"file": file.name, "bytes": file.nbytes, "checksum": file.checksum}
-            for key, file in (("rows", self.rows), ("columns", self.columns))
-        }
-        return json.dumps({"start": self.start, "stop": self.stop, **files}, separators=(",", ":"))
+        entry: dict[str, Any] = {"start": self.start, "stop": self.stop}
+        if self.version:
+            entry |= {"version": self.version, "removed": self.removed}
+        entry |= {"rows": _entry(self.rows), "columns": _entry(self.columns)}
+        if self.deleted is not None:
+            entry |= {"deleted": _entry(self.deleted), "hidden": self.hidden}
+        return json.dumps(entry, separators=(",", ":"))
+
+    @classmethod
+    def of_entry(cls, entry: dict[str, Any]) -> "Shard":
+        rows, columns = _file(entry["rows"]), _file(entry["columns"])
+        deleted = _file(entry["deleted"]) if "deleted" in entry else None
+        removed, hidden = entry.get("removed", 0), entry.get("hidden", 0)
+        return cls(entry["start"], entry["stop"], rows, columns, entry.get("version", 0), removed, deleted, hidden)
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: The numbers contradict each other, or the names are not those of this shard.
+        """
+        fits = 0 <= self.hidden <= self.count and 0 <= self.start < self.stop and self.removed >= 0
+        if not fits or (self.version == 0 and self.removed):
+            raise ValueError(f"shard {self.start} holds an impossible number of rows")
+        names = shard_names(self.start, self.stop, self.version)
+        if (self.rows.name, self.columns.name) != names:
+            raise ValueError(f"shard {self.start} names files that are not its own")
+        if self.deleted is not None and parse_deleted_name(self.deleted.name) != (self.start, self.version):
+            raise ValueError(f"shard {self.start} names a list of deleted rows that is not its own")
 
 
-def shard_names(start: int, stop: int) -> tuple[str, str]:
-    stem = f"rows-{start:012d}-{stop:012d}"
+def _entry(file: File) -> dict[str, Any]:
+    return {"file": file.name, "bytes": file.nbytes, "checksum": file.checksum}
+
+
+def _file(entry: dict[str, Any]) -> File:
+    return File(entry["file"], entry["bytes"], entry["checksum"])
+
+
+def _suffix(version: int) -> str:
+    return f"-v{version}" if version else ""
+
+
+def shard_names(start: int, stop: int, version: int = 0) -> tuple[str, str]:
+    stem = f"rows-{start:012d}-{stop:012d}{_suffix(version)}"
     return f"{stem}.safetensors", f"{stem}.parquet"
 
 
-def is_shard_name(name: str) -> bool:
-    return re.fullmatch(r"rows-\d{12,}-\d{12,}\.(safetensors|parquet)", name) is not None
+def deleted_name(start: int, version: int, checksum: str) -> str:
+    return f"deleted-{start:012d}{_suffix(version)}-{checksum[:16]}.safetensors"
+
+
+def parse_shard_name(name: str) -> tuple[int, int, int] | None:
+    """(start, stop, version) of a shard's file; None for any other name."""
+    found = re.fullmatch(r"rows-(\d{12,})-(\d{12,})(?:-v(\d+))?\.(?:safetensors|parquet)", name)
+    return (int(found[1]), int(found[2]), int(found[3] or 0)) if found else None
+
+
+def parse_deleted_name(name: str) -> tuple[int, int] | None:
+    """(start, version) of the shard whose deleted rows the file lists; None for any other name."""
+    found = re.fullmatch(r"deleted-(\d{12,})(?:-v(\d+))?-[0-9a-f]{16}\.safetensors", name)
+    return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+def is_row_file(name: str) -> bool:
+    """Whether it is the name of a file that belongs to a shard."""
+    return parse_shard_name(name) is not None or parse_deleted_name(name) is not None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store is and which rows it holds. A commit makes a new one."""
+    """What a store is and which rows it holds. A commit makes a new one.
+
+    Attributes:
+        content: The `content_hash` that a compaction left as it was, because it shows the same rows.
+        retired: Files that a compaction has replaced and that readers may still need.
+    """
 
     layers: tuple[Layer, ...]
     format: RowFormat
@@ -101,13 +187,21 @@ class Manifest:
     fingerprints: dict[str, str]
     meta: dict[str, Any]
     shards: tuple[Shard, ...] = ()
+    content: str | None = None
+    retired: tuple[str, ...] = ()
 
     @property
     def dim(self) -> int:
         return self.layers[-1].part.stop
 
-    @property
+    @cached_property
     def rows(self) -> int:
+        """Rows that a reader sees."""
+        return sum(shard.shown for shard in self.shards)
+
+    @property
+    def end(self) -> int:
+        """The serial number of the next row."""
         return self.shards[-1].stop if self.shards else 0
 
     @property
@@ -133,13 +227,15 @@ class Manifest:
 
     @cached_property
     def content_hash(self) -> str:
-        """Names what the rows are: layers, dtype and the checksums of all shards."""
+        """Names what the rows are: layers, dtype and the checksums of all shards, or what a compaction kept."""
+        if self.content is not None:
+            return self.content
         layers = json.dumps([[layer.name, layer.k_out, layer.k_in] for layer in self.layers])
-        checksums = [f"{shard.rows.checksum}{shard.columns.checksum}" for shard in self.shards]
+        checksums = ["".join(file.checksum for file in shard.files) for shard in self.shards]
         return digest("\n".join([layers, str(self.format), *checksums]).encode())
 
     def to_bytes(self) -> bytes:
-        table = {
+        table: dict[str, Any] = {
             "checksum": ZEROS.decode(),
             "format": FORMAT,
             "version": VERSION,
@@ -153,6 +249,10 @@ class Manifest:
             "fingerprints": self.fingerprints,
             "meta": self.meta,
         }
+        if self.content is not None:
+            table["content"] = self.content
+        if self.retired:
+            table["retired"] = self.retired
         head = json.dumps(table, indent=1).removesuffix("\n}")
         lines = ",\n  ".join(shard.line for shard in self.shards)
         text = f'{head},\n "shards": [\n  {lines}\n ]\n}}\n'
@@ -214,21 +314,15 @@ def _parse(path: Path, data: bytes) -> Manifest:
 
 
 def _build(table: dict[str, Any]) -> Manifest:
-    shards = tuple(
-        Shard(
-            entry["start"],
-            entry["stop"],
-            *(File(entry[k]["file"], entry[k]["bytes"], entry[k]["checksum"]) for k in ("rows", "columns")),
-        )
-        for entry in table["shards"]
-    )
-    for index, shard in enumerate(shards):
-        start = index * table["rows_per_shard"]
-        full = start + table["rows_per_shard"]
-        last = index == len(shards) - 1
-        fits = shard.start == start and (start < shard.stop <= full if last else shard.stop == full)
-        if not fits or shard.names != shard_names(shard.start, shard.stop):
-            raise ValueError(f"shard {index} does not follow the one before it")
+    shards = tuple(Shard.of_entry(entry) for entry in table["shards"])
+    end = 0
+    for shard in shards:
+        shard.check()
+        if shard.start < end:
+            raise ValueError(f"shard {shard.start} does not follow the one before it")
+        end = shard.stop
+    if not all(is_row_file(name) for name in table.get("retired", ())):
+        raise ValueError("it retires files that are not of a store")
     layers = tuple(Layer(**layer) for layer in table["layers"])
     ends = [layer.part.stop for layer in layers]
     if not ends or [0, *ends] != [*(layer.offset for layer in layers), table["dim"]]:
@@ -241,6 +335,8 @@ def _build(table: dict[str, Any]) -> Manifest:
         fingerprints=table["fingerprints"],
         meta=table["meta"],
         shards=shards,
+        content=table.get("content"),
+        retired=tuple(table.get("retired", ())),
     )
 
 

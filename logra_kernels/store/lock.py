@@ -1,7 +1,14 @@
-"""One writer at a time."""
+"""One writer at a time, and whether somebody is reading.
 
+Two flocks: the writer's on the file `lock`, and a shared one of every reader on the store's directory, so that the
+files that a reader may still map are not removed. A reader can take its own where it may not write.
+"""
+
+import contextlib
 import fcntl
 import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 from logra_kernels.errors import StoreError
@@ -41,4 +48,34 @@ class WriterLock:
         fd, self._fd = self._fd, None
         if os.getpid() == self._owner:
             fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+
+class ReaderLease:
+    """Says that somebody reads, until it is dropped. Without flock on directories (some network file systems) it says
+    nothing, and a reader whose files a compaction removes is told so when it comes to them."""
+
+    def __init__(self, directory: Path):
+        try:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:  # no such directory; whoever opens the store in it will say so
+            return
+        weakref.finalize(self, os.close, fd)
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_SH)
+
+
+@contextlib.contextmanager
+def without_readers(directory: Path) -> Iterator[bool]:
+    """True when nobody reads; who opens the store inside the `with` waits for its end."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    except OSError:
+        alone = False
+    try:
+        yield alone
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # by itself, closing would leave it to a forked child's copy
         os.close(fd)

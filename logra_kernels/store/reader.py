@@ -13,16 +13,20 @@ from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.ops import EncodedRows, score_block, score_topk
+from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.encoding import decode, wrap
-from logra_kernels.store.format import Manifest, Shard
-from logra_kernels.store.shard import MappedShard, missing, read_columns
+from logra_kernels.store.format import Manifest, Shard, read_manifest
+from logra_kernels.store.shard import MappedShard, Piece, missing, read_columns
 
 BLOCK_BYTES = 64 << 20
 MAPPED_SHARDS = 128  # kept mapped between queries; each costs a file descriptor and no memory of its own
 
 
 class Reader:
-    """The rows a manifest names. A short last shard is mapped at once, because a writer may replace and delete it."""
+    """The rows that a manifest shows, numbered without gaps.
+
+    What a writer may replace and delete is read at once: a short last shard and the lists of deleted rows.
+    """
 
     def __init__(self, directory: Path, load: Callable[[], Manifest], before: "Reader | None" = None):
         self.directory = directory
@@ -31,22 +35,26 @@ class Reader:
         self._table: pa.Table | None = None
         self._row_of: dict[str, int] | None = None
         self._tail: MappedShard | None = None
-        self.manifest, self._tail_table = self._hold_tail(load)
-
-    def _hold_tail(self, load: Callable[[], Manifest]) -> tuple[Manifest, pa.Table | None]:
-        manifest = load()
+        self._tail_table: pa.Table | None = None
+        self._shown: dict[int, Tensor] = {}  # start of a shard with deleted rows -> its lines that are shown
+        self.manifest = load()
         while True:
-            last = manifest.shards[-1] if manifest.shards else None
-            if last is None or last.stop - last.start == manifest.rows_per_shard:
-                return manifest, None
             try:
-                self._tail = MappedShard(self.directory, manifest, last)
-                return manifest, read_columns(self.directory, last)
+                self._hold()
+                return
             except FileNotFoundError as error:
                 newer = load()
-                if newer.shards and newer.shards[-1] == last:
+                if newer.shards == self.manifest.shards:
                     raise missing(Path(error.filename)) from None
-                manifest = newer
+                self.manifest = newer
+
+    def _hold(self) -> None:
+        shards = self.manifest.shards
+        self._shown = {s.start: shown_lines(self.directory, s) for s in shards if s.deleted is not None}
+        self._tail = self._tail_table = None
+        if shards and shards[-1].count < self.manifest.rows_per_shard:
+            self._tail = MappedShard(self.directory, self.manifest, shards[-1])
+            self._tail_table = read_columns(self.directory, shards[-1])
 
     @property
     def table(self) -> pa.Table:
@@ -59,8 +67,12 @@ class Reader:
             for shard, table in zip(shards, tables, strict=True):
                 if table.schema != tables[0].schema:
                     raise StoreError(f"{self.directory / shard.columns.name} has other columns than the first shard")
-            self._table = pa.concat_tables(tables)
+            self._table = pa.concat_tables(self._shown_of(*pair) for pair in zip(shards, tables, strict=True))
         return self._table
+
+    def _shown_of(self, shard: Shard, table: pa.Table) -> pa.Table:
+        shown = self._shown.get(shard.start)
+        return table if shown is None else table.take(pa.array(shown.numpy()))
 
     def _columns_of(self, shard: Shard) -> pa.Table:
         if shard is self.manifest.shards[-1] and self._tail_table is not None:
@@ -68,9 +80,18 @@ class Reader:
         try:
             return read_columns(self.directory, shard)
         except FileNotFoundError:
-            raise missing(self.directory / shard.columns.name) from None
+            raise self._gone(shard.columns.name) from None
         except OSError as error:
             raise StoreError(f"{self.directory / shard.columns.name} cannot be read: {error.strerror}") from None
+
+    def deleted_ids(self) -> Iterator[str]:
+        """Ids of the rows that were deleted and not compacted away yet."""
+        for shard in self.manifest.shards:
+            if shard.hidden:
+                hidden = torch.ones(shard.count, dtype=torch.bool)
+                hidden[self._shown[shard.start]] = False
+                ids = self._columns_of(shard).column("id")
+                yield from ids.filter(pa.array(hidden.numpy())).to_pylist()
 
     @property
     def row_of(self) -> dict[str, int]:
@@ -89,7 +110,7 @@ class Reader:
             try:
                 mapped = MappedShard(self.directory, self.manifest, shard)
             except FileNotFoundError:
-                raise missing(self.directory / name) from None
+                raise self._gone(name) from None
             if shard.rows.checksum in self._verified:
                 mapped.trust()
         tensors = mapped.tensors()
@@ -100,26 +121,37 @@ class Reader:
                 self._mapped.popitem(last=False)
         return wrap(self.manifest, tensors)
 
-    def tail(self) -> dict[str, Tensor]:
-        """The stored tensors of the short last shard, a copy."""
-        assert self._tail is not None
-        return {name: tensor.clone() for name, tensor in self._tail.tensors().items()}
+    def _gone(self, name: str) -> StoreError:
+        if any(name in shard.names for shard in read_manifest(self.directory).shards):
+            return missing(self.directory / name)
+        return StoreError(
+            f"{self.directory} was compacted while this object read an older state of it; open the store again"
+        )
+
+    def tail(self) -> list[Piece]:
+        """A short last shard, deleted rows included, as a piece of its own; nothing when the last one is full."""
+        if self._tail is None or self._tail_table is None:
+            return []
+        return [(_copies(self._tail.tensors()), self._tail_table)]
 
     def _tail_rows(self, private: bool) -> EncodedRows:
         assert self._tail is not None  # its file may be gone, so it cannot be mapped once more
-        return wrap(self.manifest, self.tail() if private else self._tail.tensors())
+        tensors = self._tail.tensors()
+        return wrap(self.manifest, _copies(tensors) if private else tensors)
 
     def _stream(
         self, start: int, stop: int, max_bytes: int, row_bytes: int, private: bool
     ) -> Iterator[tuple[int, EncodedRows]]:
         step = max(1, max_bytes // row_bytes)
+        end = 0
         for shard in self.manifest.shards:
-            if shard.stop <= start or shard.start >= stop:
+            begin, end = end, end + shard.shown
+            if end <= start or begin >= stop:
                 continue
-            rows = self._map(shard, private)
-            for first in range(max(start, shard.start), min(stop, shard.stop), step):
-                last = min(first + step, stop, shard.stop)
-                yield first, rows[first - shard.start : last - shard.start]
+            rows, shown = self._map(shard, private), self._shown.get(shard.start)
+            for first in range(max(start, begin), min(stop, end), step):
+                part = slice(first - begin, min(first + step, stop, end) - begin)
+                yield first, rows[part] if shown is None else _lines(rows, shown[part])
 
     def blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows [n, D] decoded), in order, of at most `max_bytes` but at least one row; the caller's own."""
@@ -186,6 +218,16 @@ class Reader:
                 )
             row_scale = row_scale.detach().to(queries.device, torch.float32)
         return queries, row_scale
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _lines(rows: EncodedRows, lines: Tensor) -> EncodedRows:
+    """Chosen lines of a shard, sorted; a copy only where they have gaps."""
+    first, last = int(lines[0]), int(lines[-1])
+    return rows[first : last + 1] if last - first + 1 == len(lines) else rows[lines]
 
 
 def _merge(best: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor], k: int, largest: bool) -> tuple[Tensor, Tensor]:

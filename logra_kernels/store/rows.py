@@ -1,6 +1,6 @@
 """Checks that stand between a caller's rows and the store."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -85,11 +85,14 @@ def _check_small(manifest: Manifest, rows: Tensor, ids: Sequence[str]) -> None:
         )
 
 
-def committed_prefix(row_of: dict[str, int], committed: int, end: int, ids: Sequence[str]) -> int:
-    """How many of `ids` lead the list and are stored already, at the place where they should be.
+def committed_prefix(
+    row_of: dict[str, int], deleted: Collection[str], committed: int, end: int, ids: Sequence[str]
+) -> int:
+    """How many of `ids` lead the list and are stored already, at the place where they should be, or were deleted.
 
     Args:
         row_of: id -> row of every row of the store, queued ones included.
+        deleted: Ids of rows that were deleted and not compacted away yet; they do not come back by a rerun.
         committed: Rows below this number may be dropped: those that were committed when the store was opened.
         end: The number of the next row.
 
@@ -97,28 +100,55 @@ def committed_prefix(row_of: dict[str, int], committed: int, end: int, ids: Sequ
         StoreError: They are not consecutive rows, or new ids follow before all committed ones have come.
     """
     count = 0
-    while count < len(ids) and row_of.get(ids[count], committed) < committed:
+    while count < len(ids) and (row_of.get(ids[count], committed) < committed or ids[count] in deleted):
         count += 1
-    if count == 0:
-        return 0
-    first = row_of[ids[0]]
-    for place, name in enumerate(ids[:count]):
+    shown = [name for name in ids[:count] if name not in deleted]
+    if not shown:
+        return count
+    first = row_of[shown[0]]
+    for place, name in enumerate(shown):
         if row_of[name] != first + place:
             raise _out_of_order(f"{name!r} is row {row_of[name]} of the store and comes here as row {first + place}")
-    if count < len(ids) and first + count != end:
+    if count < len(ids) and first + len(shown) != end:
         raise _out_of_order(
-            f"{ids[count]!r} is new and would follow row {first + count - 1}, but the store has {end} rows"
+            f"{ids[count]!r} is new and would follow row {first + len(shown) - 1}, but the store has {end} rows"
         )
     return count
 
 
-def check_new(row_of: dict[str, int], ids: Sequence[str]) -> None:
+def check_new(row_of: dict[str, int], deleted: Collection[str], ids: Sequence[str]) -> None:
+    gone = [name for name in ids if name in deleted]
+    if gone:
+        raise StoreError(
+            f"ids were deleted from the store: {shorten([repr(name) for name in gone])};"
+            " leave these rows out, or compact the store first to use the ids again"
+        )
     twice = [name for name in ids if name in row_of]
     if twice:
         raise StoreError(
             f"ids are in the store already: {shorten([repr(name) for name in twice])}; every row needs its own id"
             " (to go on after an interruption, append with skip_committed=True)"
         )
+
+
+def rows_to_delete(
+    directory: Path, row_of: dict[str, int], deleted: Collection[str], ids: Sequence[str], missing_ok: bool
+) -> Tensor:
+    """Numbers of the rows with these ids, [n] int64; ids that are deleted already are passed over.
+
+    Raises:
+        StoreError: Some ids are not in the store, unless that is `missing_ok`.
+    """
+    if isinstance(ids, str) or any(not isinstance(name, str) for name in ids):
+        raise StoreError("ids must be a list of str; convert them with str()")
+    wanted = dict.fromkeys(ids)
+    absent = [repr(name) for name in wanted if name not in row_of and name not in deleted]
+    if absent and not missing_ok:
+        raise StoreError(
+            f"{directory} has no rows with {len(absent)} of the {len(wanted)} ids: {shorten(absent)};"
+            " none was deleted; correct them, or delete with missing_ok=True"
+        )
+    return torch.tensor([row_of[name] for name in wanted if name in row_of], dtype=torch.int64)
 
 
 def shorten(names: Sequence[str]) -> str:

@@ -46,20 +46,28 @@ class WrittenShard:
 
 
 def write_shard(
-    directory: Path, start: int, manifest: Manifest, pieces: Sequence[Piece], disk: Disk | None = None
+    directory: Path,
+    start: int,
+    manifest: Manifest,
+    pieces: Sequence[Piece],
+    disk: Disk | None = None,
+    version: int = 0,
+    removed: int = 0,
 ) -> WrittenShard:
-    """Write rows [start, start + n) as two files, to be settled by the caller.
+    """Write n rows as two files, to be settled by the caller.
 
     Args:
-        start: Number of the first row.
+        start: Serial number of the first row.
         pieces: Contiguous CPU tensors of n_i lines, as `Manifest.tensors` names them, in row order.
         disk: Writes large files while they are hashed.
+        version, removed: How often the shard was compacted, and how many of its rows that took out.
 
     Raises:
         OSError: As the system reports it; nothing is left.
     """
     count = sum(table.num_rows for _, table in pieces)
-    rows_name, columns_name = shard_names(start, start + count)
+    stop = start + count + removed
+    rows_name, columns_name = shard_names(start, stop, version)
     specs = manifest.tensors(count)
     head = header(specs, {})
     payload = [as_bytes(tensors[name]) for name in specs for tensors, _ in pieces]
@@ -72,9 +80,11 @@ def write_shard(
         raise
     shard = Shard(
         start,
-        start + count,
+        stop,
         File(rows_name, len(head) + sum(len(part) for part in payload), checksum),
         File(columns_name, len(parquet), digest(parquet)),
+        version,
+        removed,
     )
     return WrittenShard(shard, (rows_file, columns_file))
 
@@ -90,7 +100,7 @@ class MappedShard:
     def __init__(self, directory: Path, manifest: Manifest, shard: Shard):
         self._path = directory / shard.rows.name
         self._shard = shard
-        self._specs = manifest.tensors(shard.stop - shard.start)
+        self._specs = manifest.tensors(shard.count)
         self._head = header(self._specs, {}, shard.rows.checksum)
         self._mapping = self._map()
         self._verified = False
@@ -150,8 +160,8 @@ def read_columns(directory: Path, shard: Shard) -> pa.Table:
     if digest(data) != shard.columns.checksum:
         raise damaged(path, "its checksum does not fit its content")
     table = from_parquet(data)
-    if table.num_rows != shard.stop - shard.start:
-        raise damaged(path, f"it has {table.num_rows} lines for {shard.stop - shard.start} rows")
+    if table.num_rows != shard.count:
+        raise damaged(path, f"it has {table.num_rows} lines for {shard.count} rows")
     return table
 
 
@@ -161,7 +171,7 @@ def check_files(directory: Path, manifest: Manifest) -> None:
     Raises:
         StoreError: One is missing or of another length.
     """
-    for file in (file for shard in manifest.shards for file in (shard.rows, shard.columns)):
+    for file in (file for shard in manifest.shards for file in shard.files):
         path = directory / file.name
         try:
             size = path.stat().st_size

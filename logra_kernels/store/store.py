@@ -12,11 +12,12 @@ from logra_kernels.errors import StoreError
 from logra_kernels.ops import EncodedRows, RowFormat
 from logra_kernels.store import sidecar
 from logra_kernels.store.append import Appender
+from logra_kernels.store.compact import remove_retired
 from logra_kernels.store.create import check_free, new_manifest, remove_leftovers, store_exists
 from logra_kernels.store.durable import TEMPORARY, remove_files, sync_directory
 from logra_kernels.store.fingerprint import check_fingerprints
 from logra_kernels.store.format import Manifest, read_manifest, write_manifest
-from logra_kernels.store.lock import WriterLock
+from logra_kernels.store.lock import ReaderLease, WriterLock
 from logra_kernels.store.reader import Reader
 
 
@@ -30,6 +31,7 @@ class GradientStore:
     def __init__(self, directory: Path, writer: Appender | None):
         self._directory = directory
         self._appender = writer
+        self._lease = ReaderLease(directory) if writer is None else None  # before the manifest is read
         self._reader = Reader(directory, self._load)
         self._closed = False
 
@@ -115,7 +117,7 @@ class GradientStore:
         read_manifest(directory)  # before the lock file is made: the path may not be a store
         lock = WriterLock(directory)
         try:
-            manifest = read_manifest(directory)
+            manifest = remove_retired(directory, read_manifest(directory))
             remove_leftovers(directory, manifest)
             return cls(directory, Appender(directory, manifest, lock))
         except OSError as error:
@@ -167,6 +169,36 @@ class GradientStore:
             StoreError: The writer has failed.
         """
         self._writing().writer.flush()
+
+    def delete(self, ids: Sequence[str], *, missing_ok: bool = False) -> int:
+        """Take rows out, all in one commit: nothing that is opened or computed from now on sees them.
+
+        They stay in their files until `compact`, and until then their ids stay taken: a rerun of the logging passes
+        over them. `content_hash` changes, so what was computed from the rows is computed again.
+
+        Args:
+            ids: Of stored rows; ids that were deleted before count for nothing.
+            missing_ok: Pass over ids that the store does not have.
+
+        Returns:
+            How many rows were deleted.
+
+        Raises:
+            StoreError: Ids that the store does not have (then none is deleted), or the disk refuses.
+        """
+        return self._writing().delete(ids, missing_ok)
+
+    def compact(self) -> int:
+        """Write shards with deleted rows again without them; the rows that are shown stay the same, and so does
+        `content_hash`. Readers that are open go on with the old files, which the next writer removes.
+
+        Returns:
+            How many deleted rows were taken out of the files.
+
+        Raises:
+            StoreError: A shard is damaged, or the disk refuses; the rows are intact, and compacting again goes on.
+        """
+        return self._writing().compact()
 
     def close(self) -> None:
         """Commit what was appended and let the store go; a second call does nothing. Reading goes on working.

@@ -50,9 +50,11 @@ class BackgroundWriter:
         self._directory = directory
         self._committer = Committer(directory, manifest)
         self._pieces = list(tail)
-        self._base = manifest.rows - sum(table.num_rows for _, table in tail)
-        self._assembled = manifest.rows - self._base
-        self._written = manifest.rows  # rows that the system has
+        last = manifest.shards[-1] if tail else None
+        self._version, self._removed = (last.version, last.removed) if last is not None else (0, 0)
+        self._base = last.start if last is not None else manifest.end
+        self._assembled = sum(table.num_rows for _, table in tail)
+        self._written = manifest.end  # serial number up to which the system has the rows
         self._unsettled: deque[tuple[str, Future]] = deque()
         self._at = ""  # the file at work, to be named if it fails
         self._queue: deque[Piece | _Flush | None] = deque()
@@ -197,16 +199,19 @@ class BackgroundWriter:
 
     def _write(self) -> None:
         """Write the assembled rows, if any are new; let a full shard go, keep a short one to be written again."""
-        if self._base + self._assembled > self._written:
+        stop = self._base + self._assembled + self._removed
+        if stop > self._written:
             while len(self._unsettled) >= UNSETTLED_SHARDS:
                 self._settle_oldest()
-            self._at = shard_names(self._base, self._base + self._assembled)[0]
-            written = write_shard(self._directory, self._base, self.manifest, self._pieces, self._disk)
-            self._written = self._base + self._assembled
+            self._at = shard_names(self._base, stop, self._version)[0]
+            written = write_shard(
+                self._directory, self._base, self.manifest, self._pieces, self._disk, self._version, self._removed
+            )
+            self._written = stop
             self._unsettled.append((self._at, self._commits.submit(partial(self._committer.add, written))))
         if self._assembled == self.manifest.rows_per_shard:
-            self._base += self._assembled
-            self._assembled = 0
+            self._base, self._assembled = stop, 0
+            self._version, self._removed = 0, 0
             self._pieces = []
 
     def _settle_oldest(self) -> None:
