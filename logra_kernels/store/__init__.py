@@ -1,4 +1,5 @@
 from logra_kernels.store.factors import projection_of, sidecars_of, spread_of
+from logra_kernels.store.fsck import fsck
 from logra_kernels.store.store import GradientStore
 
-__all__ = ["GradientStore", "projection_of", "sidecars_of", "spread_of"]
+__all__ = ["GradientStore", "fsck", "projection_of", "sidecars_of", "spread_of"]

@@ -8,8 +8,10 @@ import pyarrow.parquet as pq
 import torch
 
 from logra_kernels.errors import StoreError
+from logra_kernels.store.durable import ZEROS, seal, sealed_checksum
 
 ID = "id"
+_CHECKSUM = "checksum"
 
 
 def build_table(ids: Sequence[str], columns: Mapping[str, Any] | None, schema: pa.Schema | None) -> pa.Table:
@@ -43,7 +45,7 @@ def _as_read_back(table: pa.Table) -> pa.Table:
     """The types that Parquet gives back (it renames the items of lists, widens timestamps): rows that come from a short
     shard and rows that come from the caller must make the same file."""
     try:
-        return table.cast(from_parquet(bytes(to_parquet(table.schema.empty_table()))).schema)
+        return table.cast(from_parquet(to_parquet(table.schema.empty_table())).schema)
     except pa.ArrowException as error:
         raise StoreError(f"the columns cannot be stored as Parquet: {' '.join(str(error).split())}") from None
 
@@ -71,12 +73,27 @@ def _array(name: str, values: Any, kind: pa.DataType | None, count: int) -> pa.A
     return array
 
 
-def to_parquet(table: pa.Table) -> memoryview:
-    """Parquet bytes; equal tables give equal bytes, however they were put together."""
+def to_parquet(table: pa.Table) -> bytes:
+    """Parquet bytes; equal tables give equal bytes, however they were put together.
+
+    The footer's metadata carries a checksum of the file, so that it can be verified by itself.
+    """
     sink = pa.BufferOutputStream()
     table = table.combine_chunks().replace_schema_metadata(None)
-    pq.write_table(table, sink, row_group_size=max(1, table.num_rows), compression="zstd", store_schema=False)
-    return memoryview(sink.getvalue())
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", store_schema=False) as writer:
+        writer.write_table(table, row_group_size=max(1, table.num_rows))
+        writer.add_key_value_metadata({_CHECKSUM: ZEROS.decode()})
+    data = sink.getvalue().to_pybytes()
+    return seal(data, data.rindex(ZEROS))[0]
+
+
+def is_intact(data: bytes) -> bool:
+    """Whether it is a file from `to_parquet` of which no byte has changed."""
+    try:
+        recorded = (pq.read_metadata(pa.BufferReader(data)).metadata or {})[_CHECKSUM.encode()]
+        return len(set(sealed_checksum(memoryview(data), data.rindex(recorded)))) == 1
+    except (pa.ArrowException, OSError, KeyError, ValueError):
+        return False
 
 
 def from_parquet(data: bytes) -> pa.Table:

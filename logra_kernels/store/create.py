@@ -11,6 +11,7 @@ from logra_kernels.store.durable import TEMPORARY, remove_files
 from logra_kernels.store.format import (
     LOCK,
     MANIFEST,
+    ORIGIN,
     SIDECARS,
     Layer,
     Manifest,
@@ -79,7 +80,7 @@ def check_free(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise StoreError(f"{directory} is a file; choose another path")
     if directory.is_dir():
-        begun = {LOCK, SIDECARS}
+        begun = {LOCK, ORIGIN, SIDECARS}
         other = sorted(e.name for e in directory.iterdir() if e.name not in begun and not e.name.startswith(TEMPORARY))
         if other:
             raise StoreError(f"{directory} is not empty (it holds {shorten(other)}); choose a new directory")

@@ -1,6 +1,7 @@
 """The layout of a store directory and its manifest.
 
     manifest.json                          this file's `Manifest`, with its own checksum; replaced last, by rename
+    origin.json                            the manifest of the empty store, from which `logra fsck` rebuilds a lost one
     rows-<start>-<stop>.safetensors        the tensors of `Manifest.tensors`, a line a row, row-major, immutable
     rows-<start>-<stop>.parquet            column "id" (string) and the user's columns, one line per row
     deleted-<start>-<hash>.safetensors     tensor "rows" int64 [m], sorted: lines of that shard that are not shown
@@ -16,7 +17,7 @@ order. Nothing in a store depends on time, machine or how the rows were batched,
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from logra_kernels.store.tensorfile import Spec
 FORMAT = "logra_kernels.store"
 VERSION = 2  # 1 knew fp32 and bf16 rows only and no deleted ones, and is read
 MANIFEST = "manifest.json"
+ORIGIN = "origin.json"
 SIDECARS = "sidecars"
 LOCK = "lock"
 SHARD_BYTES = 64 << 20
@@ -263,6 +265,12 @@ def default_rows_per_shard(dim: int, form: RowFormat) -> int:
     return max(1, min(SHARD_ROWS, SHARD_BYTES // form.row_bytes(dim)))
 
 
+def write_origin(directory: Path, manifest: Manifest) -> None:
+    """Write what does not change with the rows, unless it is there."""
+    if not (directory / ORIGIN).exists():
+        write_file(directory, ORIGIN, [replace(manifest, shards=(), content=None, retired=()).to_bytes()])
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> int:
     """Replace the manifest; how many bytes it has."""
     data = manifest.to_bytes()
@@ -270,16 +278,24 @@ def write_manifest(directory: Path, manifest: Manifest) -> int:
     return len(data)
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of the store in `directory`, checked.
+class NewerFormat(StoreError):  # noqa: N818 - the name says what it is; `except StoreError` catches it
+    """The manifest is of a later logra_kernels."""
+
+
+def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest:
+    """The manifest of the store in `directory`, checked; or its `ORIGIN`.
 
     Raises:
         StoreError: No store there, a manifest that is damaged, or one of a newer format.
     """
-    path = directory / MANIFEST
+    path = directory / name
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if (directory / ORIGIN).exists():
+            raise StoreError(
+                f"{directory} has no {name}; rebuild it from the rows with `logra fsck --repair`, or create the store"
+            ) from None
         raise StoreError(
             f"{directory} is not a gradient store (it has no {MANIFEST}); check the path, or create the store"
         ) from None
@@ -297,7 +313,7 @@ def _parse(path: Path, data: bytes) -> Manifest:
         raise StoreError(f"{path} is not the manifest of a gradient store, or is damaged; check the path")
     version = table.get("version")
     if isinstance(version, int) and version > VERSION:
-        raise StoreError(
+        raise NewerFormat(
             f"{path} has format version {version} and this logra_kernels reads up to {VERSION}; upgrade logra_kernels"
         )
     recorded, computed = sealed_checksum(memoryview(data), len(_BEFORE_CHECKSUM))
@@ -306,7 +322,7 @@ def _parse(path: Path, data: bytes) -> Manifest:
     dtype = table.get("dtype")
     if dtype not in FORMATS:
         known = ", ".join(FORMATS)
-        raise StoreError(f"{path} names the dtype {dtype!r}, known here are {known}; upgrade logra_kernels")
+        raise NewerFormat(f"{path} names the dtype {dtype!r}, known here are {known}; upgrade logra_kernels")
     try:
         return _build(table)
     except (KeyError, TypeError, ValueError) as error:
@@ -341,4 +357,4 @@ def _build(table: dict[str, Any]) -> Manifest:
 
 
 def _damaged(path: Path, why: str) -> StoreError:
-    return StoreError(f"{path} is damaged: {why}; restore it from a copy, or remove the store and log again")
+    return StoreError(f"{path} is damaged: {why}; restore it from a copy, or rebuild it with `logra fsck --repair`")

@@ -51,6 +51,22 @@ class WriterLock:
         os.close(fd)
 
 
+def is_being_written(directory: Path) -> bool:
+    """Whether a writer has the store at this moment."""
+    try:
+        fd = os.open(directory / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+
+
 class ReaderLease:
     """Says that somebody reads, until it is dropped. Without flock on directories (some network file systems) it says
     nothing, and a reader whose files a compaction removes is told so when it comes to them."""

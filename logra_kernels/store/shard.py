@@ -15,6 +15,8 @@ from logra_kernels.store.durable import Temporary, begin_file, digest, sealed_ch
 from logra_kernels.store.format import File, Manifest, Shard, shard_names
 from logra_kernels.store.tensorfile import CHECKSUM_AT, as_bytes, header, map_file, view
 
+_ADVICE = "restore it from a copy, or keep what is intact with `logra fsck --repair`"
+
 Piece = tuple[Mapping[str, Tensor], pa.Table]  # the tensors of n encoded rows by name, and their ids and columns
 
 
@@ -182,8 +184,8 @@ def check_files(directory: Path, manifest: Manifest) -> None:
 
 
 def damaged(path: Path, why: str) -> StoreError:
-    return StoreError(f"{path} is damaged: {why}; restore it from a copy, or remove the store and log again")
+    return StoreError(f"{path} is damaged: {why}; {_ADVICE}")
 
 
 def missing(path: Path) -> StoreError:
-    return StoreError(f"{path} is missing; restore it from a copy, or remove the store and log again")
+    return StoreError(f"{path} is missing; {_ADVICE}")

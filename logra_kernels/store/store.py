@@ -16,7 +16,7 @@ from logra_kernels.store.compact import remove_retired
 from logra_kernels.store.create import check_free, new_manifest, remove_leftovers, store_exists
 from logra_kernels.store.durable import TEMPORARY, remove_files, sync_directory
 from logra_kernels.store.fingerprint import check_fingerprints
-from logra_kernels.store.format import Manifest, read_manifest, write_manifest
+from logra_kernels.store.format import ORIGIN, Manifest, read_manifest, write_manifest, write_origin
 from logra_kernels.store.lock import ReaderLease, WriterLock
 from logra_kernels.store.reader import Reader
 
@@ -85,6 +85,8 @@ class GradientStore:
             remove_files(directory, [entry.name for entry in directory.glob(f"{TEMPORARY}*")])
             for name, (key, tensors) in (sidecars or {}).items():
                 sidecar.write_sidecar(directory, name, key, tensors, {})
+            remove_files(directory, [ORIGIN])  # of a creation that was interrupted
+            write_origin(directory, manifest)
             write_manifest(directory, manifest)
             sync_directory(directory)
             sync_directory(directory.absolute().parent)
@@ -119,6 +121,7 @@ class GradientStore:
         try:
             manifest = remove_retired(directory, read_manifest(directory))
             remove_leftovers(directory, manifest)
+            write_origin(directory, manifest)
             return cls(directory, Appender(directory, manifest, lock))
         except OSError as error:
             lock.release()
