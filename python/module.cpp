@@ -7,6 +7,7 @@
 #include "bind_project_rows.cpp"
 #include "bind_score_block.cpp"
 #include "bind_score_topk.cpp"
+#include "bind_store.cpp"
 #include "common/kernels.h"
 
 namespace py = pybind11;
@@ -21,4 +22,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_accumulate_gram(m);
   bind_score_block(m);
   bind_score_topk(m);
+  bind_store(m);
 }

@@ -1,0 +1,36 @@
+#include "arguments.h"
+#include "store/pages.h"
+#include "store/take.h"
+
+namespace py = pybind11;
+using namespace lgk;
+
+void bind_store(py::module_& m) {
+  const auto pages = [&m](const char* name, auto call, const char* doc) {
+    m.def(
+        name,
+        [name, call](Address address, int64_t bytes) {
+          check_sizes(name, {bytes});
+          py::gil_scoped_release unlocked;
+          return call(reinterpret_cast<const void*>(address), bytes);
+        },
+        py::arg("address"), py::arg("bytes"), doc);
+  };
+  pages("read_ahead", store::read_ahead, "Start reading a mapped file's range from the disk.");
+  pages("populate", store::populate, "Wait until a mapped range is in memory; 0, or the errno of a failed read.");
+  pages("let_go", store::let_go, "Take the whole pages of a mapped range out of the page table.");
+  m.def(
+      "take_rows",
+      [](Address source, int64_t stride, Address out, int dtype, int64_t rows, int64_t d) {
+        const char* op = "take_rows";
+        check_sizes(op, {rows, d});
+        const Dtype to = dtype_of(op, dtype);
+        LGK_CHECK(to == Dtype::kF32 || to == Dtype::kBF16, "take_rows: rows are taken as fp32 or bf16");
+        const auto* from = reinterpret_cast<const float*>(source);
+        py::gil_scoped_release unlocked;
+        return to == Dtype::kF32 ? store::take_fp32(from, stride, reinterpret_cast<float*>(out), rows, d)
+                                 : store::take_bf16(from, stride, reinterpret_cast<uint16_t*>(out), rows, d);
+      },
+      py::arg("source"), py::arg("stride"), py::arg("out"), py::arg("dtype"), py::arg("rows"), py::arg("d"),
+      "out = source, rows of fp32 `stride` apart; whether every number is finite, before and after.");
+}
