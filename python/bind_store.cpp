@@ -1,3 +1,7 @@
+#include <pybind11/stl.h>
+
+#include <cstring>
+
 #include "arguments.h"
 #include "store/pages.h"
 #include "store/take.h"
@@ -19,6 +23,24 @@ void bind_store(py::module_& m) {
   pages("read_ahead", store::read_ahead, "Start reading a mapped file's range from the disk.");
   pages("populate", store::populate, "Wait until a mapped range is in memory; 0, or the errno of a failed read.");
   pages("let_go", store::let_go, "Take the whole pages of a mapped range out of the page table.");
+  m.def(
+      "gather",
+      [](const std::vector<std::pair<Address, int64_t>>& parts, Address out, int64_t room) {
+        int64_t count = 0;
+        for (const auto& [address, bytes] : parts) {
+          check_sizes("gather", {bytes});
+          count += bytes;
+        }
+        LGK_CHECK(count <= room, "gather: " + std::to_string(count) + " bytes for a room of " + std::to_string(room));
+        py::gil_scoped_release unlocked;
+        auto* to = reinterpret_cast<char*>(out);
+        for (const auto& [address, bytes] : parts) {
+          std::memcpy(to, reinterpret_cast<const void*>(address), bytes);
+          to += bytes;
+        }
+        return count;
+      },
+      py::arg("parts"), py::arg("out"), py::arg("room"), "Copy byte ranges one after the other; their total.");
   m.def(
       "take_rows",
       [](Address source, int64_t stride, Address out, int dtype, int64_t rows, int64_t d) {

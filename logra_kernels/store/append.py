@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import build_table
 from logra_kernels.store.compact import compact
 from logra_kernels.store.deleted import delete_rows
-from logra_kernels.store.encoding import encode
+from logra_kernels.store.departure import Departures
+from logra_kernels.store.encoding import encode, encode_checked
 from logra_kernels.store.format import Manifest, read_manifest
 from logra_kernels.store.lock import WriterLock
 from logra_kernels.store.reader import Reader
@@ -32,6 +34,7 @@ class Appender:
         self._lock = lock
         self._opened_with = manifest.rows
         self._appending = threading.Lock()
+        self._departures = Departures()
         self._begin(manifest)
 
     def _begin(self, manifest: Manifest) -> None:
@@ -54,16 +57,26 @@ class Appender:
             skip = self._skipped(ids) if skip_committed else 0
             rows, ids, table = rows[skip:], ids[skip:], table.slice(skip)
             check_new(self.row_of, self._deleted, ids)
-            check_finite(manifest, rows, ids)
+            self._submit(manifest, rows.detach(), ids, table)
             self._schema = table.schema
-            step = max(1, SLICE_BYTES // manifest.row_bytes)
-            for start in range(0, len(ids), step):
-                part = ids[start : start + step]
-                held = encode(manifest, rows[start : start + step].detach())
-                end = len(self.row_of)
-                self.row_of.update((name, end + place) for place, name in enumerate(part))
-                self.writer.submit((held, table.slice(start, len(part))))
             return len(ids)
+
+    def _submit(self, manifest: Manifest, rows: Tensor, ids: Sequence[str], table: pa.Table) -> None:
+        step = max(1, SLICE_BYTES // manifest.row_bytes)
+        on_device = rows.is_cuda
+        whole = encode_checked(manifest, rows) if len(ids) <= step and not on_device else None
+        if whole is None and not on_device:
+            check_finite(manifest, rows, ids)
+        for start in range(0, len(ids), step):
+            span = slice(start, start + step)
+            held, arrival = whole, None
+            if on_device:
+                held, arrival = self._departures.leave(manifest, rows[span], ids[span])
+            elif held is None:
+                held = encode(manifest, rows[span])
+            end = len(self.row_of)
+            self.row_of.update((name, end + place) for place, name in enumerate(ids[span]))
+            self.writer.submit((held, table.slice(start, step)), arrival)
 
     def _skipped(self, ids: Sequence[str]) -> int:
         return committed_prefix(self.row_of, self._deleted, self._opened_with, len(self.row_of), ids)

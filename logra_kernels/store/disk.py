@@ -8,8 +8,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,11 +18,11 @@ import xxhash
 
 from logra_kernels.store.durable import Temporary, begin_file, seal
 from logra_kernels.store.lane import Lane
+from logra_kernels.store.native import gather
 
 SLOTS = 3
-SLOT_BYTES = 8 << 20  # of one write; shorter files go through the page cache
+SLOT_BYTES = 16 << 20  # of one write; shorter files go through the page cache
 BLOCK = 4096  # what O_DIRECT asks addresses, offsets and lengths to be multiples of
-_STEP = 1 << 18  # copied and then hashed while it is still in the L2 cache
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -36,50 +35,40 @@ class Disk(Lane):
         for _ in range(SLOTS):
             self._free.put(np.frombuffer(mmap.mmap(-1, SLOT_BYTES), np.uint8))  # a mapping, because pages are aligned
 
-    def write_sealed(self, fd: int, head: bytes, at: int, payload: Sequence) -> str:
-        """Write head + payload from the file's start, and last of all their checksum into head[at : at + 32].
+    def write_sealed(self, file: Temporary, head: bytes, at: int, payload: Sequence) -> str:
+        """Queue head + payload from the file's start, and last of all their checksum into head[at : at + 32].
+
+        The buffers may be reused once this returns.
 
         Raises:
-            OSError: As the system reports it.
+            OSError: As the system reports it; what comes later is the file's to raise.
         """
         state = xxhash.xxh3_128()
-        jobs: list[Future] = []
         first = np.zeros(BLOCK, np.uint8)
-        slot, filled, offset = self._free.get(), 0, 0
-        try:
-            for chunk in (head, *payload):
-                left = np.frombuffer(chunk, np.uint8)
-                while len(left):
-                    part = left[: min(_STEP, SLOT_BYTES - filled)]
-                    held = slot[filled : filled + len(part)]
-                    np.copyto(held, part)
-                    state.update(held.data)
-                    filled, left = filled + len(part), left[len(part) :]
-                    if filled == SLOT_BYTES:
-                        if offset == 0:
-                            first[:] = slot[:BLOCK]
-                        jobs.append(self._write(fd, slot, filled, offset))
-                        offset += filled
-                        slot, filled = self._free.get(), 0
-                        while jobs and jobs[0].done():
-                            jobs.pop(0).result()
-            jobs.append(self._write(fd, slot, filled, offset))
+        offset = 0
+        for parts in _cut([np.frombuffer(chunk, np.uint8) for chunk in (head, *payload)], SLOT_BYTES):
             slot = self._free.get()
-            checksum = state.hexdigest()
-            slot[:BLOCK] = first
-            slot[at : at + len(checksum)] = np.frombuffer(checksum.encode(), np.uint8)
-            jobs.append(self._write(fd, slot, BLOCK, 0))
-        except BaseException:
-            self._free.put(slot)
-            raise
-        finally:
-            wait(jobs)  # the caller may close the file
-        for job in jobs:
-            job.result()
+            try:
+                while file.writes and file.writes[0].done():
+                    file.writes.pop(0).result()
+                count = gather(parts, slot)
+                state.update(slot[:count].data)
+            except BaseException:
+                self._free.put(slot)
+                raise
+            if offset == 0:
+                first[:] = slot[:BLOCK]
+            self._write(file, slot, count, offset)
+            offset += count
+        checksum = state.hexdigest()
+        slot = self._free.get()
+        slot[:BLOCK] = first
+        slot[at : at + len(checksum)] = np.frombuffer(checksum.encode(), np.uint8)
+        self._write(file, slot, BLOCK, 0)
         return checksum
 
-    def _write(self, fd: int, slot: np.ndarray, count: int, offset: int) -> Future:
-        return self.submit(partial(self._write_slot, fd, slot, count, offset))
+    def _write(self, file: Temporary, slot: np.ndarray, count: int, offset: int) -> None:
+        file.writes.append(self.submit(partial(self._write_slot, file.fd, slot, count, offset)))
 
     def _write_slot(self, fd: int, slot: np.ndarray, count: int, offset: int) -> None:
         try:
@@ -90,6 +79,21 @@ class Disk(Lane):
                 _write_at(fd, slot[aligned:count].data, offset + aligned)
         finally:
             self._free.put(slot)
+
+
+def _cut(chunks: Sequence[np.ndarray], most: int) -> Iterator[list[np.ndarray]]:
+    """The chunks in order, in groups of `most` bytes, the last one shorter."""
+    group, room = [], most
+    for chunk in chunks:
+        while len(chunk):
+            group.append(chunk[:room])
+            chunk = chunk[room:]
+            room -= len(group[-1])
+            if room == 0:
+                yield group
+                group, room = [], most
+    if group:
+        yield group
 
 
 def begin_sealed(
@@ -105,7 +109,7 @@ def begin_sealed(
         return begin_file(directory, name, [sealed, *payload]), checksum
     temporary = _begin_direct(directory, name)
     try:
-        return temporary, disk.write_sealed(temporary.fd, head, at, payload)
+        return temporary, disk.write_sealed(temporary, head, at, payload)
     except BaseException:
         temporary.discard()
         raise

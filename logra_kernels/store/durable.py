@@ -7,6 +7,7 @@ of all its bytes, taken while the 32 digits of the checksum itself are zeros.
 import contextlib
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import xxhash
@@ -44,11 +45,14 @@ class Temporary:
     def __init__(self, directory: Path, name: str, flags: int = 0):
         self._final = directory / name
         self._path = directory / f"{TEMPORARY}{name}"
+        self.writes: list[Future] = []  # under way in another thread
         self.fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | flags, 0o666)
 
     def settle(self) -> None:
         """Fsync and rename; what fails is removed. The caller fsyncs the directory."""
         try:
+            for write in self.writes:
+                write.result()
             os.fsync(self.fd)
             os.replace(self._path, self._final)
         except BaseException:
@@ -57,6 +61,7 @@ class Temporary:
         os.close(self.fd)
 
     def discard(self) -> None:
+        wait(self.writes)
         os.close(self.fd)
         with contextlib.suppress(OSError):
             os.unlink(self._path)

@@ -2,18 +2,31 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from logra_kernels.ops import EncodedRows, dequantize_rows, quantize_rows
 from logra_kernels.store.format import Manifest
+from logra_kernels.store.native import take_rows
 
 
 def encode(manifest: Manifest, rows: Tensor) -> dict[str, Tensor]:
-    """Rows [n, D] of any device as CPU tensors of their own, named as in `Manifest.tensors`."""
+    """Rows [n, D] of the CPU as tensors of their own, named as in `Manifest.tensors`."""
+    taken = None if manifest.format.scaled else take_rows(rows, manifest.torch_dtype)
+    return encode_here(manifest, rows) if taken is None else {"rows": taken[0]}
+
+
+def encode_checked(manifest: Manifest, rows: Tensor) -> dict[str, Tensor] | None:
+    """`encode` in one pass with the check of the numbers, where that can be; None if not, or if one does not fit."""
+    taken = None if manifest.format.scaled else take_rows(rows, manifest.torch_dtype)
+    return {"rows": taken[0]} if taken is not None and taken[1] else None
+
+
+def encode_here(manifest: Manifest, rows: Tensor) -> dict[str, Tensor]:
+    """`encode` on the rows' own device."""
     if not manifest.format.scaled:
-        held = rows.new_empty(rows.shape, dtype=manifest.torch_dtype, device="cpu")
-        return {"rows": held.copy_(rows)}
-    encoded = quantize_rows(rows, manifest.format).to("cpu")
+        return {"rows": rows.to(manifest.torch_dtype, copy=True, memory_format=torch.contiguous_format)}
+    encoded = quantize_rows(rows, manifest.format)
     assert encoded.scales is not None
     return {"rows": encoded.codes, "scales": encoded.scales}
 

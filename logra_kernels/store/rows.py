@@ -69,15 +69,27 @@ def check_finite(manifest: Manifest, rows: Tensor, ids: Sequence[str]) -> None:
     )
 
 
+def fitting_rows(manifest: Manifest, rows: Tensor) -> Tensor:
+    """Which rows the format can hold, bool [N], on the rows' device and without waiting for it."""
+    form = manifest.format
+    ends = torch.stack(torch.aminmax(rows.detach(), dim=1))
+    fit = _fits(ends, form).all(dim=0)
+    return fit & ~_too_small(ends.abs().amax(dim=0), form) if form.scale == "fp16" else fit
+
+
 def _fits(numbers: Tensor, form: RowFormat) -> Tensor:
     numbers = numbers.to(form.value_dtype)
     return (numbers / form.most).to(form.scale_dtype).isfinite() if form.scaled else numbers.isfinite()
 
 
+def _too_small(most: Tensor, form: RowFormat) -> Tensor:
+    """Whether a row whose largest magnitude is `most` has a scale that loses digits in fp16."""
+    return (most > 0) & (most / form.most < torch.finfo(torch.float16).tiny)
+
+
 def _check_small(manifest: Manifest, rows: Tensor, ids: Sequence[str]) -> None:
     """No row is so small that its largest scale loses digits in fp16."""
-    most = rows.abs().amax(dim=1)
-    bad = ((most > 0) & (most / manifest.format.most < torch.finfo(torch.float16).tiny)).nonzero().flatten().tolist()
+    bad = _too_small(rows.abs().amax(dim=1), manifest.format).nonzero().flatten().tolist()
     if bad:
         raise StoreError(
             f"{len(bad)} rows are too small for {manifest.format}: ids {shorten([repr(ids[row]) for row in bad])};"

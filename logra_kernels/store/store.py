@@ -161,7 +161,8 @@ class GradientStore:
 
         Raises:
             StoreError: Rows, ids or columns do not fit, or hold NaN or Inf (then none of this append is stored and the
-                store goes on); or the writer has failed (then the message says what is committed).
+                store goes on); or the writer has failed (then the message says what is committed). Rows of a CUDA
+                device are still on their way when this returns: NaN or Inf in them is such a failure, told later.
         """
         return self._writing().append(rows, ids, columns, skip_committed)
 

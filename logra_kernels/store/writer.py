@@ -9,7 +9,7 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,12 @@ class _Flush:
     """A place in the queue: once it is reached, everything before it has been committed."""
 
     reached: bool = False
+
+
+@dataclass(frozen=True)
+class _Queued:
+    piece: Piece
+    arrival: Callable[[], None] | None
 
 
 class _Closed(Exception):  # noqa: N818 - ends the thread, nothing failed
@@ -57,7 +63,7 @@ class BackgroundWriter:
         self._written = manifest.end  # serial number up to which the system has the rows
         self._unsettled: deque[tuple[str, Future]] = deque()
         self._at = ""  # the file at work, to be named if it fails
-        self._queue: deque[Piece | _Flush | None] = deque()
+        self._queue: deque[_Queued | _Flush | None] = deque()
         self._queued_bytes = 0
         self._max_bytes = QUEUED_SHARDS * max(SHARD_BYTES, manifest.rows_per_shard * manifest.row_bytes)
         self._failure: StoreError | None = None
@@ -83,8 +89,11 @@ class BackgroundWriter:
         with self._changed:
             self._raise_failure()
 
-    def submit(self, piece: Piece) -> None:
+    def submit(self, piece: Piece, arrival: Callable[[], None] | None = None) -> None:
         """Queue rows; waits while the queue is full.
+
+        Args:
+            arrival: Returns once the rows' memory is filled; what it raises is a failure of the writer.
 
         Raises:
             StoreError: The writer has failed.
@@ -96,7 +105,7 @@ class BackgroundWriter:
                 lambda: self._failure or not self._queued_bytes or self._queued_bytes + nbytes <= self._max_bytes
             )
             self._raise_failure()
-            self._queue.append(piece)
+            self._queue.append(_Queued(piece, arrival))
             self._queued_bytes += nbytes
             self._changed.notify_all()
 
@@ -165,14 +174,14 @@ class BackgroundWriter:
             self._queue.clear()
             self._changed.notify_all()
 
-    def _next(self) -> Piece | _Flush | None:
+    def _next(self) -> _Queued | _Flush | None:
         with self._changed:
             while not self._changed.wait_for(lambda: self._queue, MOST_SECONDS):
                 if self._committer.behind:  # a pause in the rows
                     self._unsettled.append((self._at, self._commits.submit(self._committer.commit)))
             return self._queue.popleft()
 
-    def _handle(self, item: Piece | _Flush | None) -> None:
+    def _handle(self, item: _Queued | _Flush | None) -> None:
         if item is None:
             self._commit()
             raise _Closed
@@ -182,7 +191,9 @@ class BackgroundWriter:
                 item.reached = True
                 self._changed.notify_all()
             return
-        tensors, table = item
+        if item.arrival is not None:
+            item.arrival()
+        tensors, table = item.piece
         taken = 0
         while taken < table.num_rows:
             room = self.manifest.rows_per_shard - self._assembled
@@ -194,7 +205,7 @@ class BackgroundWriter:
             if self._assembled == self.manifest.rows_per_shard:
                 self._write()
         with self._changed:
-            self._queued_bytes -= _nbytes(item)
+            self._queued_bytes -= _nbytes(item.piece)
             self._changed.notify_all()
 
     def _write(self) -> None:
@@ -233,7 +244,10 @@ class BackgroundWriter:
             what = "raise the file size limit (ulimit -f)"
         else:
             what = "remove the cause"
-        why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.strerror:
+            why = error.strerror
+        else:
+            why = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
         return StoreError(
             f"writing {self._directory / self._at} failed: {why}; {self.manifest.rows} rows are committed and intact;"
             f" {what}, then open the store with mode='append' and append the rest again"

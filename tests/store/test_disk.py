@@ -19,7 +19,6 @@ SLOT = 2 * disk.BLOCK
 @pytest.fixture
 def small_slots(monkeypatch):
     monkeypatch.setattr(disk, "SLOT_BYTES", SLOT)
-    monkeypatch.setattr(disk, "_STEP", 3000)
 
 
 def payload_of(*lengths):
@@ -80,7 +79,7 @@ def test_an_error_leaves_nothing_and_the_next_file_is_whole(tmp_path, small_slot
     with disk.Disk() as writes:
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
             patch.setattr(os, "pwrite", pwrite)
-            disk.begin_sealed(tmp_path, "x", HEAD, AT, payload, writes)
+            disk.begin_sealed(tmp_path, "x", HEAD, AT, payload, writes)[0].settle()
         assert os.listdir(tmp_path) == []
         disk.begin_sealed(tmp_path, "x", HEAD, AT, payload, writes)[0].settle()
     assert (tmp_path / "x").read_bytes() == expected(payload)[0]

@@ -87,6 +87,26 @@ def test_rows_and_queries_on_a_gpu(tmp_path):
     assert index.is_cuda
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_rows_leave_a_gpu_while_it_computes(tmp_path, dtype):
+    rows = torch.randn(64, 4096)
+    for name, device in (("there", "cuda"), ("here", "cpu")):
+        with GradientStore.create(tmp_path / name, {"a": (64, 64)}, dtype, rows_per_shard=10) as store:
+            buffer = torch.empty(8, 4096, device=device)
+            for start in range(0, 64, 8):
+                buffer.copy_(rows[start : start + 8])
+                store.append(buffer, [str(i) for i in range(start, start + 8)])
+                buffer.fill_(torch.nan)
+    assert torch.equal(*(GradientStore.open(tmp_path / name).read(0, 64) for name in ("there", "here")))
+    with GradientStore.open(tmp_path / "there", mode="append") as store:
+        store.append(buffer[:2], ["x", "y"])
+        with pytest.raises(StoreError, match="2 rows hold NaN"):
+            store.flush()
+    assert len(GradientStore.open(tmp_path / "there")) == 64
+
+
 def test_the_callers_buffers_may_be_reused(tmp_path):
     rows, ids = rows_of(6), ids_of(6)
     with GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=50) as store:

@@ -12,6 +12,7 @@ from store.samples import DIM, LAYERS, ids_of, part_of, rows_of, tree, write
 from logra_kernels.errors import StoreError
 from logra_kernels.store import GradientStore
 from logra_kernels.store import writer as writer_module
+from logra_kernels.store.columns import build_table
 
 pytestmark = pytest.mark.timeout(30)
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -195,3 +196,32 @@ def test_stores_leave_no_threads_or_files_open(tmp_path):
     gc.collect()
     assert threading.active_count() == threads
     assert len(os.listdir("/proc/self/fd")) == files
+
+
+def late_piece(store, start, stop, arrive):
+    """Rows whose memory is filled only when the writer asks for it, as those that come from a device are."""
+    rows, ids, columns = part_of(20, start, stop)
+    held = torch.full(rows.shape, torch.nan)
+    table = build_table(ids, columns, None)
+    store._appender.writer.submit(({"rows": held}, table), lambda: arrive(held, rows))
+
+
+def test_rows_are_waited_for_where_they_are_written(tmp_path):
+    store = GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=8)
+    for start in range(0, 20, 5):
+        late_piece(store, start, start + 5, lambda held, rows: held.copy_(rows))
+    store.close()
+    assert tree(tmp_path / "s") == tree(write(tmp_path / "t"))
+
+
+def test_rows_that_arrive_bad_stop_the_writer_before_them(tmp_path):
+    def bad(held, rows):
+        raise StoreError("1 rows hold NaN: ids 'row-11'")
+
+    store = GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=8)
+    store.append(*part_of(20, 0, 10))
+    late_piece(store, 10, 12, bad)
+    with pytest.raises(StoreError, match=r"failed: 1 rows hold NaN: ids 'row-11'; 8 rows are committed"):
+        store.flush()
+    store.close()
+    assert GradientStore.open(tmp_path / "s").ids == ids_of(8)
