@@ -136,7 +136,11 @@ class Run(Analysis):
 
     @contextmanager
     def log(
-        self, ids: Sequence[str], columns: dict[str, list] | None = None, weights: Tensor | None = None
+        self,
+        ids: Sequence[str],
+        columns: dict[str, list] | None = None,
+        weights: Tensor | None = None,
+        offsets: Tensor | None = None,
     ) -> Iterator[None]:
         """Store the projected gradients of a batch of training rows: forward and `loss.backward()` go inside.
 
@@ -144,33 +148,39 @@ class Run(Analysis):
             ids: One string a sample, in the batch's order; new to the store, or the very rows a rerun comes by again.
             columns: More facts of each row (source, text), one list each.
             weights: A factor for each position, [N, T], as in `Taps.reset`.
+            offsets: Where token rows are packed with documents, their limits in the flattened positions, [N+1] int64,
+                as in `Taps.reset`; every document is a row of the store.
 
         Raises:
+            ValueError: `offsets` do not fit the ids or the batch.
             LograError: A layer received no gradient, or the projection is "pca" and nothing was observed.
             StoreError: A gradient is NaN or infinite, an id is a duplicate, the disk is full; what was committed stays.
         """
         ids = [str(i) for i in ids]
         self._observation.decide()
-        with self._tapped(len(ids), weights):
+        with self._tapped(len(ids), weights, offsets):
             yield
             rows = self.taps.rows()
         self._writer().append(rows, ids, columns, skip_committed=True)
         self._forget()
 
     @contextmanager
-    def query(self, ids: Sequence[str], weights: Tensor | None = None) -> Iterator[Query]:
+    def query(
+        self, ids: Sequence[str], weights: Tensor | None = None, offsets: Tensor | None = None
+    ) -> Iterator[Query]:
         """Gather the projected gradients of queries: forward and `loss.backward()` go inside.
 
         Args:
             ids: One string a sample.
-            weights: A factor for each position, [N, T].
+            weights, offsets: As in `log`.
 
         Raises:
+            ValueError: `offsets` do not fit the ids or the batch.
             LograError: A layer received no gradient, or a gradient is NaN or infinite.
         """
         query = Query([str(i) for i in ids])
         self._observation.decide()
-        with self._tapped(len(query.ids), weights):
+        with self._tapped(len(query.ids), weights, offsets):
             yield query
             rows = self.taps.rows().float().cpu()
         bad = [i for i, row in zip(query.ids, rows, strict=True) if not row.isfinite().all()]
@@ -179,7 +189,9 @@ class Run(Analysis):
         query.rows = rows
 
     @contextmanager
-    def observe(self, weights: Tensor | None = None, *, sharing: str = "expand") -> Iterator[None]:
+    def observe(
+        self, weights: Tensor | None = None, offsets: Tensor | None = None, *, sharing: str = "expand"
+    ) -> Iterator[None]:
         """Learn from a sample of the training data what rows alone cannot tell: forward and backward go inside.
 
         Before the first row is logged, a "pca" projection (or one that was left to the run) learns its factors from it.
@@ -188,26 +200,30 @@ class Run(Analysis):
 
         Args:
             weights: A factor for each position, [N, T]; positions of weight 0 (padding) do not count.
+            offsets: As in `log`; with "expand" only.
             sharing: How the positions count that share a weight: "expand", each by itself, or "reduce", a sample's
                 together (Eschenhagen et al. 2023).
 
         Raises:
+            ValueError: `offsets` do not fit the batch, or "reduce" with documents packed in token rows.
             LograError: A layer received no gradient, or the covariances are NaN or infinite.
         """
-        with self._tapped(None, weights), self._observation.batch(sharing):
+        if offsets is not None and sharing == "reduce":
+            raise ValueError('observe: sharing="reduce" needs one sample a token row; observe documents unpacked')
+        with self._tapped(None, weights, offsets), self._observation.batch(sharing):
             yield
         self._forget()
         if self._store is not None and not self._writing:
             self._observation.keep(self._store)
 
     @contextmanager
-    def _tapped(self, samples: int | None, weights: Tensor | None) -> Iterator[None]:
+    def _tapped(self, samples: int | None, weights: Tensor | None, offsets: Tensor | None = None) -> Iterator[None]:
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in self.model.modules()):
             warnings.warn("Run: dropout is on, so gradients are random; call model.eval() first", stacklevel=4)
+        self.taps.reset(samples, weights, offsets)
         learning = [p for p in self.model.parameters() if p.requires_grad] if self._freeze else []
         for p in learning:
             p.requires_grad_(False)
-        self.taps.reset(samples, weights)
         self.taps.active = True
         try:
             yield

@@ -56,7 +56,17 @@ class _Hook:
             probe.renew(x.shape[0])
         leaf = probe.leaf
         assert leaf is not None
-        if leaf.shape[0] != x.shape[0]:
+        offsets = self.taps.offsets
+        if offsets is not None:
+            shape = adapter.positions(x, y)
+            if math.prod(shape) != self.taps.positions:
+                raise ValueError(
+                    f"capture: offsets end at {self.taps.positions} and layer {self.name!r} has {tuple(shape)} ="
+                    f" {math.prod(shape)} positions; offsets must cut all flattened positions of the batch, and layers"
+                    " with other positions must be excluded"
+                )
+            offsets = offsets.to(y.device)
+        elif leaf.shape[0] != x.shape[0]:
             raise ValueError(
                 f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun; call"
                 " taps.reset() between batches, and exclude layers whose inputs are not [N, ...]"
@@ -64,7 +74,7 @@ class _Hook:
         weights = self.taps.weights
         if weights is not None:
             shape = adapter.positions(x, y)
-            if weights.shape[0] != shape[0] or weights.numel() != math.prod(shape):
+            if (offsets is None and weights.shape[0] != shape[0]) or weights.numel() != math.prod(shape):
                 raise ValueError(
                     f"capture: weights {tuple(weights.shape)} do not fit the {tuple(shape)} positions of layer"
                     f" {self.name!r}"
@@ -75,7 +85,27 @@ class _Hook:
         p_out = None if probe.p_out is None else probe.p_out.to(y.dtype)
         if self.taps.mode is not None:
             return self.taps.mode.tap(self.name, adapter, y, x, p_in, p_out, weights)
-        return Tap.apply(y, x, leaf, p_in, p_out, weights, adapter)
+        return Tap.apply(y, x, leaf, p_in, p_out, weights, offsets, adapter)
+
+
+def _check_offsets(offsets: Tensor, batch_size: int | None) -> tuple[int, int]:
+    """(number of documents, number of positions).
+
+    Raises:
+        ValueError: Not [N+1] integers from 0 on that never decrease, or another N than `batch_size`.
+    """
+    if offsets.dim() != 1 or not len(offsets) or offsets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"capture: offsets {tuple(offsets.shape)} {offsets.dtype} must be [N+1] int64")
+    cuts = offsets.tolist()
+    if cuts[0] != 0:
+        raise ValueError(f"capture: offsets begin at {cuts[0]}; they must begin at 0")
+    bad = next((n for n in range(len(cuts) - 1) if cuts[n + 1] < cuts[n]), None)
+    if bad is not None:
+        raise ValueError(f"capture: offsets decrease from {cuts[bad]} to {cuts[bad + 1]} at document {bad}")
+    documents = len(cuts) - 1
+    if batch_size not in (None, documents):
+        raise ValueError(f"capture: offsets cut {documents} documents where {batch_size} samples were begun")
+    return documents, cuts[-1]
 
 
 class Taps:
@@ -88,6 +118,8 @@ class Taps:
         self.projection = projection
         self.active = False
         self.weights: Tensor | None = None
+        self.offsets: Tensor | None = None
+        self.positions = 0  # where the offsets end
         self.mode: TokenShares | Covariances | None = None
         self._layers = layers
         self._probes = {layer.name: _Probe(layer, projection) for layer in layers}
@@ -117,14 +149,25 @@ class Taps:
         self.projection = projection
         self.reset()
 
-    def reset(self, batch_size: int | None = None, weights: Tensor | None = None) -> None:
+    def reset(
+        self, batch_size: int | None = None, weights: Tensor | None = None, offsets: Tensor | None = None
+    ) -> None:
         """Begin a new batch.
 
         Args:
             batch_size: N. Needed beforehand only where torch.compile traces the model; else the first forward tells.
             weights: A factor for each position, [N, T] (a padding mask, say); positions of weight 0 are left out.
+            offsets: Where token rows [B, T] are packed with documents: [N+1] int64 (cu_seqlens), document n being the
+                positions offsets[n] .. offsets[n+1]-1 of the B * T flattened ones, of which every one belongs to a
+                document (padding to the one before it, with weight 0 where the loss does not leave it out already).
+                Each document is then a sample, an empty one with a gradient of zero; weights are [B, T].
+
+        Raises:
+            ValueError: `offsets` are not such, or another number of samples than batch_size.
         """
-        self.weights = weights
+        if offsets is not None:
+            batch_size, self.positions = _check_offsets(offsets, batch_size)
+        self.weights, self.offsets = weights, offsets
         for probe in self._probes.values():
             probe.leaf = None
             if batch_size is not None:

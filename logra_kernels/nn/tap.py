@@ -40,14 +40,16 @@ class Tap(torch.autograd.Function):
         p_in: Tensor | None,
         p_out: Tensor | None,
         weights: Tensor | None,
+        offsets: Tensor | None,
         adapter: Adapter,
     ) -> Tensor:
-        ctx.save_for_backward(adapter.keep(x, p_in), p_in, p_out, weights)
+        ctx.save_for_backward(adapter.keep(x, p_in), p_in, p_out, weights, offsets)
         ctx.adapter = adapter
         return alias(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor):
-        kept, p_in, p_out, weights = ctx.saved_tensors
-        return dy, None, ctx.adapter.gradient(kept, dy, p_in, p_out, weights), None, None, None, None
+        kept, p_in, p_out, weights, offsets = ctx.saved_tensors
+        gradient = ctx.adapter.gradient(kept, dy, p_in, p_out, weights, offsets)
+        return dy, None, gradient, None, None, None, None, None

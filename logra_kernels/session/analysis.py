@@ -178,7 +178,8 @@ class Analysis(ABC):
 
         Args:
             query, damping: As in `scores`.
-            weights: A factor for each position, [N, T], the one that was logged with.
+            weights: A factor for each position, [N, T], the one that was logged with. Documents packed in token rows
+                need no limits here: the shares of a document's positions add up to its score.
 
         Raises:
             ValueError: The positions of a layer are not [N, T]; the message names it.
@@ -237,7 +238,9 @@ class Analysis(ABC):
         others = [self.scores(query, mode, damping) for damping in dampings]
         return sensitivity.compare(base, others, k, list(dampings), reference)
 
-    def verify(self, loss: Loss, samples: int = 4, *, rtol: float | None = None) -> Verification:
+    def verify(
+        self, loss: Loss, samples: int = 4, *, rtol: float | None = None, offsets: Tensor | None = None
+    ) -> Verification:
         """Check model, loss and filters: are captured gradients those of each sample alone? Nothing is logged.
 
             report = run.verify(lambda part: loss_sum(model(x[part]), y[part]), samples=4)
@@ -251,8 +254,10 @@ class Analysis(ABC):
                 whole `slice(0, samples)` and with every sample alone.
             samples: At least 2.
             rtol: Largest relative difference that passes; default 1e-3, 0.1 for 16-bit weights and autocast.
+            offsets: Where the loss packs the samples `slice(0, samples)` into token rows: their limits, as in
+                `Run.log`. Found is then also whether documents see each other.
 
         Raises:
-            ValueError: samples < 2.
+            ValueError: samples < 2, or `offsets` do not cut as many.
         """
-        return verify(self.model, self.taps, loss, samples, rtol)
+        return verify(self.model, self.taps, loss, samples, rtol, offsets)

@@ -52,17 +52,25 @@ class _Found(Exception):  # noqa: N818 - not an error: a problem behind which no
     pass
 
 
-def verify(model: nn.Module, taps: Taps, loss: Loss, samples: int, rtol: float | None = None) -> Verification:
+def verify(
+    model: nn.Module,
+    taps: Taps,
+    loss: Loss,
+    samples: int,
+    rtol: float | None = None,
+    offsets: Tensor | None = None,
+) -> Verification:
     """See `Run.verify`."""
     if samples < 2:
         raise ValueError(f"verify: samples is {samples}; it takes at least 2 to see whether they are mixed")
+    taps.reset(samples, offsets=offsets)  # raises for offsets that are none
     problems, notes = _modes(model), []
     error = None
     with _unchanged(model, taps):
         try:
             _check_loss(loss, samples, problems)
-            notes += _check_shapes(taps, loss, samples)
-            captured, silent = _captured(taps, loss, samples)
+            notes += _check_shapes(taps, loss, samples, packed=offsets is not None)
+            captured, silent = _captured(taps, loss, samples, offsets)
             problems += silent
             exact = _alone(taps, loss, samples, _comparable(model, taps, notes))
             error = _compare(captured, exact, rtol or _tolerance(taps), problems)
@@ -157,7 +165,7 @@ def _check_loss(loss: Loss, samples: int, problems: list[str]) -> None:
         )
 
 
-def _check_shapes(taps: Taps, loss: Loss, samples: int) -> list[str]:
+def _check_shapes(taps: Taps, loss: Loss, samples: int, packed: bool) -> list[str]:
     """Notes; what each layer's input looks like for the whole batch and for one sample."""
     seen: dict[str, list[tuple[int, ...]]] = {}
 
@@ -181,7 +189,7 @@ def _check_shapes(taps: Taps, loss: Loss, samples: int) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    for name, shapes in whole.items():
+    for name, shapes in whole.items() if not packed else ():
         for shape, one in zip(shapes, seen.get(name, shapes), strict=False):
             if not shape or shape[0] != samples or one[0] != 1:
                 raise _Found(
@@ -198,8 +206,8 @@ def _check_shapes(taps: Taps, loss: Loss, samples: int) -> list[str]:
     return notes
 
 
-def _captured(taps: Taps, loss: Loss, samples: int) -> tuple[Grads, list[str]]:
-    taps.reset(samples)
+def _captured(taps: Taps, loss: Loss, samples: int, offsets: Tensor | None) -> tuple[Grads, list[str]]:
+    taps.reset(samples, offsets=offsets)
     taps.active = True
     try:
         value = _call(loss, slice(0, samples))
@@ -302,8 +310,8 @@ def _compare(captured: Grads, exact: Grads, rtol: float, problems: list[str]) ->
             problems.append(
                 f"samples are coupled: gradients in a batch are not those of the samples alone (cosine down to"
                 f" {worst:.2f}): the loss or the model mixes the samples of a batch (a contrastive loss, batch"
-                " statistics, attention across samples); log them one at a time, or use a loss that is a sum over"
-                " samples"
+                " statistics, attention across samples or packed documents); log them one at a time, or use a"
+                " loss that is a sum over samples"
             )
         return None
     for name in wrong:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.ops import project_rows
+from logra_kernels.ops import project_grad, project_rows
 
 
 class Adapter(ABC):
@@ -46,9 +46,21 @@ class Adapter(ABC):
 
     @abstractmethod
     def gradient(
-        self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, weights: Tensor | None
+        self,
+        kept: Tensor,
+        dy: Tensor,
+        p_in: Tensor | None,
+        p_out: Tensor | None,
+        weights: Tensor | None,
+        offsets: Tensor | None,
     ) -> Tensor:
-        """[N, k_out, k_in] from what was kept and the gradient of the layer's output."""
+        """[N, k_out, k_in] from what was kept and the gradient of the layer's output.
+
+        Args:
+            weights: A factor for each position, [rows, T].
+            offsets: Where samples are documents packed in token rows: sample n is the flattened positions
+                offsets[n] .. offsets[n+1]-1, [N+1].
+        """
 
     @abstractmethod
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -66,6 +78,21 @@ class Adapter(ABC):
 def positions_flat(x: Tensor) -> Tensor:
     """[N, ..., d] -> [N, T, d]."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def sample_gradients(
+    x: Tensor,
+    dy: Tensor,
+    p_in: Tensor | None,
+    p_out: Tensor | None,
+    weights: Tensor | None,
+    offsets: Tensor | None,
+) -> Tensor:
+    """project_grad of x and dy [rows, T, d]: a row is a sample, or `offsets` cut the flattened positions into some."""
+    if offsets is None:
+        return project_grad(x, dy, p_in, p_out, None, weights)
+    flat = None if weights is None else weights.flatten()
+    return project_grad(x.flatten(0, 1), dy.flatten(0, 1), p_in, p_out, offsets, flat)
 
 
 def projected(rows: Tensor, p: Tensor | None) -> Tensor:

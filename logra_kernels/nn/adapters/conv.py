@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logra_kernels.nn.adapters.base import Adapter, projected
-from logra_kernels.ops import project_grad
+from logra_kernels.nn.adapters.base import Adapter, projected, sample_gradients
 
 
 class ConvAdapter(Adapter):
@@ -51,20 +50,34 @@ class ConvAdapter(Adapter):
         return a.flatten(2).unflatten(1, (self.groups, -1)).transpose(2, 3).flatten(1, 2)
 
     def gradient(
-        self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, weights: Tensor | None
+        self,
+        kept: Tensor,
+        dy: Tensor,
+        p_in: Tensor | None,
+        p_out: Tensor | None,
+        weights: Tensor | None,
+        offsets: Tensor | None,
     ) -> Tensor:
-        if weights is not None and self.groups > 1:
-            weights = weights.repeat(1, self.groups)
         if self.groups == 1:
-            return project_grad(kept.to(dy.dtype), dy.flatten(2).transpose(1, 2), None, p_out, None, weights)
+            return sample_gradients(kept.to(dy.dtype), dy.flatten(2).transpose(1, 2), None, p_out, weights, offsets)
         left = self._left_by_group(dy, p_out)
-        return project_grad(kept.to(left.dtype), left, None, None, None, weights)
+        if weights is not None:
+            weights = weights.repeat(1, self.groups)
+        if offsets is not None:  # a document's positions lie together only when the groups of a position do
+            kept, left = self._by_position(kept), self._by_position(left)
+            weights = None if weights is None else self._by_position(weights)
+            offsets = offsets * self.groups
+        return sample_gradients(kept.to(left.dtype), left, None, None, weights, offsets)
 
     def _left_by_group(self, dy: Tensor, p_out: Tensor | None) -> Tensor:
         """[N, groups * T, k_out]."""
         by_group = dy.flatten(2).unflatten(1, (self.groups, -1))  # [N, groups, C_out/groups, T]
         factor = torch.eye(self.d_out, dtype=dy.dtype, device=dy.device) if p_out is None else p_out
         return torch.einsum("ngct,kgc->ngtk", by_group, factor.unflatten(1, (self.groups, -1))).flatten(1, 2)
+
+    def _by_position(self, rows: Tensor) -> Tensor:
+        """[N, groups * T, ...] -> [N, T * groups, ...]."""
+        return rows.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
 
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.groups == 1:

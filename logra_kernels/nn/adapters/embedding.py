@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logra_kernels.nn.adapters.base import Adapter, positions_flat, projected
-from logra_kernels.ops import project_grad
+from logra_kernels.nn.adapters.base import Adapter, positions_flat, projected, sample_gradients
 
 
 class EmbeddingAdapter(Adapter):
@@ -32,12 +31,18 @@ class EmbeddingAdapter(Adapter):
         return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
     def gradient(
-        self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, weights: Tensor | None
+        self,
+        kept: Tensor,
+        dy: Tensor,
+        p_in: Tensor | None,
+        p_out: Tensor | None,
+        weights: Tensor | None,
+        offsets: Tensor | None,
     ) -> Tensor:
         if self.padding is not None:  # torch gives this id no gradient
             counted = (kept != self.padding).to(torch.float64 if dy.dtype == torch.float64 else torch.float32)
             weights = counted if weights is None else weights * counted
-        return project_grad(positions_flat(dy), self._columns(kept, dy, p_out), p_in, None, None, weights)
+        return sample_gradients(positions_flat(dy), self._columns(kept, dy, p_out), p_in, None, weights, offsets)
 
     def _columns(self, kept: Tensor, dy: Tensor, p_out: Tensor | None) -> Tensor:
         """P_out onehot(id), [N, T, k_out]."""

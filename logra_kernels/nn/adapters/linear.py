@@ -5,8 +5,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.nn.adapters.base import Adapter, positions_flat, projected
-from logra_kernels.ops import project_grad, project_rows
+from logra_kernels.nn.adapters.base import Adapter, positions_flat, projected, sample_gradients
+from logra_kernels.ops import project_rows
 
 
 class LinearAdapter(Adapter):
@@ -37,9 +37,15 @@ class LinearAdapter(Adapter):
         return project_rows(rows, p_in[:, :-1]) + p_in[:, -1]
 
     def gradient(
-        self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, weights: Tensor | None
+        self,
+        kept: Tensor,
+        dy: Tensor,
+        p_in: Tensor | None,
+        p_out: Tensor | None,
+        weights: Tensor | None,
+        offsets: Tensor | None,
     ) -> Tensor:
-        return project_grad(kept, positions_flat(dy), None, p_out, None, weights)
+        return sample_gradients(kept, positions_flat(dy), None, p_out, weights, offsets)
 
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         return projected(positions_flat(dy), p_out), kept

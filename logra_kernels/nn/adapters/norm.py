@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logra_kernels.nn.adapters.base import Adapter, positions_flat, projected
-from logra_kernels.ops import project_grad
+from logra_kernels.nn.adapters.base import Adapter, positions_flat, projected, sample_gradients
 
 
 class NormAdapter(Adapter):
@@ -32,11 +31,17 @@ class NormAdapter(Adapter):
         return F.rms_norm(wide, (self.d_out,), eps=self.eps).to(rows.dtype)
 
     def gradient(
-        self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, weights: Tensor | None
+        self,
+        kept: Tensor,
+        dy: Tensor,
+        p_in: Tensor | None,
+        p_out: Tensor | None,
+        weights: Tensor | None,
+        offsets: Tensor | None,
     ) -> Tensor:
         gain = positions_flat(dy) * kept.to(dy.dtype)
         ones = torch.ones_like(gain[..., :1])
-        return project_grad(ones, gain, p_in, p_out, None, weights)
+        return sample_gradients(ones, gain, p_in, p_out, weights, offsets)
 
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         gain = positions_flat(dy) * kept.to(dy.dtype)
