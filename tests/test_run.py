@@ -75,7 +75,8 @@ def dense_scores(train, queries, mode, damping=None):
 @pytest.mark.parametrize("damping", [None, 0.5])
 def test_scores_equal_the_textbook_formula_without_projection(tmp_path, mode, damping):
     model = make_model()
-    with lk.Run(tmp_path / "s", model, projection=lk.Projection(kind="identity"), rows_per_shard=10) as run:
+    identity = lk.Projection(kind="identity")
+    with lk.Run(tmp_path / "s", model, projection=identity, rows_per_shard=10, curvature="raw") as run:
         log_all(run, model)
         run.finalize()
         query, (qx, qt) = ask(run, model)

@@ -38,7 +38,8 @@ class Kronecker(Curvature):
         values: dict[str, Tensor],
     ) -> None:
         super().__init__(layers, rows)
-        self.bases = bases
+        # copies: BLAS rounds by layout and alignment, and a basis read from a file must give the bits of a new one
+        self.bases = {name: (_copy(u_out), _copy(u_in)) for name, (u_out, u_in) in bases.items()}
         self.values = values
 
     @classmethod
@@ -71,6 +72,10 @@ class CorrectedKronecker(Kronecker):
     def measure(cls, store: GradientStore, progress: Progress | None) -> Self:
         bases, _ = _from_rows(store, None)
         return cls(store.layers, len(store), bases, corrected_values(store, bases, progress))
+
+
+def _copy(basis: Tensor) -> Tensor:
+    return basis.clone(memory_format=torch.contiguous_format)
 
 
 def _from_rows(

@@ -60,7 +60,9 @@ class Shrunk(Curvature):
 
     @classmethod
     def of(cls, store: GradientStore, progress: Progress | None = None) -> Self:
-        return cls(RawFisher.of(store, progress), Kronecker.of(store))
+        found = cls(RawFisher.of(store, progress), Kronecker.of(store))
+        found.spread = found.fisher.spread
+        return found
 
     @classmethod
     def measure(cls, store: GradientStore, progress: Progress | None) -> Self:

@@ -10,7 +10,7 @@ from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.factor import Factor
 from logra_kernels.curvature.solver import Solver
 from logra_kernels.errors import LograError
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, spread_of
 
 Progress = Callable[[int], None]
 
@@ -22,6 +22,7 @@ class Curvature(ABC):
         kind: Its name in `CURVATURES`.
         layers: Layer name -> (k_out, k_in), in the order of the rows' columns.
         rows: How many rows it was taken over.
+        spread: See `Damping.whole`; of the layers whose projection was learned.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Curvature(ABC):
     def __init__(self, layers: dict[str, tuple[int, int]], rows: int) -> None:
         self.layers = layers
         self.rows = rows
+        self.spread: dict[str, float] = {}
 
     @classmethod
     def of(cls, store: GradientStore, progress: Progress | None = None) -> Self:
@@ -46,11 +48,13 @@ class Curvature(ABC):
         key = cls.key(store)
         kept = store.sidecar_read(f"curvature-{cls.kind}", key=key)
         if kept is not None:
-            return cls.restore(store, kept[0])
-        found = cls.measure(store, progress)
-        tensors = found.state()
-        if tensors:
-            store.sidecar_write(f"curvature-{cls.kind}", tensors, key=key)
+            found = cls.restore(store, kept[0])
+        else:
+            found = cls.measure(store, progress)
+            tensors = found.state()
+            if tensors:
+                store.sidecar_write(f"curvature-{cls.kind}", tensors, key=key)
+        found.spread = spread_of(store)
         return found
 
     @classmethod
@@ -80,12 +84,12 @@ class Curvature(ABC):
         """H + lambda I of every layer, ready to be solved with.
 
         Args:
-            damping: A number is absolute; None is 0.1 times each layer's mean eigenvalue.
+            damping: A number is absolute; None is the default of `Damping.of`.
 
         Raises:
             LograError: A layer's gradients are all zero, or H + lambda I is singular, or the damping is negative.
         """
-        chosen = Damping.of(damping)
+        chosen = Damping.of(damping, self.spread)
         return Factor({layer: self.solver(layer, chosen) for layer in self.layers})
 
 

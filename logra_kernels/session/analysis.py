@@ -21,8 +21,8 @@ class Analysis(ABC):
     """Scores, ranks, tokens, values and checks of a run.
 
     `mode` is everywhere one of "dot", "relatif" (l-RelatIF), "theta-relatif" and "l2"; the formulas are in
-    `logra_kernels.influence.score`. `damping` is a number (absolute), a `Damping`, or None for 0.1 x each layer's mean
-    eigenvalue. `rows` is a bool mask [N] over the stored rows, from `influence.row_mask` or the user's own.
+    `logra_kernels.influence.score`. `damping` is a number (absolute), a `Damping`, or None for the run's own. `rows` is
+    a bool mask [N] over the stored rows, from `influence.row_mask` or the user's own.
     """
 
     model: nn.Module
