@@ -13,9 +13,10 @@ from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.projection import Learned, Projection
+from logra_kernels.store.format import PROJECTION_SIDECARS
 from logra_kernels.store.store import GradientStore
 
-_FACTORS, _SPREAD = "projection", "projection-spread"
+_FACTORS, _SPREAD = PROJECTION_SIDECARS
 
 
 def sidecars_of(projection: Projection) -> dict[str, tuple[str, Mapping[str, Tensor]]]:

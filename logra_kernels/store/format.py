@@ -34,7 +34,9 @@ VERSION = 2  # 1 knew fp32 and bf16 rows only and no deleted ones, and is read
 MANIFEST = "manifest.json"
 ORIGIN = "origin.json"
 SIDECARS = "sidecars"
+PROJECTION_SIDECARS = ("projection", "projection-spread")  # of a learned projection; rows alone do not give them again
 LOCK = "lock"
+MERGE_PLAN = "merge.json"  # beside rows without a manifest: a merge that is not finished
 SHARD_BYTES = 64 << 20
 SHARD_ROWS = 1 << 16  # so that the id table of a shard of very short rows stays small too
 

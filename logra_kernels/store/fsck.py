@@ -2,8 +2,7 @@
 
 Checked are the manifest, every shard's rows, columns and list of deleted rows, that no id occurs twice, the sidecars,
 and what lies beside them that no manifest names. A repair drops the rows of damaged shards and says which, rebuilds a
-lost manifest from the shards that verify, and moves what it takes out to `lost+found`. It deletes temporaries and
-damaged sidecars, nothing else.
+lost manifest from the shards that verify, and moves what it takes out to `lost+found`. It deletes temporaries only.
 """
 
 import contextlib
@@ -16,7 +15,9 @@ from logra_kernels.errors import StoreError
 from logra_kernels.store.durable import TEMPORARY, remove_files, sync_directory
 from logra_kernels.store.format import (
     MANIFEST,
+    MERGE_PLAN,
     ORIGIN,
+    PROJECTION_SIDECARS,
     SIDECARS,
     Manifest,
     NewerFormat,
@@ -120,6 +121,9 @@ class _Check:
                     self.report.faults.append(f"{self._directory / name} is missing")
         if MANIFEST in found:
             return found[MANIFEST]
+        if (self._directory / MERGE_PLAN).exists():
+            self.report.faults.append(f"{self._directory} holds an unfinished merge: run the same merge again")
+            return None
         self._rebuilt = True
         if ORIGIN not in found:
             self.report.faults.append(f"nothing in {self._directory} says what its rows are, so they cannot be read")
@@ -160,6 +164,16 @@ class _Check:
             except StoreError as error:
                 self.report.faults.append(reason(error))
                 self._damaged_sidecars.append(path)
+        for path in self._factors():
+            if not path.exists():
+                self.report.faults.append(f"{path} is missing, and with it the learned projection of the rows")
+
+    def _factors(self) -> list[Path]:
+        """Sidecars that cannot be computed again."""
+        manifest = self._manifest
+        digest = (manifest.projection or {}).get("factors") if manifest is not None else None
+        place = self._directory / SIDECARS
+        return [place / f"{name}.{digest}.safetensors" for name in PROJECTION_SIDECARS] if digest else []
 
     def _temporaries(self) -> list[Path]:
         return [
@@ -175,9 +189,10 @@ class _Check:
 
     def repair(self, undelete: bool) -> None:
         """Commit what verifies."""
-        for path in [*self._temporaries(), *self._damaged_sidecars]:
+        for path in self._temporaries():
             path.unlink()
             self.report.repairs.append(f"removed {path}")
+        self._set_aside(self._damaged_sidecars)
         if self._manifest is None:
             return
         if any(one.list_damaged for one in self._shards) and not undelete:

@@ -1,0 +1,255 @@
+"""Several stores made one: those of several ranks, jobs or machines that logged different rows in the same way.
+
+A shard of which no row was deleted and no id changes its name is taken over as it is, by a hard link where both stores
+are on one file system, else as a copy that is verified. The directory begins with `merge.json`, which says what is to
+be merged, and becomes a store when the manifest is written; the plan then stays as `merged.json`. The same merge again
+goes on with what a killed one left, and has nothing to do when it was done.
+"""
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from logra_kernels.errors import StoreError, StoreMismatch
+from logra_kernels.store.columns import ID, to_parquet
+from logra_kernels.store.create import check_free, store_exists
+from logra_kernels.store.deleted import shown_lines
+from logra_kernels.store.durable import TEMPORARY, digest, remove_files, sync_directory, write_file
+from logra_kernels.store.format import (
+    MERGE_PLAN,
+    PROJECTION_SIDECARS,
+    File,
+    Shard,
+    shard_names,
+    write_manifest,
+    write_origin,
+)
+from logra_kernels.store.lock import WriterLock
+from logra_kernels.store.rows import shorten
+from logra_kernels.store.shard import MappedShard, read_columns, write_shard
+from logra_kernels.store.sidecar import write_sidecar
+from logra_kernels.store.store import GradientStore
+from logra_kernels.store.tensorfile import map_file
+
+DONE = "merged.json"
+POLICIES = ("refuse", "keep")
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)  # another file system, or none
+
+
+def merge(
+    sources: Sequence[str | os.PathLike], out: str | os.PathLike, *, duplicates: str = "refuse", link: bool = True
+) -> GradientStore:
+    """Make one store of the rows of several, in the order given; those stay as they are.
+
+    What was computed from the rows (curvature, self-influence) is not carried over.
+
+    Args:
+        sources: Directories of stores with equal layers, number format, projection, fingerprints, meta and columns.
+        out: A new directory, or that of the same merge.
+        duplicates: What becomes of an id that several stores have: "refuse", or "keep" both rows, the later one as
+            "<id>#2" (or the next number that is free), so that every row keeps an id of its own.
+        link: Share the files of whole shards where the file system can; they are never written to. False copies them.
+
+    Raises:
+        StoreMismatch: The stores differ in something else than their rows; every difference is named.
+        StoreError: A store cannot be read, ids are in several of them, something else is at `out`, or the disk refuses.
+    """
+    if duplicates not in POLICIES:
+        raise StoreError(f"duplicates is {duplicates!r}; it must be one of {', '.join(POLICIES)}")
+    stores = [GradientStore.open(path) for path in sources]
+    if not stores:
+        raise StoreError("there are no stores to merge; name at least one")
+    _check_equal(stores)
+    ids = _distinct_ids(stores, duplicates)
+    directory = Path(out)
+    with contextlib.suppress(OSError):  # where it cannot be made, taking the lock will say why
+        directory.mkdir(parents=True, exist_ok=True)
+    lock = WriterLock(directory)
+    try:
+        _Merge(directory, stores, ids, duplicates, link).run()
+    except OSError as error:
+        raise StoreError(
+            f"merging into {directory} failed: {error.strerror} ({error.filename}); the stores that were to be merged"
+            " are intact; remove the cause and run the same merge again"
+        ) from error
+    finally:
+        lock.release()
+    return GradientStore.open(directory)
+
+
+def _check_equal(stores: Sequence[GradientStore]) -> None:
+    """
+    Raises:
+        StoreMismatch: Names every difference from the first store.
+    """
+    facts = [_facts(store) for store in stores]
+    found = [
+        f"{name} ({facts[0].get(name, 'none')} in {stores[0].path}, {other.get(name, 'none')} in {store.path})"
+        for store, other in zip(stores[1:], facts[1:], strict=True)
+        for name in dict.fromkeys((*facts[0], *other))
+        if facts[0].get(name) != other.get(name)
+    ]
+    if found:
+        raise StoreMismatch(f"the stores cannot be merged, they differ in {'; '.join(found)}")
+
+
+def _facts(store: GradientStore) -> dict[str, Any]:
+    facts: dict[str, Any] = {"format": str(store.format)}
+    facts |= {f"layer {layer.name}": f"{layer.k_out}x{layer.k_in} at {layer.offset}" for layer in store.manifest.layers}
+    for kind, table in (("projection", store.projection), ("fingerprint", store.fingerprints), ("meta", store.meta)):
+        facts |= {f"{kind} {name}": repr(value) for name, value in (table or {}).items()}
+    if store.manifest.shards:
+        facts["columns"] = ", ".join(f"{field.name}: {field.type}" for field in store.table.schema)
+    return facts
+
+
+def _distinct_ids(stores: Sequence[GradientStore], duplicates: str) -> list[list[str]]:
+    """The ids that each store's rows get.
+
+    Raises:
+        StoreError: Some are in several stores, and that is refused.
+    """
+    given = [store.ids for store in stores]
+    known = {name for ids in given for name in ids}
+    seen: set[str] = set()
+    twice: list[str] = []
+    found = []
+    for ids in given:
+        kept = []
+        for name in ids:
+            if name in seen:
+                twice.append(repr(name))
+                name = _next_name(name, known)
+                known.add(name)
+            seen.add(name)
+            kept.append(name)
+        found.append(kept)
+    if twice and duplicates == "refuse":
+        raise StoreError(
+            f"{len(twice)} ids are in more than one of the stores: {shorten(twice)}; delete them from all but one, or"
+            " merge with duplicates='keep', which appends #2 to the later row's id"
+        )
+    return found
+
+
+def _next_name(name: str, known: set[str]) -> str:
+    number = 2
+    while f"{name}#{number}" in known:
+        number += 1
+    return f"{name}#{number}"
+
+
+class _Merge:
+    def __init__(
+        self, directory: Path, stores: Sequence[GradientStore], ids: list[list[str]], duplicates: str, link: bool
+    ):
+        self._directory = directory
+        self._stores = stores
+        self._ids = ids
+        self._link = link
+        first = stores[0].manifest
+        most = max(store.manifest.rows_per_shard for store in stores)
+        self._manifest = replace(first, rows_per_shard=most, shards=(), content=None, retired=())
+        plan = {"merging": [store.content_hash for store in stores], "duplicates": duplicates}
+        self._plan = (json.dumps(plan, indent=1) + "\n").encode()
+
+    def run(self) -> None:
+        directory = self._directory
+        self._begin()
+        if not store_exists(directory):
+            remove_files(directory, [path.name for path in directory.glob(f"{TEMPORARY}*")])
+            write_origin(directory, self._manifest)
+            self._take_projection()
+            shards: list[Shard] = []
+            for store, ids in zip(self._stores, self._ids, strict=True):
+                taken = 0
+                for shard in store.manifest.shards:
+                    if shard.shown:
+                        start = shards[-1].stop if shards else 0
+                        shards.append(self._take(store, shard, start, ids[taken : taken + shard.shown]))
+                        taken += shard.shown
+            sync_directory(directory)
+            write_manifest(directory, replace(self._manifest, shards=tuple(shards)))
+            sync_directory(directory)
+            sync_directory(directory.absolute().parent)
+        if (directory / MERGE_PLAN).exists():
+            os.replace(directory / MERGE_PLAN, directory / DONE)
+
+    def _begin(self) -> None:
+        """Write the plan, or find that of the same merge.
+
+        Raises:
+            StoreError: Something else is in the directory.
+        """
+        plans = [path for name in (MERGE_PLAN, DONE) if (path := self._directory / name).exists()]
+        if not plans:
+            check_free(self._directory)
+            write_file(self._directory, MERGE_PLAN, [self._plan])
+            sync_directory(self._directory)
+        elif plans[0].read_bytes() != self._plan:
+            raise StoreError(f"{self._directory} holds a merge of other rows; repeat that one, or choose another place")
+
+    def _take_projection(self) -> None:
+        """Learned factors of the projection, which are no rows but belong to them."""
+        factors = (self._manifest.projection or {}).get("factors")
+        if factors is None:
+            return
+        for name in PROJECTION_SIDECARS:
+            kept = self._stores[0].sidecar_read(name, key=factors)
+            if kept is not None:
+                write_sidecar(self._directory, name, factors, *kept)
+
+    def _take(self, store: GradientStore, shard: Shard, start: int, ids: list[str]) -> Shard:
+        """The shard's shown rows as a shard of the new store that begins with number `start`."""
+        try:
+            table = read_columns(store.path, shard)
+            if shard.hidden:
+                return self._rewrite(store, shard, start, table, ids)
+            rows_name, columns_name = shard_names(start, start + shard.count)
+            self._share(store.path / shard.rows.name, rows_name)
+            columns = replace(shard.columns, name=columns_name)
+            if table.column(ID).to_pylist() == ids:
+                self._share(store.path / shard.columns.name, columns_name)
+            else:
+                data = to_parquet(_renamed(table, ids))
+                write_file(self._directory, columns_name, [data])
+                columns = File(columns_name, len(data), digest(data))
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{error.filename} is gone, its store changed while it was merged; run the same merge again"
+            ) from None
+        taken = Shard(start, start + shard.count, replace(shard.rows, name=rows_name), columns)
+        if not os.path.samefile(store.path / shard.rows.name, self._directory / rows_name):
+            MappedShard(self._directory, self._manifest, taken).verify()
+            read_columns(self._directory, taken)
+        return taken
+
+    def _rewrite(self, store: GradientStore, shard: Shard, start: int, table: pa.Table, ids: list[str]) -> Shard:
+        shown = shown_lines(store.path, shard)
+        tensors = {name: t[shown] for name, t in MappedShard(store.path, store.manifest, shard).tensors().items()}
+        piece = (tensors, _renamed(table.take(pa.array(shown.numpy())), ids))
+        return write_shard(self._directory, start, self._manifest, [piece]).settle()
+
+    def _share(self, path: Path, name: str) -> None:
+        """The file under another name in the new store: as a link, or copied. One that is there is whole already."""
+        if (self._directory / name).exists():
+            return
+        if self._link:
+            try:
+                os.link(path, self._directory / name)
+                return
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+        write_file(self._directory, name, [map_file(path)])
+
+
+def _renamed(table: pa.Table, ids: list[str]) -> pa.Table:
+    return table.set_column(0, table.schema.field(0), pa.array(ids, pa.string()))

@@ -1,0 +1,178 @@
+"""Several stores made one, without touching a number; what does not fit together is refused in full."""
+
+import errno
+import os
+import shutil
+
+import pytest
+import torch
+from store.samples import LAYERS, columns_of, ids_of, part_of, rows_of, tree
+
+from logra_kernels.errors import StoreError, StoreMismatch
+from logra_kernels.store import GradientStore, fsck, merge
+
+COUNT = 40
+
+
+def make(path, start, stop, per_shard=8, **settings):
+    settings = {"fingerprints": {"model": "m"}, "projection": {"rank": 4}, **settings}
+    with GradientStore.create(path, LAYERS, rows_per_shard=per_shard, **settings) as store:
+        store.append(*part_of(COUNT, start, stop))
+    return path
+
+
+@pytest.fixture
+def parts(tmp_path):
+    return [make(tmp_path / "a", 0, 20), make(tmp_path / "b", 20, 36), make(tmp_path / "c", 36, COUNT)]
+
+
+def assert_holds(store, kept, ids=None):
+    assert store.ids == (ids or [ids_of(COUNT)[i] for i in kept])
+    assert torch.equal(store.read(0, len(store)), rows_of(COUNT)[kept])
+    assert store.columns == {name: [values[i] for i in kept] for name, values in columns_of(COUNT).items()}
+    report = fsck(store.path)
+    assert (report.rows, report.faults, report.notes) == (len(kept), [], [])
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_the_rows_of_all_in_order(parts, tmp_path, link):
+    before = [tree(part) for part in parts]
+    store = merge(parts, tmp_path / "out", link=link)
+    assert_holds(store, [*range(COUNT)])
+    assert store.fingerprints == {"model": "m"}
+    assert store.projection == {"rank": 4}
+    assert [tree(part) for part in parts] == before
+    source, target = (next(iter(sorted(place.glob("rows-*.safetensors")))) for place in (parts[0], store.path))
+    assert os.path.samefile(source, target) == link
+    queries = rows_of(3, seed=1)
+    torch.testing.assert_close(store.topk(queries, 5)[0], (queries @ rows_of(COUNT).T).topk(5).values)
+
+
+def test_the_merged_store_goes_on_and_its_sources_stay(parts, tmp_path):
+    merge(parts[:2], tmp_path / "out")
+    before = tree(parts[1])
+    with GradientStore.open(tmp_path / "out", mode="append") as store:
+        store.append(*part_of(COUNT, 36, COUNT))
+        store.delete(["row-3", "row-30"])
+        store.compact()
+    assert_holds(GradientStore.open(tmp_path / "out"), [i for i in range(COUNT) if i not in (3, 30)])
+    assert tree(parts[1]) == before
+
+
+def test_deleted_rows_stay_behind(parts, tmp_path):
+    with GradientStore.open(parts[0], mode="append") as store:
+        store.delete([f"row-{i}" for i in (2, *range(8, 16))])
+    store = merge(parts, tmp_path / "out")
+    assert_holds(store, [i for i in range(COUNT) if i != 2 and not 8 <= i < 16])
+    assert all(not shard.hidden for shard in store.manifest.shards)
+
+
+def test_encoded_rows_keep_their_codes(tmp_path):
+    for name, start, stop in (("a", 0, 13), ("b", 13, 30)):
+        make(tmp_path / name, start, stop, dtype="int8", block=32)
+    with GradientStore.open(tmp_path / "b", mode="append") as store:
+        store.delete(["row-20"])
+    parts = [GradientStore.open(tmp_path / name) for name in ("a", "b")]
+    store = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert torch.equal(store.read(0, 29), torch.cat([part.read(0, len(part)) for part in parts]))
+
+
+def test_every_difference_is_named(tmp_path):
+    make(tmp_path / "a", 0, 8)
+    make(tmp_path / "b", 8, 16, dtype="bf16", fingerprints={"model": "x", "loss": "sum"}, projection={"rank": 5})
+    with GradientStore.create(tmp_path / "c", {"first": (2, 3), "h.0.mlp": (4, 5)}, meta={"bias": True}) as store:
+        store.append(torch.ones(1, 26), ["z"])
+    with pytest.raises(StoreMismatch) as caught:
+        merge([tmp_path / name for name in "abc"], tmp_path / "out")
+    text = str(caught.value)
+    a, b, c = (tmp_path / name for name in "abc")
+    for phrase in (
+        f"format (fp32 in {a}, bf16 in {b})",
+        f"fingerprint model ('m' in {a}, 'x' in {b})",
+        f"fingerprint loss (none in {a}, 'sum' in {b})",
+        f"projection rank (4 in {a}, 5 in {b})",
+        f"layer h.0.mlp (4x4 at 6 in {a}, 4x5 at 6 in {c})",
+        f"meta bias (none in {a}, True in {c})",
+        f"columns (id: string, source: string, span: list<element: int64>, weight: double in {a}, id: string in {c})",
+    ):
+        assert phrase in text
+    assert "\n" not in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_duplicate_ids(tmp_path):
+    make(tmp_path / "a", 0, 12)
+    make(tmp_path / "b", 10, 20)
+    make(tmp_path / "c", 11, 13)
+    places = [tmp_path / name for name in "abc"]
+    with pytest.raises(StoreError, match=r"4 ids are in more than one of the stores: 'row-10', 'row-11', 'row-11'"):
+        merge(places, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(StoreError, match="duplicates is 'sum'"):
+        merge(places, tmp_path / "out", duplicates="sum")
+    store = merge(places, tmp_path / "out", duplicates="keep")
+    kept = [*range(12), *range(10, 20), 11, 12]
+    ids = [*ids_of(12), "row-10#2", "row-11#2", *ids_of(20)[12:], "row-11#3", "row-12#2"]
+    assert_holds(store, kept, ids)
+
+
+def test_an_interrupted_merge_is_taken_up(parts, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    whole = tree(merge(parts, tmp_path / "whole").path)
+    for step in range(40):
+        calls = [step]
+
+        def fails(call, calls=calls):
+            def stand_in(*args, **kwargs):
+                if calls[0] == 0:
+                    raise OSError(errno.ENOSPC, "No space left on device", str(args[0]))
+                calls[0] -= 1
+                return call(*args, **kwargs)
+
+            return stand_in
+
+        with monkeypatch.context() as patch:
+            for name in ("link", "replace", "fsync"):
+                patch.setattr(os, name, fails(getattr(os, name)))
+            try:
+                merge(parts, out)
+            except StoreError as error:
+                assert "No space left" in str(error)
+                assert not GradientStore.exists(out) or GradientStore.open(out).ids == ids_of(COUNT)
+        if calls[0] > 0:
+            break
+        if not GradientStore.exists(out) and any(out.glob("rows-*")):
+            assert "an unfinished merge" in fsck(out, repair=True).faults[-1]
+        merge(parts, out)
+        assert tree(out) == whole
+        shutil.rmtree(out)
+    assert step > 10
+
+
+def test_what_lies_at_the_target(parts, tmp_path):
+    with pytest.raises(StoreError, match="holds a gradient store"):
+        merge(parts[:1], parts[1])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="is not empty"):
+        merge(parts, tmp_path / "full")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "merge.json").write_text("{}")
+    with pytest.raises(StoreError, match="holds a merge of other rows"):
+        merge(parts, tmp_path / "out")
+    with pytest.raises(StoreError, match="no stores to merge"):
+        merge([], tmp_path / "new")
+    with pytest.raises(StoreError, match="is not a gradient store"):
+        merge([parts[0], tmp_path / "nowhere"], tmp_path / "new")
+
+
+def test_a_damaged_source_is_found_where_it_is_read(parts, tmp_path):
+    file = next(iter(sorted(parts[0].glob("rows-*.safetensors"))))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StoreError, match="is damaged"):
+        merge(parts, tmp_path / "copied", link=False)
+    store = merge(parts, tmp_path / "linked")
+    with pytest.raises(StoreError, match="is damaged"):
+        store.read(0, 1)
