@@ -20,6 +20,10 @@ VERBS = {
     "log": "write one projected gradient for each row of a data set into a store",
     "query": "find the stored rows that taught a model what it says",
     "info": "what a store holds; with --verify, whether it is intact",
+    "merge": "make one store of several that were logged in the same way",
+    "delete": "take rows out of a store, by their ids or by a column",
+    "compact": "write a store's files again without its deleted rows",
+    "fsck": "whether every byte of a store is as it was written; with --repair, keep what is",
     "selftest": "check the numbers of every backend on this machine",
 }
 

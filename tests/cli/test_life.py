@@ -1,0 +1,81 @@
+"""merge, delete, compact and fsck from the command line."""
+
+import pytest
+from cli.conftest import call
+from store.samples import LAYERS, part_of, write
+
+from logra_kernels.store import GradientStore
+
+
+@pytest.fixture
+def store(memory_dir):
+    return write(memory_dir / "store", 20)
+
+
+def printed(capsys, *argv, code=0):
+    capsys.readouterr()
+    assert call(*argv) == code
+    return capsys.readouterr().out
+
+
+def test_delete_by_id_file_and_column(store, memory_dir, capsys):
+    listed = memory_dir / "ids.txt"
+    listed.write_text("row-1\nrow-2\n")
+    out = printed(capsys, "delete", store, "--ids", "row-0", "row-1", "--ids-file", listed)
+    assert "deleted   3 rows" in out
+    assert "17 are left" in out
+    assert f"logra compact {store}" in out
+    assert "deleted   0 rows" in printed(capsys, "delete", store, "--ids", "row-0")
+    printed(capsys, "delete", store, "--where", "source=book 0", "--where", "weight=4.0")
+    assert GradientStore.open(store).ids == [f"row-{i}" for i in range(3, 20) if i != 12]
+    assert "1 rows" in printed(capsys, "delete", store, "--ids", "nobody", "row-3", "--missing-ok")
+
+
+def test_what_delete_refuses(store, fails, memory_dir):
+    assert "none was deleted" in fails("delete", store, "--ids", "row-0", "nobody")
+    assert "say which rows" in fails("delete", store)
+    assert "must be COLUMN=VALUE" in fails("delete", store, "--where", "source")
+    assert "has no column 'author'" in fails("delete", store, "--where", "author=x")
+    assert "no row of" in fails("delete", store, "--where", "source=x")
+    assert "No such file" in fails("delete", store, "--ids-file", memory_dir / "none")
+    assert "is not a gradient store" in fails("delete", memory_dir / "none", "--ids", "x")
+    assert len(GradientStore.open(store)) == 20
+
+
+def test_compact(store, capsys, fails):
+    printed(capsys, "delete", store, "--ids", "row-5")
+    reader = GradientStore.open(store)
+    out = printed(capsys, "compact", store)
+    assert "1 deleted rows taken out" in out
+    assert "somebody is reading" in out
+    assert len(reader.ids) == 19
+    del reader
+    assert "reading" not in printed(capsys, "compact", store)
+    assert "is not a gradient store" in fails("compact", store / "none")
+
+
+def test_merge(store, memory_dir, capsys, fails):
+    other = memory_dir / "other"
+    with GradientStore.create(other, LAYERS, rows_per_shard=8) as made:
+        made.append(*part_of(30, 15, 30))
+    assert "5 ids are in more than one" in fails("merge", store, other, "--out", memory_dir / "out")
+    out = printed(capsys, "merge", store, other, "--out", memory_dir / "out", "--duplicates", "keep", "--copy")
+    assert "35 rows" in out
+    assert GradientStore.open(memory_dir / "out").ids[20] == "row-15#2"
+
+
+def test_fsck(store, capsys, fails):
+    assert "20 rows intact, whole" in printed(capsys, "fsck", store)
+    file = store / "rows-000000000008-000000000016.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    out = printed(capsys, "fsck", store, code=1)
+    assert f"fault   {file} is damaged: its checksum does not fit its content\n" in out
+    assert "lost    8 rows: row-8, row-9" in out
+    assert "12 rows intact, 1 fault left" in out
+    assert "fsck --repair" in fails("info", store, "--verify")
+    assert "whole" in printed(capsys, "fsck", store, "--repair")
+    assert "12 rows intact, whole" in printed(capsys, "fsck", store)
+    assert "add --repair" in fails("fsck", store, "--undelete")
+    assert "is not a directory" in fails("fsck", store / "none")
