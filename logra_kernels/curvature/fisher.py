@@ -67,4 +67,4 @@ class RawFisher(Curvature):
         values, left = torch.linalg.eigh(rows @ rows.T)
         kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
         vectors = rows.T @ (left[:, kept] / values[kept].sqrt())
-        return SpectralSolver(layer, vectors, values[kept], added)
+        return SpectralSolver(layer, vectors, values[kept], added, spanning=True)

@@ -21,7 +21,7 @@ ALPHA = 0.5
 
 
 class PreconditionedSolver(Solver):
-    """(K + V V^T)^-1 for a K that is solved with and a V of few columns, [d, n].
+    """(K + V V^T)^-1 for a K that is solved with and a V of few columns, [d, n], which span the stored rows.
 
     With T = K^-1/2:  K + V V^T = T^-1 (I + T V (T V)^T) T^-T, and the middle is spectral with n known eigenvectors.
     """
@@ -29,6 +29,7 @@ class PreconditionedSolver(Solver):
     def __init__(self, layer: str, outer: KroneckerSolver, columns: Tensor) -> None:
         self.width, self.damping = outer.width, outer.damping
         self._outer = outer
+        self._span = torch.linalg.qr(columns).Q
         rows = outer.power(columns.T, -0.5)
         values, left = torch.linalg.eigh(rows @ rows.T)
         kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
@@ -39,6 +40,9 @@ class PreconditionedSolver(Solver):
         inside = self._inner.power(self._outer.power(rows, -0.5), exponent)
         # K^-1/2 is symmetric here, and any square root serves for -0.5
         return inside if exponent == -0.5 else self._outer.power(inside, -0.5)
+
+    def toward_stored(self, rows: Tensor) -> Tensor:
+        return (self.power(rows, -1) @ self._span) @ self._span.T
 
     def quadratic(self, rows: Tensor) -> Tensor:
         return self._inner.quadratic(self._outer.power(rows, -0.5))

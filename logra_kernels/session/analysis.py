@@ -53,7 +53,7 @@ class Analysis(ABC):
             raise ValueError(f"influence: mode is {mode!r}; it must be one of {', '.join(influence.MODES)}")
         query.check(self.commit().dim)
         factor = self._solved(damping)
-        return factor, factor.solve(query.rows), self._statistics(influence.NEEDS[mode], damping)
+        return factor, factor.solve_toward_stored(query.rows), self._statistics(influence.NEEDS[mode], damping)
 
     def self_influence(self, damping: float | Damping | None = None) -> Tensor:
         """g^T (H + lambda I)^-1 g of every stored row, [N] fp32."""
@@ -185,8 +185,8 @@ class Analysis(ABC):
             ValueError: The positions of a layer are not [N, T]; the message names it.
             LograError: A layer received no gradient.
         """
-        _, solved, _ = self._asked(query, "dot", damping)
-        with self._tapped(None, weights), self.taps.tokens(solved) as tokens:
+        factor, _, _ = self._asked(query, "dot", damping)
+        with self._tapped(None, weights), self.taps.tokens(factor.solve(query.rows)) as tokens:
             yield tokens
             tokens.check()
 

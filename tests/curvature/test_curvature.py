@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from curvature.dense import block, damped
 
 from logra_kernels.curvature import CURVATURES, Damping, RawFisher
 from logra_kernels.curvature.solver import CholeskySolver, KroneckerSolver, SpectralSolver
@@ -21,37 +22,11 @@ def make_store(path, count: int = 37, rows: torch.Tensor | None = None) -> tuple
     return GradientStore.open(path), rows.double()
 
 
-def damped(h: torch.Tensor, damping) -> torch.Tensor:
-    if damping is None:
-        damping = Damping()
-    value = damping if isinstance(damping, float) else damping.relative * float(h.trace()) / len(h)
-    return h + value * torch.eye(len(h), dtype=h.dtype)
-
-
-def dense_block(kind: str, part: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """H of one layer, [d, d], as the literature writes it."""
-    g, n = part.unflatten(1, shape), len(part)
-    fisher = part.T @ part / n
-    if kind == "raw":
-        return fisher
-    if kind == "diagonal":
-        return fisher.diagonal().diag()
-    left = sum(m @ m.T for m in g) / n
-    right = sum(m.T @ m for m in g) / n
-    product = torch.kron(left, right) / left.trace()
-    if kind == "kronecker":
-        return product
-    if kind == "shrunk":
-        return (fisher + product) / 2
-    basis = torch.kron(torch.linalg.eigh(left)[1], torch.linalg.eigh(right)[1])
-    return basis @ (basis.T @ fisher @ basis).diagonal().diag() @ basis.T
-
-
 def dense(kind: str, rows: torch.Tensor, damping) -> torch.Tensor:
     if kind == "identity":
         return torch.eye(22, dtype=torch.float64)
     parts = zip(rows.split(WIDTHS, dim=1), LAYERS.values(), strict=True)
-    return torch.block_diag(*[damped(dense_block(kind, part, shape), damping) for part, shape in parts])
+    return torch.block_diag(*[damped(block(kind, part, shape), damping) for part, shape in parts])
 
 
 @pytest.mark.parametrize("count", [37, 7], ids=["more rows than dims", "fewer"])
@@ -92,9 +67,9 @@ def test_raw_fisher_is_symmetric_to_the_bit_and_counts_its_rows(tmp_path):
     store, rows = make_store(tmp_path / "s")
     seen: list[int] = []
     fisher = RawFisher.of(store, progress=seen.append)
-    for (name, block), part in zip(fisher.blocks.items(), rows.split(WIDTHS, dim=1), strict=True):
-        torch.testing.assert_close(block.double(), part.T @ part / 37, rtol=1e-5, atol=1e-6)
-        assert torch.equal(block, block.T), name
+    for (name, h), part in zip(fisher.blocks.items(), rows.split(WIDTHS, dim=1), strict=True):
+        torch.testing.assert_close(h.double(), part.T @ part / 37, rtol=1e-5, atol=1e-6)
+        assert torch.equal(h, h.T), name
     assert sum(seen) == fisher.rows == 37
 
 

@@ -1,0 +1,82 @@
+"""Nothing projected: every curvature, damping and mode of a session equals the textbook formula on fp64 gradients."""
+
+import pytest
+import torch
+from curvature.dense import block, damped, positions_block
+from torch import nn
+
+import logra_kernels as lk
+from logra_kernels.curvature import CURVATURES, Damping
+from logra_kernels.influence import MODES
+
+T, Q = 3, 4
+SIZES = {"90 rows, 72 parameters": (90, 6, 8, 3), "40 rows, 1,600 parameters": (40, 20, 40, 20)}
+DAMPINGS = [None, 0.3, Damping(relative=1.5)]
+
+
+def make_case(size: str):
+    n, d_in, width, d_out = SIZES[size]
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(d_in, width), nn.Tanh(), nn.Linear(width, d_out)).double()
+    x, y = (torch.randn(n + Q, T, d, dtype=torch.float64) for d in (d_in, d_out))
+    return model, x, y
+
+
+def loss_of(model, x, y):
+    return nn.functional.mse_loss(model(x), y, reduction="sum")
+
+
+def sides(model, x, y):
+    """(x [n, T, d_in], dy [n, T, d_out]) of both layers, by autograd; a row is sum_t dy[t] (x) x[t]."""
+    before = model[0](x)
+    hidden = torch.tanh(before)
+    out = model[2](hidden)
+    dy = torch.autograd.grad(loss_of(nn.Identity(), out, y), [before, out])
+    return list(zip((x, hidden.detach()), dy, strict=True))
+
+
+def scores_by_the_book(model, x, y, kind):
+    """(damping, mode) -> [Q, N]; layers add up in every product and norm (Barshan et al. 2020)."""
+    n = len(x) - Q
+    blocks, rows = [], []
+    for a, dy in sides(model, x, y):
+        g = torch.einsum("nto,nti->noi", dy, a)
+        rows.append(g.flatten(1))
+        if kind in ("kfac", "ekfac"):
+            blocks.append(positions_block(kind, rows[-1][:n], a[:n].flatten(0, 1), dy[:n].flatten(0, 1)))
+        else:
+            blocks.append(block(kind, rows[-1][:n], tuple(g.shape[1:])))
+    found = {}
+    for damping in DAMPINGS:
+        dot, own, length = 0, 0, 0
+        for h, g in zip(blocks, rows, strict=True):
+            solved = torch.linalg.solve(h if kind == "identity" else damped(h, damping), g[:n].T)
+            dot = dot + g[n:] @ solved
+            own = own + (g[:n] * solved.T).sum(1)
+            length = length + solved.square().sum(0)
+        found |= {(damping, "dot"): dot, (damping, "relatif"): dot / own.sqrt(), (damping, "l2"): dot - own / 2}
+        found[damping, "theta-relatif"] = dot / length.sqrt()
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", CURVATURES)
+def test_every_damping_and_mode(tmp_path, kind, size):
+    model, x, y = make_case(size)
+    n = len(x) - Q
+    exact = scores_by_the_book(model, x, y, kind)
+    with lk.Run(tmp_path / "s", model, projection=lk.Projection(kind="identity"), curvature=kind) as run:
+        for part in (slice(0, n // 2), slice(n // 2, n)):
+            if kind in ("kfac", "ekfac"):
+                with run.observe():
+                    loss_of(model, x[part], y[part]).backward()
+            with run.log([str(i) for i in range(part.start, part.stop)]):
+                loss_of(model, x[part], y[part]).backward()
+        with run.query([f"q{i}" for i in range(Q)]) as query:
+            loss_of(model, x[n:], y[n:]).backward()
+        for damping in DAMPINGS:
+            for mode in MODES:
+                wanted = exact[damping, mode]
+                got = run.scores(query, mode, damping).double()
+                error = float((got - wanted).abs().max() / wanted.abs().max())
+                assert error <= 1e-6, f"{damping}, {mode}: {error:.1e}"
