@@ -14,6 +14,8 @@
 #define LGK_VECTOR_BYTES 32
 #define LGK_ROWS 6
 #define LGK_ROW_STEP 2
+#define LGK_VECTORS 2
+#define LGK_SUMS 12
 #define LGK_DOT_SUMS 8
 #define LGK_F16C
 #define LGK_TABLE kKernelsV3

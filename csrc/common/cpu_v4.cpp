@@ -13,7 +13,9 @@
 
 #define LGK_VECTOR_BYTES 64
 #define LGK_ROWS 12
-#define LGK_ROW_STEP 4
+#define LGK_ROW_STEP 2
+#define LGK_VECTORS 4
+#define LGK_SUMS 24
 #define LGK_DOT_SUMS 16
 #define LGK_F16C
 #define LGK_TABLE kKernelsV4

@@ -16,7 +16,9 @@
 
 #define LGK_VECTOR_BYTES 64
 #define LGK_ROWS 12
-#define LGK_ROW_STEP 4
+#define LGK_ROW_STEP 2
+#define LGK_VECTORS 4
+#define LGK_SUMS 24
 #define LGK_F16C
 #include "common/pack.inc"
 #include "common/tile.inc"
@@ -33,7 +35,7 @@ struct PairProducts {
 
 void pack_pairs(const Rows& src, int64_t row, int64_t rows, int64_t column, int64_t columns, float* dst, int64_t ld) {
   Half* pairs = reinterpret_cast<Half*>(dst);
-  copy_either<Half>(src, row, rows, column, columns, pairs, 2 * ld);
+  copy_either<Half, 2>(src, row, rows, column, columns, pairs, 2 * ld);
   const int64_t padded = round_to(columns, 2 * kLanes<float>);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = columns; c < padded; ++c) pairs[r * 2 * ld + c] = Half{0};
@@ -45,7 +47,8 @@ void pack_pairs(const Rows& src, int64_t row, int64_t rows, int64_t column, int6
 
 extern const Products<float> kPairsV4Bf16;
 const Products<float> kPairsV4Bf16 = {
-    kLanes<float>, LGK_ROW_STEP, 2, pack_pairs, pack_columns<float, pack_pairs, 2>, multiply<PairProducts, float>};
+    Dtype::kBF16, kLanes<float>, LGK_ROW_STEP, LGK_ROWS, 2, pack_pairs, pack_columns<float, pack_pairs, 2>,
+    multiply<PairProducts, float>};
 
 }  // namespace lgk
 #endif

@@ -1,9 +1,10 @@
 // The only code that depends on the instruction set: kernels in two precisions, one table for each set.
 //
-// Operands are first packed into tiles of T (float for fp32, bf16 and fp16; double for fp64), padded with zeros, so
-// that the inner loops know neither dtypes nor strides nor ragged edges. A padded row or column only ever reaches
-// padded results. Where the machine multiplies bf16 itself, two operands of bf16 are packed as they are, a pair of
-// neighbours in the place of one float. Products of few columns read the rows from where they lie.
+// Operands are packed into tiles of T (float for fp32, bf16 and fp16; double for fp64), padded with zeros, so that the
+// inner loops know neither dtypes nor strides nor ragged edges. A padded row or column only ever reaches padded
+// results. Where the machine multiplies bf16 itself, two operands of bf16 are packed as they are, a pair of neighbours
+// in the place of one float. The left operand's rows are read from where they lie if that is how they would be packed;
+// products of few columns always do so.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -33,9 +34,11 @@ constexpr int64_t kDotRows = 4;
 
 template <typename T>
 struct Products {
-  int64_t lanes;     // packed columns are padded to a multiple of this
-  int64_t row_tile;  // packed rows are padded to a multiple of this
-  int64_t terms;     // what a packed number holds: 1 number, or a pair of bf16
+  Dtype dtype;        // rows of this are laid out as packed ones are
+  int64_t lanes;      // packed columns are padded to a multiple of this
+  int64_t row_tile;   // packed rows are padded to a multiple of this
+  int64_t row_block;  // rows that multiply takes at a time
+  int64_t terms;      // what a packed number holds: 1 number, or a pair of bf16
 
   // dst[r][c] = src[row + r, column + c], row length ld; zeros up to whole lanes and whole row tiles. Pairs start at
   // `column`; the last one of an odd number of columns ends in a zero.
@@ -45,9 +48,10 @@ struct Products {
   // last one maybe of lanes columns. scratch holds lanes * kTileLd; at most kPanel packed columns.
   void (*pack_columns)(const Rows& src, int64_t row, int64_t rows, int64_t column, int64_t columns, T* dst, T* scratch);
 
-  // c[i][j] (+)= sum_k a[i][k] b[j][k]: a from pack_rows with ld = kTileLd, b from pack_columns; k ascending. depth
-  // counts packed numbers.
-  void (*multiply)(const T* a, int64_t rows, const T* b, int64_t columns, int64_t depth, T* c, int64_t ldc, bool add);
+  // c[i][j] (+)= sum_k a[i][k] b[j][k]: a's rows `stride` bytes apart, from pack_rows or, when their number is a multiple
+  // of row_tile, as they lie; b from pack_columns; k ascending. depth counts packed numbers.
+  void (*multiply)(const void* a, int64_t stride, int64_t rows, const T* b, int64_t columns, int64_t depth, T* c,
+                   int64_t ldc, bool add);
 };
 
 template <typename T>

@@ -17,6 +17,11 @@ struct Rows {
 
   int64_t offset(int64_t r) const { return inner > 0 ? r / inner * outer_stride + r % inner * row_stride : 0; }
 
+  // Whether rows row .. row + rows - 1 all lie row_stride apart.
+  bool even(int64_t row, int64_t rows) const {
+    return inner == INT64_MAX || outer_stride == inner * row_stride || row / inner == (row + rows - 1) / inner;
+  }
+
   // The same matrix without its first `rows` rows; only for one without an outer dimension.
   Rows from(int64_t rows) const {
     Rows rest = *this;

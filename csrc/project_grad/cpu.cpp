@@ -5,15 +5,14 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/block.h"
 #include "common/buffer.h"
 #include "common/kernels.h"
-#include "common/strip.h"
 #include "common/threads.h"
 
 namespace lgk::project_grad {
 namespace {
 
-constexpr int64_t kMostTileRows = 120;
 // Numbers of a thread's share of a block of projected positions: what is left of an L2 cache of 1 MiB beside an A tile.
 constexpr int64_t kTileNumbers = 49152;
 // Positions, counted from a sample's start, whose panels are summed before they are added to G.
@@ -25,70 +24,44 @@ T weight_at(const Rows& weights, int64_t r) {
   return static_cast<const T*>(weights.data)[weights.offset(r)];
 }
 
-template <typename T>
-const Products<T>& products_of(const Side& side) {
-  return side.has_projection ? products<T>(side.positions.dtype, side.projection.dtype) : kernels<T>();
-}
-
 // One side's projection, packed once a call, and the block of projected positions it fills.
 template <typename T>
 struct Projector {
   const Kernels<T>& kernels;
-  const Products<T>& products;
   Side side;
   int64_t d, k;
-  T* packed;
+  Block<T> projection;
   T* block;
 
+  Projector(const Side& side, int64_t d, int64_t k)
+      : kernels(lgk::kernels<T>()),
+        side(side),
+        d(d),
+        k(k),
+        projection{products<T>(side.positions.dtype, side.projection.dtype), side.projection, 0, k, 0, d, nullptr} {}
+
   int64_t ld() const { return round_up(k, kernels.lanes) + kernels.lanes; }
-  int64_t panel() const { return kPanel * products.terms; }
-  int64_t groups() const { return ceil_div(k, 2 * kernels.lanes); }
-  int64_t packed_size() const {
-    return side.has_projection ? round_up(k, kernels.lanes) * ceil_div(d, products.terms) : 0;
-  }
-  int64_t pack_tasks() const { return side.has_projection ? groups() * ceil_div(d, panel()) : 0; }
-  T* packed_panel(int64_t column) const { return packed + round_up(k, kernels.lanes) * (column / products.terms); }
+  int64_t packed_size() const { return side.has_projection ? projection.packed_size() : 0; }
+  int64_t pack_tasks() const { return side.has_projection ? projection.pack_tasks() : 0; }
+  int64_t scratch_size() const { return side.has_projection ? projection.scratch_size(kMostTileRows) : 0; }
+  int64_t work() const { return side.has_projection ? d * k : k; }
 
-  void pack(int64_t task, T* scratch) const {
-    const int64_t column = task / groups() * panel(), j = task % groups() * 2 * kernels.lanes;
-    const int64_t here = std::min(panel(), d - column);
-    products.pack_columns(side.projection, j, std::min(2 * kernels.lanes, k - j), column, here,
-                          packed_panel(column) + j * ceil_div(here, products.terms), scratch);
-  }
-
-  // Positions start .. start + rows - 1 into rows at.. of the block. A position of weight 0 is read as zeros.
-  void project(int64_t start, int64_t rows, int64_t at, const Rows& weights, T* strip) const {
+  // Positions start .. start + rows - 1 into rows at.. of the block, weighed. One of weight 0 counts as zeros, whatever
+  // it holds.
+  void project(int64_t start, int64_t rows, int64_t at, const Rows& weights, bool weigh, T* scratch) const {
     T* to = block + at * ld();
     if (!side.has_projection) {
       kernels.pack_rows(side.positions, start, rows, 0, k, to, ld());
-      return mask(start, rows, k, weights, to, ld());
+    } else if (d == 0) {
+      std::fill_n(to, rows * ld(), T{0});
+    } else {
+      projection.multiply(side.positions, start, rows, scratch, to, ld());
     }
-    if (d == 0) std::fill_n(to, rows * ld(), T{0});
-    for (int64_t begin = 0; begin < d; begin += strip_columns(products)) {
-      const int64_t end = std::min(d, begin + strip_columns(products));
-      pack_strip(products, side.positions, start, rows, begin, end - begin, strip);
-      for (int64_t column = begin; column < end; column += panel()) {
-        T* a = strip + (column - begin) / panel() * panel_size(products, rows);
-        const int64_t depth = ceil_div(std::min(panel(), end - column), products.terms);
-        mask(start, rows, depth, weights, a, kTileLd);
-        products.multiply(a, rows, packed_panel(column), k, depth, to, ld(), column > 0);
-      }
-    }
-  }
-
-  void mask(int64_t start, int64_t rows, int64_t columns, const Rows& weights, T* to, int64_t to_ld) const {
-    if (weights.data == nullptr) return;
-    for (int64_t r = 0; r < rows; ++r) {
-      if (weight_at<T>(weights, start + r) == 0) std::fill_n(to + r * to_ld, columns, T{0});
-    }
-  }
-
-  void weigh(int64_t start, int64_t rows, int64_t at, const Rows& weights) const {
     if (weights.data == nullptr) return;
     for (int64_t r = 0; r < rows; ++r) {
       const T w = weight_at<T>(weights, start + r);
-      T* to = block + (at + r) * ld();
-      for (int64_t j = 0; j < k; ++j) to[j] *= w;
+      for (int64_t j = 0; j < k && weigh; ++j) to[r * ld() + j] *= w;
+      if (w == 0) std::fill_n(to + r * ld(), k, T{0});
     }
   }
 };
@@ -154,24 +127,18 @@ struct Accumulator {
   }
 };
 
-// The number of rows a tile should have, so that each thread gets as many tiles as the next.
-int64_t even_tile(int64_t positions, int64_t row_tile, int n_threads) {
-  const int64_t tiles = std::max<int64_t>(1, ceil_div(positions, kMostTileRows * n_threads)) * n_threads;
-  return std::max(row_tile, round_up(ceil_div(positions, tiles), row_tile));
-}
-
 // Run by every thread of a parallel region.
 template <typename T>
 void run_block(const Projector<T>& x, const Projector<T>& dy, const Rows& weights, T* out, const Part* parts,
                int64_t count, T* scratch, int n_threads) {
   const int64_t start = parts[0].start, positions = parts[count - 1].start + parts[count - 1].count - start;
-  const int64_t tile = even_tile(positions, x.kernels.row_tile, n_threads), tiles = ceil_div(positions, tile);
+  const int64_t tile = tile_rows(positions, x.kernels.row_tile, n_threads), tiles = ceil_div(positions, tile);
+  const bool dy_first = dy.work() > x.work();  // the larger tasks first, so that the threads end together
 #pragma omp for schedule(dynamic)
   for (int64_t task = 0; task < 2 * tiles; ++task) {
-    const int64_t at = task / 2 * tile, rows = std::min(tile, positions - at);
-    const Projector<T>& side = task % 2 == 0 ? x : dy;
-    side.project(start + at, rows, at, weights, scratch);
-    if (task % 2 == 1) side.weigh(start + at, rows, at, weights);
+    const int64_t at = task % tiles * tile, rows = std::min(tile, positions - at);
+    const bool is_dy = (task < tiles) == dy_first;
+    (is_dy ? dy : x).project(start + at, rows, at, weights, is_dy, scratch);
   }
   const Accumulator<T> sums = {x, dy, out};
 #pragma omp for schedule(dynamic)
@@ -190,20 +157,19 @@ void project_grad(const Side& x_side, const Side& dy_side, const Rows& weights, 
   const int64_t positions = shape.start(shape.samples) - shape.start(0);
   n_threads =
       threads_for(double(positions) * (double(shape.d_in) * shape.k_in + double(shape.d_out) * shape.k_out), n_threads);
-  Projector<T> x = {kernels, products_of<T>(x_side), x_side, shape.d_in, shape.k_in, nullptr, nullptr};
-  Projector<T> dy = {kernels, products_of<T>(dy_side), dy_side, shape.d_out, shape.k_out, nullptr, nullptr};
+  Projector<T> x(x_side, shape.d_in, shape.k_in), dy(dy_side, shape.d_out, shape.k_out);
   const int64_t share = std::max(kPositions, kTileNumbers / (x.ld() + dy.ld()) / kernels.row_tile * kernels.row_tile);
   const int64_t capacity = std::min(share * n_threads, std::max(kPositions, positions));
   const Plan plan = make_plan(shape, capacity);
 
-  const int64_t scratch_size = std::max(kPanelsPerStrip * (kMostTileRows + kernels.row_tile) * kTileLd,
-                                        (kOuterRows + kernels.row_tile) * x.ld());
+  const int64_t scratch_size =
+      round_up(std::max({x.scratch_size(), dy.scratch_size(), (kOuterRows + kernels.row_tile) * x.ld()}), kernels.lanes);
   const Buffer<T> x_packed(x.packed_size()), dy_packed(dy.packed_size());
   const Buffer<T> x_block((capacity + kernels.row_tile) * x.ld()), dy_block((capacity + kernels.row_tile) * dy.ld());
   const Buffer<T> scratch(scratch_size * n_threads);
-  x.packed = x_packed.data();
+  x.projection.packed = x_packed.data();
   x.block = x_block.data();
-  dy.packed = dy_packed.data();
+  dy.projection.packed = dy_packed.data();
   dy.block = dy_block.data();
 
 #pragma omp parallel num_threads(n_threads)
@@ -211,7 +177,7 @@ void project_grad(const Side& x_side, const Side& dy_side, const Rows& weights, 
     T* mine = scratch.data() + scratch_size * omp_get_thread_num();
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < x.pack_tasks() + dy.pack_tasks(); ++task) {
-      task < x.pack_tasks() ? x.pack(task, mine) : dy.pack(task - x.pack_tasks(), mine);
+      task < x.pack_tasks() ? x.projection.pack(task, mine) : dy.projection.pack(task - x.pack_tasks(), mine);
     }
     for (size_t block = 0; block + 1 < plan.blocks.size(); ++block) {
       const int64_t first = plan.blocks[block], count = plan.blocks[block + 1] - first;

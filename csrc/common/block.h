@@ -1,0 +1,95 @@
+// A block of the right operand, packed, and the product of tiles of rows with it.
+#pragma once
+#include <algorithm>
+
+#include "common/buffer.h"
+#include "common/kernels.h"
+
+namespace lgk {
+
+constexpr int64_t kMostTileRows = 120;
+// Long rows whose distance is a multiple of a large power of 2 fall into the same cache sets, so that what was fetched
+// ahead for one row is evicted by the next: each row is read in pieces of at least a quarter of a page.
+constexpr int64_t kPanelsPerStrip = 4;
+
+// Rows of a tile, so that each thread gets as many tiles as the next.
+inline int64_t tile_rows(int64_t rows, int64_t row_tile, int n_threads) {
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(rows, kMostTileRows * n_threads)) * n_threads;
+  return std::max(row_tile, round_up(ceil_div(rows, tiles), row_tile));
+}
+
+// Rows column .. column + columns - 1 of b, and depth columns of them from depth_start on.
+template <typename T>
+struct Block {
+  const Products<T>& products;
+  Rows b;
+  int64_t column, columns;
+  int64_t depth_start, depth;
+  T* packed;
+
+  int64_t panel() const { return kPanel * products.terms; }
+  int64_t strip() const { return kPanelsPerStrip * panel(); }
+  int64_t padded() const { return round_up(columns, products.lanes); }
+  int64_t packed_size() const { return padded() * ceil_div(depth, products.terms); }
+  // Numbers that a thread needs for packing and for a tile of so many rows.
+  int64_t scratch_size(int64_t rows) const {
+    const int64_t panels = std::min(ceil_div(depth, panel()), kPanelsPerStrip);
+    return std::max(panels * strip_panel(rows), products.lanes * kTileLd);
+  }
+
+  // Packing b takes so many tasks.
+  int64_t pack_tasks() const { return column_groups() * ceil_div(depth, panel()); }
+  void pack(int64_t task, T* scratch) const {
+    const int64_t k = task / column_groups() * panel(), j = task % column_groups() * 2 * products.lanes;
+    const int64_t here = std::min(panel(), depth - k);
+    products.pack_columns(b, column + j, std::min(2 * products.lanes, columns - j), depth_start + k, here,
+                          packed_panel(k) + j * ceil_div(here, products.terms), scratch);
+  }
+
+  // to[i][j] = sum_k a[row + i][depth_start + k] b[column + j][depth_start + k].
+  void multiply(const Rows& a, int64_t row, int64_t rows, T* scratch, T* to, int64_t ld) const {
+    for (int64_t start = 0; start < depth; start += strip()) {
+      const int64_t end = std::min(depth, start + strip());
+      const bool in_place = lies_packed(a, row, rows, end - start);
+      const char* from = reinterpret_cast<const char*>(scratch);
+      int64_t stride = kTileLd * sizeof(T), step = strip_panel(rows) * sizeof(T);
+      if (in_place) {
+        from = static_cast<const char*>(a.data) + (a.offset(row) + depth_start + start) * dtype_bytes(a.dtype);
+        stride = a.row_stride * dtype_bytes(a.dtype);
+        step = kPanel * sizeof(T);
+      } else {
+        pack_strip(a, row, rows, depth_start + start, end - start, scratch);
+      }
+      for (int64_t i = 0; i < rows; i += products.row_block) {
+        for (int64_t k = start; k < end; k += panel()) {
+          products.multiply(from + (k - start) / panel() * step + i * stride, stride,
+                            std::min(products.row_block, rows - i), packed_panel(k), columns,
+                            ceil_div(std::min(panel(), end - k), products.terms), to + i * ld, ld, k > 0);
+        }
+      }
+    }
+  }
+
+ private:
+  int64_t column_groups() const { return ceil_div(columns, 2 * products.lanes); }
+  T* packed_panel(int64_t k) const { return packed + padded() * (k / products.terms); }
+  int64_t strip_panel(int64_t rows) const { return round_up(rows, products.row_tile) * kTileLd; }
+
+  bool lies_packed(const Rows& a, int64_t row, int64_t rows, int64_t width) const {
+    return a.dtype == products.dtype && a.column_stride == 1 && rows % products.row_tile == 0 &&
+           width % products.terms == 0 && a.even(row, rows);
+  }
+
+  // At most strip() columns as panels for multiply one after the other.
+  void pack_strip(const Rows& a, int64_t row, int64_t rows, int64_t start, int64_t width, T* dst) const {
+    const int64_t step = a.column_stride > a.row_stride ? rows : products.row_tile;
+    for (int64_t r = 0; r < rows; r += step) {
+      for (int64_t k = 0; k < width; k += panel()) {
+        products.pack_rows(a, row + r, std::min(step, rows - r), start + k, std::min(panel(), width - k),
+                           dst + k / panel() * strip_panel(rows) + r * kTileLd, kTileLd);
+      }
+    }
+  }
+};
+
+}  // namespace lgk
