@@ -46,6 +46,9 @@ struct Block {
                           packed_panel(k) + j * ceil_div(here, products.terms), scratch);
   }
 
+  // Whether so many rows are multiplied without padding.
+  bool fills(int64_t rows) const { return rows % products.row_tile == 0 && columns % products.lanes == 0; }
+
   // to[i][j] = sum_k a[row + i][depth_start + k] b[column + j][depth_start + k].
   void multiply(const Rows& a, int64_t row, int64_t rows, T* scratch, T* to, int64_t ld) const {
     for (int64_t start = 0; start < depth; start += strip()) {

@@ -56,9 +56,13 @@ void multiply_tiles(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t 
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < m; i += tile) {
           const int64_t rows = std::min(tile, m - i);
-          block.multiply(a, i, rows, strip, c_tile, ld);
-          add_tile<T>(c_tile, ld, rows, block.columns,
-                      {c.data + i * c.row_stride + j * c.column_stride, c.row_stride, c.column_stride}, k > 0);
+          const Output<T> to = {c.data + i * c.row_stride + j * c.column_stride, c.row_stride, c.column_stride};
+          if (k == 0 && to.column_stride == 1 && block.fills(rows)) {
+            block.multiply(a, i, rows, strip, to.data, to.row_stride);
+          } else {
+            block.multiply(a, i, rows, strip, c_tile, ld);
+            add_tile<T>(c_tile, ld, rows, block.columns, to, k > 0);
+          }
         }
       }
     }
@@ -76,7 +80,7 @@ void multiply_rows(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t d
     }
     return;
   }
-  if (n <= kFew) return multiply_few(a, m, b, n, depth, c, n_threads);
+  if (n <= products<T>(a.dtype, b.dtype).few) return multiply_few(a, m, b, n, depth, c, n_threads);
   if (n <= m) return multiply_tiles(a, m, b, n, depth, c, n_threads);
   multiply_tiles<T>(b, n, a, m, depth, {c.data, c.column_stride, c.row_stride}, n_threads);
 }

@@ -28,8 +28,15 @@ namespace {
 
 struct PairProducts {
   template <typename T>
-  static inline __attribute__((always_inline)) Vec<T> apply(Vec<T> sum, T a, Vec<T> b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+  static LGK_METHOD Vec<T> apply(Vec<T> sum, T a, Vec<T> b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)_mm512_set1_ps(a));
+  }
+  // GCC would broadcast a first, which takes a third of the multiplication's time.
+  template <typename T>
+  static LGK_METHOD Vec<T> apply_at(Vec<T> sum, const void* a, Vec<T> b) {
+    typedef T Number __attribute__((may_alias));
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*static_cast<const Number*>(a)));
+    return sum;
   }
 };
 
@@ -46,9 +53,15 @@ void pack_pairs(const Rows& src, int64_t row, int64_t rows, int64_t column, int6
 }  // namespace
 
 extern const Products<float> kPairsV4Bf16;
-const Products<float> kPairsV4Bf16 = {
-    Dtype::kBF16, kLanes<float>, LGK_ROW_STEP, LGK_ROWS, 2, pack_pairs, pack_columns<float, pack_pairs, 2>,
-    multiply<PairProducts, float>};
+const Products<float> kPairsV4Bf16 = {Dtype::kBF16,
+                                      kLanes<float>,
+                                      LGK_ROW_STEP,
+                                      LGK_ROWS,
+                                      2,
+                                      kFew / 2,
+                                      pack_pairs,
+                                      pack_columns<float, pack_pairs, 2>,
+                                      multiply<PairProducts, float>};
 
 }  // namespace lgk
 #endif

@@ -39,6 +39,7 @@ struct Products {
   int64_t row_tile;   // packed rows are padded to a multiple of this
   int64_t row_block;  // rows that multiply takes at a time
   int64_t terms;      // what a packed number holds: 1 number, or a pair of bf16
+  int64_t few;        // up to so many columns are multiplied by dot products instead
 
   // dst[r][c] = src[row + r, column + c], row length ld; zeros up to whole lanes and whole row tiles. Pairs start at
   // `column`; the last one of an odd number of columns ends in a zero.
@@ -48,8 +49,8 @@ struct Products {
   // last one maybe of lanes columns. scratch holds lanes * kTileLd; at most kPanel packed columns.
   void (*pack_columns)(const Rows& src, int64_t row, int64_t rows, int64_t column, int64_t columns, T* dst, T* scratch);
 
-  // c[i][j] (+)= sum_k a[i][k] b[j][k]: a's rows `stride` bytes apart, from pack_rows or, when their number is a multiple
-  // of row_tile, as they lie; b from pack_columns; k ascending. depth counts packed numbers.
+  // c[i][j] (+)= sum_k a[i][k] b[j][k]: a's rows `stride` bytes apart, from pack_rows or, when their number is a
+  // multiple of row_tile, as they lie; b from pack_columns; k ascending. depth counts packed numbers.
   void (*multiply)(const void* a, int64_t stride, int64_t rows, const T* b, int64_t columns, int64_t depth, T* c,
                    int64_t ldc, bool add);
 };

@@ -12,10 +12,11 @@ struct Output {
 
 // c[i][j] = sum_k a[i][k] b[j][k] for i < m, j < n, k < depth; sizes 0 are allowed and a sum of nothing is 0.
 //
-// Order of summation, n > kFew: panels of kPanel terms (two bf16 operands on a machine that multiplies bf16: pairs),
-// each a chain; the sums of kPanelsPerRun panels are added in order, and then the sums of these runs. n <= kFew: lane l
-// of a vector sums the terms l modulo lanes, in chains of kDotChain that are added in order; then the lanes are added.
-// Neither m nor the thread count changes the bits of a result, and n only by whether it exceeds kFew.
+// Order of summation, n > few of the dtypes' Products: panels of kPanel terms (two bf16 operands on a machine that
+// multiplies bf16: pairs), each a chain; the sums of kPanelsPerRun panels are added in order, and then the sums of
+// these runs. n <= few: lane l of a vector sums the terms l modulo lanes, in chains of kDotChain that are added in
+// order; then the lanes are added. Neither m nor the thread count changes the bits of a result, and n only by whether
+// it exceeds few.
 template <typename T>
 void multiply_rows(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<T> c, int n_threads);
 

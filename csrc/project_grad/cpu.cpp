@@ -162,8 +162,8 @@ void project_grad(const Side& x_side, const Side& dy_side, const Rows& weights, 
   const int64_t capacity = std::min(share * n_threads, std::max(kPositions, positions));
   const Plan plan = make_plan(shape, capacity);
 
-  const int64_t scratch_size =
-      round_up(std::max({x.scratch_size(), dy.scratch_size(), (kOuterRows + kernels.row_tile) * x.ld()}), kernels.lanes);
+  const int64_t scratch_size = round_up(
+      std::max({x.scratch_size(), dy.scratch_size(), (kOuterRows + kernels.row_tile) * x.ld()}), kernels.lanes);
   const Buffer<T> x_packed(x.packed_size()), dy_packed(dy.packed_size());
   const Buffer<T> x_block((capacity + kernels.row_tile) * x.ld()), dy_block((capacity + kernels.row_tile) * dy.ld());
   const Buffer<T> scratch(scratch_size * n_threads);
