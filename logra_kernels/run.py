@@ -15,7 +15,7 @@ from logra_kernels.nn import DEFAULT_KINDS, KINDS, Taps, capture, model_fingerpr
 from logra_kernels.ops import RowFormat
 from logra_kernels.projection import Projection
 from logra_kernels.session import Analysis, Observation, Query
-from logra_kernels.store import GradientStore, projection_of, sidecars_of
+from logra_kernels.store import GradientStore, add_skipped, projection_of, read_skipped, sidecars_of
 
 Progress = Callable[[int], None]
 
@@ -82,6 +82,7 @@ class Run(Analysis):
             stored = self._layers_of(self._store)
             if include is None and exclude is None and kinds is None:
                 include, kinds = stored, list(KINDS)
+        self._skipped = read_skipped(self._store.path) if self._store is not None else []
         stored_format = self._store.format if self._store is not None else RowFormat.of("fp32")
         if block is None and dtype in (None, stored_format.name):
             self._format = stored_format
@@ -136,8 +137,8 @@ class Run(Analysis):
         return self._store
 
     def committed(self, ids: Sequence[str]) -> bool:
-        """Whether all these rows are safely in the store, so that a rerun may pass over their batch."""
-        return self._store is not None and all(self._store.committed(i) for i in ids)
+        """Whether all these rows are safely in the store or were skipped, so that a rerun may pass over their batch."""
+        return self._store is not None and all(self._store.committed(i) for i in set(ids).difference(self._skipped))
 
     @contextmanager
     def log(
@@ -146,6 +147,8 @@ class Run(Analysis):
         columns: dict[str, list] | None = None,
         weights: Tensor | None = None,
         offsets: Tensor | None = None,
+        *,
+        nonfinite: str = "raise",
     ) -> Iterator[None]:
         """Store the projected gradients of a batch of training rows: forward and `loss.backward()` go inside.
 
@@ -155,19 +158,56 @@ class Run(Analysis):
             weights: A factor for each position, [N, T], as in `Taps.reset`.
             offsets: Where token rows are packed with documents, their limits in the flattened positions, [N+1] int64,
                 as in `Taps.reset`; every document is a row of the store.
+            nonfinite: What to do with samples whose gradient is NaN or infinite: "raise", and store nothing of the
+                batch, or "skip": store the others, and record their ids (`Run.skipped`) with a warning that says how
+                many. A rerun takes skipped rows for committed ones.
 
         Raises:
-            ValueError: `offsets` do not fit the ids or the batch.
+            ValueError: `offsets` do not fit the ids or the batch; an unknown `nonfinite`.
             LograError: A layer received no gradient, or the projection is "pca" and nothing was observed.
-            StoreError: A gradient is NaN or infinite, an id is a duplicate, the disk is full; what was committed stays.
+            StoreError: A gradient is NaN or infinite (the ids are named) or too large for the dtype, an id is a
+                duplicate, the disk is full; what was committed stays.
         """
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"log: nonfinite is {nonfinite!r}; it must be 'raise' or 'skip'")
         ids = [str(i) for i in ids]
         self._observation.decide()
         with self._tapped(len(ids), weights, offsets):
             yield
             rows = self.taps.rows()
-        self._writer().append(rows, ids, columns, skip_committed=True)
+        store = self._writer()
+        if nonfinite == "skip":
+            rows, ids, columns = self._finite(rows, ids, columns)
+        store.append(rows, ids, columns, skip_committed=True)
         self._forget()
+
+    def _finite(
+        self, rows: Tensor, ids: list[str], columns: dict[str, list] | None
+    ) -> tuple[Tensor, list[str], dict[str, list] | None]:
+        """What is to be stored of a batch; the ids of the rest are recorded."""
+        if len(ids) != len(rows) or any(len(column) != len(ids) for column in (columns or {}).values()):
+            return rows, ids, columns  # for the store to refuse
+        finite = rows.isfinite().all(1).tolist()
+        bad = [name for name, good in zip(ids, finite, strict=True) if not good]
+        if bad:
+            self._skipped = add_skipped(self.store.path, bad)
+            warnings.warn(
+                f"log: {len(bad)} of {len(ids)} rows skipped, their gradient is NaN or infinite: "
+                + ", ".join(repr(name) for name in bad[:5])
+                + (", ..." if len(bad) > 5 else ""),
+                stacklevel=4,
+            )
+        if not self._skipped:
+            return rows, ids, columns
+        gone = set(self._skipped)  # of this batch and, in a rerun, of the one before
+        left = [i for i, name in enumerate(ids) if name not in gone]
+        kept = None if columns is None else {name: [values[i] for i in left] for name, values in columns.items()}
+        return rows[left], [ids[i] for i in left], kept
+
+    @property
+    def skipped(self) -> list[str]:
+        """Ids of the rows that `log(nonfinite="skip")` left out, in this session and earlier ones."""
+        return list(self._skipped)
 
     @contextmanager
     def query(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 SIDECARS = "sidecars"
 SHOWN_LAYERS = 40
+SHOWN_SKIPPED = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +32,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_facts(store: GradientStore) -> None:
+    from logra_kernels.store import read_skipped
+
     shards, per_shard = store.manifest.shards, store.manifest.rows_per_shard
     print(f"store           {store.path}")
     print(f"rows            {len(store):,}")
     print(f"row             {store.dim:,} numbers, {store.format}: {store.manifest.row_bytes:,} bytes")
     print(f"size            {store.nbytes / 1e6:,.1f} MB in {session.shards(len(shards))} of up to {per_shard:,} rows")
+    skipped = read_skipped(store.path)
+    if skipped:
+        more = f" and {len(skipped) - SHOWN_SKIPPED} more" if len(skipped) > SHOWN_SKIPPED else ""
+        print(f"skipped         {len(skipped):,} rows of NaN or infinity: {', '.join(skipped[:SHOWN_SKIPPED])}{more}")
     print(f"columns         {', '.join(store.table.column_names)}")
     projection = store.projection or {}
     print(f"projection      {', '.join(f'{name} {value}' for name, value in projection.items()) or 'none'}")

@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--limit", type=int, help="log the first so many rows only")
     data.add_argument("--max-length", type=int, help="tokens kept of a row (default 512, or the model's positions)")
     data.add_argument("--no-text", action="store_true", help="keep the texts out of the store")
+    data.add_argument(
+        "--nonfinite",
+        choices=["raise", "skip"],
+        default="raise",
+        help="rows whose loss or gradient is NaN or infinite: end with an error, or go on without them (default raise)",
+    )
     cost = parser.add_argument_group("cost")
     cost.add_argument("--dtype", choices=FORMATS, default="fp32", help="of the stored rows (default fp32)")
     cost.add_argument("--batch-size", type=int, default=8, help="rows in one forward and backward (default 8)")
@@ -90,7 +96,7 @@ def _run(args: argparse.Namespace, rows: list[TextRow], model: nn.Module, tokeni
         logged = time.monotonic()
         with session.progress_bar(2 * len(rows), 0, "finalize") as bar:
             logging.finalize(bar.update)
-        _summarize(logging, len(rows) - there, logged - started, time.monotonic() - logged, args.out)
+        _summarize(logging, len(logging.store) - there, logged - started, time.monotonic() - logged, args.out)
     return 0
 
 
@@ -103,6 +109,7 @@ def _log(
     device = next(model.parameters()).device
     batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
     left = [batch for batch in batches if not logging.committed([row.id for row in batch])]
+    kept = "keep" if args.nonfinite == "skip" else "raise"
     waiting = sum(len(batch) for batch in left)
     with _Stop() as stop, session.progress_bar(len(rows), len(rows) - waiting, "log") as bar:
         for batch in left:
@@ -113,8 +120,8 @@ def _log(
             if not args.no_text:
                 columns["text"] = [row.text for row in batch]
             encoded = causal_lm.encode(tokenizer, [row.text for row in batch], max_length=longest, ids=ids).to(device)
-            with logging.log(ids=ids, columns=columns):
-                causal_lm.loss_sum(model, encoded).backward()
+            with logging.log(ids=ids, columns=columns, nonfinite=args.nonfinite):
+                causal_lm.loss_sum(model, encoded, nonfinite=kept).backward()
             bar.update(len(batch))
     return True
 
@@ -141,7 +148,7 @@ class _Stop:
 
 
 def _rows_there(logging: Run, rows: list[TextRow]) -> int:
-    """How many rows the store holds already, which must be the first rows of the data.
+    """How many rows the store holds already, which must be the first rows of the data but those it has skipped.
 
     Raises:
         LograError: The store holds other rows: going on would mix two data sets in it.
@@ -150,7 +157,8 @@ def _rows_there(logging: Run, rows: list[TextRow]) -> int:
 
     if not GradientStore.exists(logging.path):
         return 0
-    stored = logging.store.ids
+    stored, skipped = logging.store.ids, set(logging.skipped)
+    rows = [row for row in rows if row.id not in skipped]
     texts = logging.store.columns.get("text")
     for number, (name, row) in enumerate(zip(stored, rows, strict=False)):
         if name != row.id:
@@ -178,6 +186,8 @@ def _summarize(logging: Run, new: int, log_seconds: float, finalize_seconds: flo
     store = logging.store
     rate = f", {new / log_seconds:,.1f} rows/s" if new and log_seconds > 0 else ""
     print(f"store     {out}: {len(store):,} rows ({len(store) - new:,} were there before)")
+    if logging.skipped:
+        print(f"skipped   {len(logging.skipped):,} rows whose gradient is NaN or infinite; `logra info` names them")
     print(f"row       {store.dim:,} numbers from {len(store.layers)} layers, {store.dtype}")
     print(f"size      {store.nbytes / 1e6:,.1f} MB in {session.shards(len(store.manifest.shards))}")
     print(f"log       {log_seconds:.1f} s{rate}")

@@ -142,14 +142,17 @@ def encode(
     return _pad(tokens, given, _pad_id(tokenizer), names)
 
 
-def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def losses(model: nn.Module, batch: Batch, *, nonfinite: str = "raise") -> tuple[Tensor, Tensor]:
     """Per-sample sums of the next-token negative log-likelihood, in nats.
+
+    Args:
+        nonfinite: "keep" leaves losses that are NaN or infinite to who asks.
 
     Returns:
         (nll [N] fp32, number of predicted tokens [N] int64).
 
     Raises:
-        LograError: A sample's loss is NaN or infinite.
+        LograError: A sample's loss is NaN or infinite, unless that is kept.
     """
     # No cache: it would only hold memory during the backward pass.
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -159,7 +162,7 @@ def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     each = nn.functional.cross_entropy(output.logits[:, :-1][predicted].float(), labels[predicted], reduction="none")
     nll = torch.zeros(labels.shape, dtype=each.dtype, device=each.device).masked_scatter(predicted, each).sum(dim=1)
     finite = torch.isfinite(nll.detach())
-    if not bool(finite.all()):
+    if nonfinite == "raise" and not bool(finite.all()):
         bad = int((~finite).nonzero()[0, 0])
         name = batch.ids[bad] if batch.ids else f"number {bad + 1} of the batch"
         kind = "NaN" if bool(nll.detach()[bad].isnan()) else "infinite"
@@ -167,15 +170,18 @@ def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return nll, predicted.sum(dim=1)
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+def loss_sum(model: nn.Module, batch: Batch, *, nonfinite: str = "raise") -> Tensor:
     """Sum of the next-token negative log-likelihood over samples and positions, a scalar in fp32.
 
     A sum and not a mean: a mean would rescale every sample's gradient by its batch.
 
+    Args:
+        nonfinite: As in `losses`; the gradients of the other samples are not touched.
+
     Raises:
-        LograError: A sample's loss is NaN or infinite.
+        LograError: A sample's loss is NaN or infinite, unless that is kept.
     """
-    return losses(model, batch)[0].sum()
+    return losses(model, batch, nonfinite=nonfinite)[0].sum()
 
 
 @torch.no_grad()

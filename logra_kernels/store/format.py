@@ -6,6 +6,7 @@
     rows-<start>-<stop>.parquet            column "id" (string) and the user's columns, one line per row
     deleted-<start>-<hash>.safetensors     tensor "rows" int64 [m], sorted: lines of that shard that are not shown
     sidecars/<name>.<key>.safetensors      what was computed from the rows; stale once the key differs
+    sidecars/skipped.<zeros>.safetensors   ids of rows that were left out, see `store.skipped`
     lock                                   empty; flocked by the one writer
 
 <start> and <stop> are serial numbers: the k-th row that was ever appended has number k, for ever. Appending fills a

@@ -35,6 +35,7 @@ from logra_kernels.store.lock import WriterLock
 from logra_kernels.store.rows import shorten
 from logra_kernels.store.shard import MappedShard, read_columns, write_shard
 from logra_kernels.store.sidecar import write_sidecar
+from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
 from logra_kernels.store.tensorfile import map_file
 
@@ -167,6 +168,7 @@ class _Merge:
             remove_files(directory, [path.name for path in directory.glob(f"{TEMPORARY}*")])
             write_origin(directory, self._manifest)
             self._take_projection()
+            self._take_skipped()
             shards: list[Shard] = []
             for store, ids in zip(self._stores, self._ids, strict=True):
                 taken = 0
@@ -205,6 +207,9 @@ class _Merge:
             kept = self._stores[0].sidecar_read(name, key=factors)
             if kept is not None:
                 write_sidecar(self._directory, name, factors, *kept)
+
+    def _take_skipped(self) -> None:
+        add_skipped(self._directory, [name for store in self._stores for name in read_skipped(store.path)])
 
     def _take(self, store: GradientStore, shard: Shard, start: int, ids: list[str]) -> Shard:
         """The shard's shown rows as a shard of the new store that begins with number `start`."""
