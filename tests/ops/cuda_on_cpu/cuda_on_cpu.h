@@ -1,0 +1,241 @@
+// Runs CUDA C++ kernels on a CPU, a fiber a thread, so that indices, barriers, swizzles and fragments are tested where
+// there is no device. The primitives of common/cuda_tile.cuh do here what the PTX manual says of them; an asynchronous
+// copy lands when it is waited for and not before. Fibers of a block run one after the other, from barrier to barrier,
+// in ascending or descending order.
+#pragma once
+#define LGK_CUDA_ON_CPU
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__
+#define __launch_bounds__(threads)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+struct Dim3 {
+  unsigned x, y;
+};
+
+namespace on_cpu {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 256 << 10;
+
+struct Copy {
+  char* to;
+  const char* from;
+  int bytes;
+};
+
+// What 32 lanes show each other; two of them take turns, since no lane can be two exchanges ahead of another.
+struct Exchange {
+  uint64_t words[kWarp][8];
+  int arrived = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+  int64_t barriers = 0, exchanges = 0;
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> groups;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<int> at_barrier;  // how many fibers have reached barrier i
+  std::vector<std::vector<Exchange>> warps;
+  ucontext_t scheduler;
+  int current = 0;
+  std::function<void()> body;
+};
+
+inline Block* block;
+
+inline Fiber& self() { return block->fibers[block->current]; }
+inline void yield() { swapcontext(&self().context, &block->scheduler); }
+
+inline void enter() {
+  block->body();
+  self().done = true;
+  yield();
+}
+
+// All lanes' words, once all of the warp have given theirs.
+inline const Exchange& exchange(const uint64_t* words, int count) {
+  const int lane = block->current % kWarp, warp = block->current / kWarp;
+  const size_t turn = self().exchanges++;
+  auto& all = block->warps[warp];
+  if (all.size() <= turn) all.resize(turn + 1);
+  std::memcpy(all[turn].words[lane], words, sizeof(uint64_t) * count);
+  ++all[turn].arrived;
+  while (block->warps[warp][turn].arrived < kWarp) yield();
+  return block->warps[warp][turn];
+}
+
+}  // namespace on_cpu
+
+inline Dim3 threadIdx, blockIdx, blockDim;
+
+inline void __syncthreads() {
+  const size_t turn = on_cpu::self().barriers++;
+  auto& counts = on_cpu::block->at_barrier;
+  if (counts.size() <= turn) counts.resize(turn + 1, 0);
+  ++counts[turn];
+  while (on_cpu::block->at_barrier[turn] < int(on_cpu::block->fibers.size())) on_cpu::yield();
+}
+
+namespace on_cpu {
+
+// Runs kernel() for every thread of every block. Throws where threads wait for each other for ever.
+inline void launch(Dim3 grid, int threads, bool descending, const std::function<void()>& kernel) {
+  blockDim = {unsigned(threads), 1};
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      Block here;
+      here.fibers.resize(threads);
+      here.warps.resize((threads + kWarp - 1) / kWarp);
+      here.body = kernel;
+      block = &here;
+      for (Fiber& fiber : here.fibers) {
+        getcontext(&fiber.context);
+        fiber.stack.reset(new char[kStackBytes]);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = kStackBytes;
+        makecontext(&fiber.context, enter, 0);
+      }
+      for (int64_t round = 0;; ++round) {
+        bool any = false;
+        for (int i = 0; i < threads; ++i) {
+          here.current = descending ? threads - 1 - i : i;
+          if (here.fibers[here.current].done) continue;
+          any = true;
+          blockIdx = {x, y};
+          threadIdx = {unsigned(here.current), 0};
+          swapcontext(&here.scheduler, &here.fibers[here.current].context);
+        }
+        if (!any) break;
+        if (round > 10'000'000) throw std::runtime_error("threads wait for each other");
+      }
+    }
+  }
+}
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h >> 15) << 31, exponent = h >> 10 & 31, mantissa = h & 1023;
+  uint32_t bits;
+  if (exponent == 31) {
+    bits = sign | 0x7f800000 | mantissa << 13;
+  } else if (exponent != 0) {
+    bits = sign | (exponent + 112) << 23 | mantissa << 13;
+  } else {
+    const float tiny = mantissa * 0x1p-24f;
+    std::memcpy(&bits, &tiny, 4);
+    bits |= sign;
+  }
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+inline float bf16_to_float(uint16_t h) {
+  const uint32_t bits = uint32_t(h) << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+// mma.m16n8k16: a lane holds rows g, g + 8 of a, row g of b, and rows g, g + 8, columns 2t, 2t + 1 of c.
+template <float (*kWiden)(uint16_t)>
+void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint64_t words[] = {a[0], a[1], a[2], a[3], b0, b1};
+  const Exchange& all = exchange(words, 6);
+  const int lane = block->current % kWarp, g = lane / 4, t = lane % 4;
+  const auto number = [&](int from, int word, int half) {
+    return kWiden(uint16_t(all.words[from][word] >> 16 * half));
+  };
+  for (int e = 0; e < 4; ++e) {
+    for (int k = 0; k < 16; ++k) {
+      const int owner = k % 8 / 2, upper = k / 8;
+      const float left = number(g * 4 + owner, e / 2 + 2 * upper, k % 2);
+      const float right = number((2 * t + e % 2) * 4 + owner, 4 + upper, k % 2);
+      c[e] += left * right;
+    }
+  }
+}
+
+}  // namespace on_cpu
+
+namespace lgk {
+
+inline void copy_chunk(char* shared, const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    throw std::runtime_error("an asynchronous copy is not aligned");
+  }
+  on_cpu::self().open.push_back({shared, static_cast<const char*>(global), bytes});
+}
+inline void commit_copies() {
+  on_cpu::self().groups.push_back(std::move(on_cpu::self().open));
+  on_cpu::self().open.clear();
+}
+template <int kLeft>
+void wait_for_copies() {
+  auto& groups = on_cpu::self().groups;
+  for (; groups.size() > kLeft; groups.pop_front()) {
+    for (const on_cpu::Copy& copy : groups.front()) {
+      std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+  }
+}
+inline void load_matrices(uint32_t (&r)[4], const char* shared) {
+  const uint64_t words[] = {reinterpret_cast<uint64_t>(shared)};
+  const on_cpu::Exchange& all = on_cpu::exchange(words, 1);
+  const int lane = on_cpu::block->current % on_cpu::kWarp;
+  for (int i = 0; i < 4; ++i) {
+    const char* row = reinterpret_cast<const char*>(all.words[i * 8 + lane / 4][0]);
+    std::memcpy(&r[i], row + lane % 4 * 4, 4);
+  }
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const char* shared) {
+  const uint64_t words[] = {reinterpret_cast<uint64_t>(shared)};
+  const on_cpu::Exchange& all = on_cpu::exchange(words, 1);
+  const int lane = on_cpu::block->current % on_cpu::kWarp;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int h = 0; h < 2; ++h) {
+      const char* row = reinterpret_cast<const char*>(all.words[i * 8 + lane % 4 * 2 + h][0]);
+      std::memcpy(&pair[h], row + lane / 4 * 2, 2);
+    }
+    r[i] = pair[0] | uint32_t(pair[1]) << 16;
+  }
+}
+inline void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  on_cpu::multiply<on_cpu::bf16_to_float>(c, a, b0, b1);
+}
+inline void multiply_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  on_cpu::multiply<on_cpu::half_to_float>(c, a, b0, b1);
+}
+inline float f16_to_float(uint16_t bits) { return on_cpu::half_to_float(bits); }
+inline uint32_t float_bits(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
+inline float bits_float(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+}  // namespace lgk

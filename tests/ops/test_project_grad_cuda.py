@@ -1,0 +1,131 @@
+"""project_grad's CUDA C++ kernels: run on a CPU by tests/ops/cuda_on_cpu, and compiled where nvcc is."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from ops.test_project_grad import case, exactly, position_weights, ragged
+from ops.views import VIEWS
+from tolerance import assert_as_good_as_naive
+
+from logra_kernels.ops.project_grad import reference
+
+ROOT = Path(__file__).parents[2]
+HALVES = [torch.bfloat16, torch.float16]
+ELEMENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WIDTHS = [(dtype, width) for dtype in ELEMENT for width in (32, 64, 128) if dtype in HALVES or width < 128]
+COMPILER = shutil.which(os.environ.get("CXX", "g++").split()[-1])
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cuda_on_cpu") / "project_grad.so"
+    here = ROOT / "tests" / "ops" / "cuda_on_cpu"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", f"-I{here}"]
+    subprocess.run([COMPILER, *flags, str(here / "project_grad.cpp"), "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path))
+
+
+def side(v, p, dtype):
+    strides = v.stride() if v.dim() == 3 else (0, *v.stride())
+    factor = (0, 0, 0, v.shape[-1]) if p is None else (p.data_ptr(), *p.stride(), p.shape[0])
+    return (ctypes.c_int64 * 10)(v.data_ptr(), *strides, *factor[:3], v.shape[-1], factor[3], v.dtype != dtype)
+
+
+def run(kernels, args, width, chunk=10**6, *, descending=False):
+    """The kernels' G, written over NaN."""
+    x, dy, p_in, p_out, offsets, weights = (*args, None, None)[:6]
+    n, length = (x.shape[0], x.shape[1]) if offsets is None else (len(offsets) - 1, 0)
+    k_out, k_in = (v.shape[-1] if p is None else p.shape[0] for p, v in ((p_out, dy), (p_in, x)))
+    out = torch.full((n, k_out, k_in), float("nan"))
+    if offsets is None:
+        ends, chunks = None, n * -(-length // chunk)
+    else:
+        ends = ((offsets.diff() + chunk - 1) // chunk).cumsum(0)
+        chunks = n + x.shape[0] // chunk
+    partial = torch.full((chunks, k_out, k_in), float("nan"))
+
+    def pointer(t):
+        return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+    w = (0, 0) if weights is None else (weights.stride() if weights.dim() == 2 else (0, *weights.stride()))
+    kernels.project_grad(
+        ELEMENT[dy.dtype], width, int(descending), side(x, p_in, dy.dtype), side(dy, p_out, dy.dtype),
+        pointer(weights), *map(ctypes.c_int64, w), pointer(out), pointer(partial), ctypes.c_int64(n),
+        ctypes.c_int64(length), pointer(offsets), pointer(ends), ctypes.c_int64(chunk), ctypes.c_int64(chunks),
+    )  # fmt: skip
+    return out
+
+
+def check(kernels, args, width, chunk=10**6):
+    got = run(kernels, args, width, chunk)
+    assert_as_good_as_naive(got, exactly(*args), reference.project_grad(*args))
+    assert torch.equal(run(kernels, args, width, chunk, descending=True), got)  # no race between barriers
+    return got
+
+
+@pytest.mark.parametrize(("dtype", "width"), WIDTHS, ids=str)
+def test_matches_fp64(kernels, dtype, width):
+    check(kernels, case(2, width + 5, 136, 72, width, width - 7, dtype), width)
+
+
+@pytest.mark.parametrize("dtype", ELEMENT, ids=str)
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides(kernels, dtype, view):
+    x, dy, p_in, p_out = map(VIEWS[view], case(2, 37, 72, 41, 17, 9, dtype))
+    check(kernels, (x, dy, p_in, p_out, None, VIEWS[view](position_weights(2, 37))), 32)
+
+
+@pytest.mark.parametrize("dtype", ELEMENT, ids=str)
+def test_tiles_and_chunks(kernels, dtype):
+    check(kernels, case(2, 100, 24, 16, 40, 70, dtype), 32, chunk=64)
+
+
+@pytest.mark.parametrize("dtype", ELEMENT, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ragged_in_chunks(kernels, dtype, weighted):
+    args = ragged(dtype)
+    got = check(kernels, (*args, position_weights(75)) if weighted else args, 32, chunk=32)
+    assert not got[0].any()
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_fp32_x_beside_half_dy(kernels, half):
+    _, dy, _, p_out = case(3, 37, 8, 24, 8, 16, half)
+    check(kernels, (torch.randn(3, 37, 12), dy, None, p_out), 32)
+    check(kernels, (torch.randn(3, 37, 40), dy, None, None), 64)
+
+
+def test_nan_stays_where_it_is(kernels):
+    x, dy, p_in, p_out, offsets = ragged(torch.bfloat16)
+    weights = position_weights(75)
+    weights[10], weights[41] = 0, 1
+    clean = run(kernels, (x, dy, p_in, p_out, offsets, weights), 32, chunk=32)
+    x[10], dy[10], x[41, 0] = float("nan"), float("inf"), float("nan")
+    bad = run(kernels, (x, dy, p_in, p_out, offsets, weights), 32, chunk=32)
+    assert bad[3].isnan().all()
+    bad[3] = clean[3]
+    assert torch.equal(bad, clean)
+
+
+NVCC = shutil.which("nvcc")
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", ["compute_80,code=sm_80", "compute_90a,code=sm_90a"])
+def test_compiles(tmp_path, arch):
+    source = ROOT / "csrc" / "project_grad" / "cuda.cu"
+    flags = ["-std=c++17", f"-I{ROOT / 'csrc'}", "-gencode", f"arch={arch}", "-cubin", "-Xptxas", "-v"]
+    made = subprocess.run(
+        [NVCC, *flags, str(source), "-o", str(tmp_path / "x.cubin")], capture_output=True, text=True, check=True
+    )
+    assert (tmp_path / "x.cubin").stat().st_size > 0
+    spills = [int(line.split()[4]) for line in made.stderr.splitlines() if "spill stores" in line]
+    assert len(spills) == 13
+    assert max(spills) <= 32  # bytes a thread
