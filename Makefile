@@ -21,13 +21,13 @@ lint: $(VENV)/test.stamp $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc python \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' \) -print0 \
+	find csrc python \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' \) -print0 \
 	  | xargs -0 $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/lint.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc python \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' \) -print0 | xargs -0 $(BIN)/clang-format -i
+	find csrc python \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format -i
 
 bench: $(VENV)/test.stamp
 	mkdir -p build
@@ -62,12 +62,12 @@ $(VENV)/torch.stamp:
 # built in place, without isolation: a build environment of its own would fetch torch's neighbours again; a build that
 # fails leaves no kernels rather than the last ones
 $(VENV)/demo.stamp: $(VENV)/torch.stamp $(SOURCES)
-	rm -f logra_kernels/_C.*.so
+	rm -f logra_kernels/_C*.so
 	$(PIP) --no-build-isolation -e '.[demo]'
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
-	rm -f logra_kernels/_C.*.so
+	rm -f logra_kernels/_C*.so
 	$(PIP) --no-build-isolation -e '.[test]'
 	touch $@
 

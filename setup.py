@@ -1,5 +1,13 @@
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import warnings
 from glob import glob
+from pathlib import Path
 
+import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
@@ -16,4 +24,49 @@ kernels = Pybind11Extension(
     optional=True,  # without a compiler the package runs on its reference implementations
 )
 
-setup(ext_modules=[kernels], cmdclass={"build_ext": build_ext})
+
+class BuildKernels(build_ext):
+    """The C++ kernels, then the CUDA ones by one call of nvcc.
+
+    LOGRA_KERNELS_CUDA: unset, build them where nvcc is and say so where that fails; 1, they must build; 0, do not.
+    LOGRA_KERNELS_CUDA_ARCHS: compute capabilities, "80;90" by default; the last one's PTX is kept for later devices.
+    """
+
+    def run(self) -> None:
+        super().run()
+        asked = os.environ.get("LOGRA_KERNELS_CUDA", "")
+        nvcc = shutil.which("nvcc")
+        if asked == "0" or (nvcc is None and asked != "1"):
+            return
+        try:
+            self._build_cuda(nvcc or "nvcc")
+        except (OSError, subprocess.CalledProcessError) as error:
+            if asked == "1":
+                raise
+            warnings.warn(f"logra_kernels._C_cuda is not built: {error}", stacklevel=1)
+
+    def _build_cuda(self, nvcc: str) -> None:
+        target = Path(self.get_ext_fullpath("logra_kernels._C_cuda"))
+        sources = [*sorted(glob("csrc/*/cuda.cu")), "python/cuda_module.cpp"]
+        inputs = [*sources, *glob("csrc/*/*.cuh"), *glob("csrc/*/*.h"), *glob("python/*.h"), "setup.py"]
+        if target.exists() and target.stat().st_mtime > max(os.path.getmtime(path) for path in inputs):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        archs = os.environ.get("LOGRA_KERNELS_CUDA_ARCHS", "80;90").split(";")
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        includes = ["csrc", pybind11.get_include(), sysconfig.get_path("include")]
+        flags = [
+            "-O3",
+            "-std=c++17",
+            "-shared",
+            "--cudart=static",
+            "--threads=0",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+        ]
+        command = [nvcc, *flags, *codes, *(f"-I{path}" for path in includes), *sources, "-o", str(target)]
+        print(" ".join(command), file=sys.stderr)
+        subprocess.run(command, check=True)
+
+
+setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels})

@@ -18,8 +18,9 @@ LIB = torch.library.Library("logra_kernels", "DEF")
 OPS = ("project_rows", "project_grad", "accumulate_gram", "score_block", "score_topk")
 FORCED = os.environ.get("LOGRA_KERNELS_BACKEND", "auto")
 
-_MODULE = {"cpp": "cpu", "triton": "triton", "reference": "reference"}
-_ORDER = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "reference")}
+_MODULE = {"cpp": "cpu", "triton": "triton", "cuda": "cuda", "reference": "reference"}
+_ORDER = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "cuda", "reference")}
+_CUDA_OPS = ("project_grad",)  # those that have kernels in CUDA C++
 
 
 class FallbackWarning(UserWarning):
@@ -49,6 +50,16 @@ def native_error() -> str | None:
 
 
 @cache
+def cuda_error() -> str | None:
+    """Why the CUDA C++ kernels cannot be used, or None when they can."""
+    try:
+        importlib.import_module("logra_kernels._C_cuda")
+    except ImportError as error:
+        return f"logra_kernels._C_cuda is not built ({error}); install with nvcc present"
+    return None
+
+
+@cache
 def triton_error(device: str) -> str | None:
     """Why Triton kernels cannot be used on tensors of this device type, or None when they can."""
     if importlib.util.find_spec("triton") is None:
@@ -58,9 +69,16 @@ def triton_error(device: str) -> str | None:
     return None
 
 
+def _order(op: str, device: str) -> tuple[str, ...]:
+    """The op's implementations for a device type, best first."""
+    return tuple(name for name in _ORDER.get(device, ("reference",)) if name != "cuda" or op in _CUDA_OPS)
+
+
 def _missing(name: str, device: str) -> str | None:
     if name == "cpp":
         return native_error()
+    if name == "cuda":
+        return cuda_error()
     return triton_error(device) if name == "triton" else None
 
 
@@ -71,7 +89,7 @@ def launcher(op: str, device: str, asked: str) -> Callable:
     Raises:
         RuntimeError: The backend asked for (here or in LOGRA_KERNELS_BACKEND) is unknown or does not work here.
     """
-    order = _ORDER.get(device, ("reference",))
+    order = _order(op, device)
     name = FORCED if asked == "auto" else asked
     if name == "auto":
         name = next(candidate for candidate in order if _missing(candidate, device) is None)
@@ -100,7 +118,7 @@ def backends() -> list[Backend]:
     found = []
     for op in OPS:
         for device in devices:
-            order = _ORDER[device]
+            order = _order(op, device)
             works = [name for name in order if _missing(name, device) is None]
             chosen = FORCED if FORCED != "auto" else works[0]
             for name in order:

@@ -1,10 +1,12 @@
 """project_grad's CUDA C++ kernels: run on a CPU by tests/ops/cuda_on_cpu, and compiled where nvcc is."""
 
+import contextlib
 import ctypes
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +14,14 @@ from ops.test_project_grad import case, exactly, position_weights, ragged
 from ops.views import VIEWS
 from tolerance import assert_as_good_as_naive
 
+from logra_kernels.ops import _dispatch
 from logra_kernels.ops.project_grad import reference
 
 ROOT = Path(__file__).parents[2]
 HALVES = [torch.bfloat16, torch.float16]
 ELEMENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDTHS = [(dtype, width) for dtype in ELEMENT for width in (32, 64, 128) if dtype in HALVES or width < 128]
+NVCC = shutil.which("nvcc")
 COMPILER = shutil.which(os.environ.get("CXX", "g++").split()[-1])
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -114,7 +118,66 @@ def test_nan_stays_where_it_is(kernels):
     assert torch.equal(bad, clean)
 
 
-NVCC = shutil.which("nvcc")
+@pytest.mark.skipif(_dispatch.cuda_error() is not None, reason="logra_kernels._C_cuda is not built")
+class TestLauncher:
+    """ops/project_grad/cuda.py on CPU tensors, its kernels' binding replaced by the kernels on a CPU."""
+
+    @pytest.fixture
+    def launch(self, kernels, monkeypatch):
+        from logra_kernels.ops.project_grad import cuda
+
+        def bound(dtype, x, dy, p_in, p_out, weights, offsets, offset_stride, ends, out, partial, n, length, chunk,
+                  chunks, d_in, d_out, k_in, k_out, stream):  # fmt: skip
+            assert offset_stride in (0, 1)
+            assert stream == 7
+            width, _ = cuda._C_cuda.project_grad_tiling(dtype, k_in, k_out, p_out is None)
+            sides = [
+                (ctypes.c_int64 * 10)(v[0], *v[2:], *((0, 0, 0) if p is None else (p[0], *p[2:])), d, k, v[1] == 0)
+                for v, p, d, k in ((x, p_in, d_in, k_in), (dy, p_out, d_out, k_out))
+            ]
+            numbers = (*weights, out, partial, n, length, offsets, ends, chunk, chunks)
+            kernels.project_grad(dtype, width, 0, *sides, *map(ctypes.c_int64, numbers))
+
+        tiling = cuda._C_cuda.project_grad_tiling
+        monkeypatch.setattr(cuda, "_C_cuda", SimpleNamespace(project_grad=bound, project_grad_tiling=tiling))
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+        monkeypatch.setattr(cuda, "programs_of", lambda tensor: 8)
+        monkeypatch.setattr(cuda, "partials_of", lambda x, dy, g: 8)
+        return cuda.launch
+
+    def check(self, launch, args):
+        got = launch(*args, *[None] * (6 - len(args)))
+        assert_as_good_as_naive(got, exactly(*args), reference.project_grad(*args))
+
+    @pytest.mark.parametrize("dtype", ELEMENT, ids=str)
+    def test_dense(self, launch, dtype):
+        self.check(launch, case(2, 170, 24, 16, 40, 70, dtype))
+        self.check(launch, (*case(2, 37, 24, 16, 20, 10, dtype), None, position_weights(2, 37)))
+
+    @pytest.mark.parametrize("dtype", ELEMENT, ids=str)
+    def test_ragged(self, launch, dtype):
+        self.check(launch, ragged(dtype, offsets=torch.int32))
+        self.check(launch, (*ragged(dtype), position_weights(75)))
+
+    def test_projected(self, launch):
+        _, dy, _, p_out = case(3, 37, 8, 24, 8, 16, torch.bfloat16)
+        self.check(launch, (torch.randn(3, 37, 12), dy, None, p_out))
+
+    def test_empty(self, launch):
+        x, dy, p_in, p_out = case(2, 3, 8, 6, 4, 5)
+        assert launch(x[:0], dy[:0], p_in, p_out, None, None).shape == (0, 5, 4)
+        assert not launch(x[:, :0], dy[:, :0], p_in, p_out, None, None).any()
+
+    def test_fp64_is_refused(self, launch):
+        with pytest.raises(RuntimeError, match="'cuda' has no fp64 kernel"):
+            launch(*case(2, 3, 8, 6, 4, 5, torch.float64), None, None)
+
+
+def test_the_library_imports_without_a_driver():
+    if _dispatch.cuda_error() is not None and NVCC is None:
+        pytest.skip("no nvcc")
+    assert _dispatch.cuda_error() is None
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")

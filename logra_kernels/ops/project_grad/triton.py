@@ -24,12 +24,9 @@ from logra_kernels.ops._tile import (
     must_upcast,
 )
 from logra_kernels.ops._tune import tile_for
+from logra_kernels.ops.project_grad.chunks import cut, partials_of, programs_of
 from logra_kernels.ops.project_grad.configs import TILES, Tile, candidates, key_of
 
-PROGRAMS_PER_PROCESSOR = 2  # what is aimed at where a sample is cut; fewer leave gaps, more cost partial sums
-SHARE_OF_PARTIALS = 16  # partial sums are at most what is read over this
-LEAST_BLOCK_T = 16
-BUSY = 0.9  # the share of processors with work that is good enough not to halve the blocks
 SAMPLES_AT_ONCE = 1024  # whose chunks are counted side by side where a program looks for its own
 
 
@@ -221,9 +218,8 @@ def launch_tile(
     (n, k_out, k_in), t = g.shape, x.shape[-2]
     block_i, block_o = block(k_in, tile.block_k), block(k_out, tile.block_k)
     tiles = triton.cdiv(k_in, block_i) * triton.cdiv(k_out, block_o)
-    block_t, chunk = cut(
-        n, t, offsets is not None, tiles, tile.block_t, programs or _programs(dy), most_partials or _partials(x, dy, g)
-    )
+    programs, most_partials = programs or programs_of(dy), most_partials or partials_of(x, dy, g)
+    block_t, chunk = cut(n, t, offsets is not None, tiles, tile.block_t, programs, most_partials)
     most = triton.cdiv(t, chunk)
     chunks = n * most if offsets is None else n + t // chunk
     partial = g if offsets is None and most == 1 else g.new_empty((chunks, k_out, k_in))
@@ -255,31 +251,6 @@ def launch_tile(
             offsets, partial, g, n, t, size, 0 if offsets is None else offsets.stride(0),
             **cuts, BLOCK_C=16, BLOCK=256, num_warps=4, **OPTIONS,
         )  # fmt: skip
-
-
-def cut(n: int, t: int, ragged: bool, tiles: int, block_t: int, programs: int, most_partials: int) -> tuple[int, int]:
-    """(block_t, positions of a chunk) for so many samples of t positions, or t positions in all where ragged.
-
-    A chunk is a whole number of blocks. Samples are cut only while that gives idle processors work.
-    """
-    samples = 1 if ragged else n
-    least = programs / PROGRAMS_PER_PROCESSOR * BUSY
-    while block_t > LEAST_BLOCK_T and samples * triton.cdiv(t, block_t) * tiles < least:
-        block_t //= 2
-    pieces = min(triton.cdiv(programs, samples * tiles), triton.cdiv(t, block_t), max(1, most_partials // samples))
-    return block_t, triton.cdiv(triton.cdiv(t, pieces), block_t) * block_t
-
-
-def _partials(x: Tensor, dy: Tensor, g: Tensor) -> int:
-    """How many partial sums of g's size a call may write."""
-    return max(1, (x.nbytes + dy.nbytes) // (SHARE_OF_PARTIALS * max(1, g[0].nbytes)))
-
-
-def _programs(tensor: Tensor) -> int:
-    """How many programs keep the tensor's device busy."""
-    if not tensor.is_cuda:
-        return 1
-    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def _operands(

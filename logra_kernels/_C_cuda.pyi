@@ -1,0 +1,27 @@
+from logra_kernels.ops._native import Matrix
+
+_Positions = tuple[int, ...]  # address, dtype code, strides of sample, row and column
+
+def project_grad_tiling(dtype: int, k_in: int, k_out: int, dy_projected: bool) -> tuple[int, int]: ...
+def project_grad(
+    dtype: int,
+    x: _Positions,
+    dy: _Positions,
+    p_in: Matrix | None,
+    p_out: Matrix | None,
+    weights: tuple[int, int, int],
+    offsets: int,
+    offset_stride: int,
+    chunk_ends: int,
+    out: int,
+    partial: int,
+    samples: int,
+    length: int,
+    chunk: int,
+    chunks: int,
+    d_in: int,
+    d_out: int,
+    k_in: int,
+    k_out: int,
+    stream: int,
+) -> None: ...

@@ -1,0 +1,61 @@
+"""CUDA C++ launcher of project_grad: bf16, fp16 and fp32 (which it multiplies exactly; there is no tf32 here)."""
+
+import torch
+from torch import Tensor
+
+from logra_kernels import _C_cuda
+from logra_kernels.ops._native import DTYPE_CODE, matrix
+from logra_kernels.ops.project_grad.chunks import cut, partials_of, programs_of
+
+
+def launch(
+    x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, offsets: Tensor | None, weights: Tensor | None
+) -> Tensor:
+    if dy.dtype == torch.float64:
+        raise RuntimeError("project_grad: backend 'cuda' has no fp64 kernel; use 'triton' or 'reference'")
+    n = x.shape[0] if offsets is None else offsets.shape[0] - 1
+    t, d_in, d_out = x.shape[-2], x.shape[-1], dy.shape[-1]
+    k_in, k_out = (v.shape[-1] if p is None else p.shape[0] for p, v in ((p_in, x), (p_out, dy)))
+    g = torch.empty((n, k_out, k_in), dtype=torch.float32, device=dy.device)
+    if not g.numel():
+        return g
+    if not t:
+        return g.zero_()
+    block_t, tiles = _C_cuda.project_grad_tiling(DTYPE_CODE[dy.dtype], k_in, k_out, p_out is None)
+    _, chunk = cut(n, t, offsets is not None, tiles, block_t, programs_of(dy), partials_of(x, dy, g), block_t)
+    cuts = ends = None
+    if offsets is None:
+        chunks = n * -(-t // chunk)
+    else:
+        cuts, chunks = offsets.to(torch.int64), n + t // chunk
+        ends = ((cuts.diff() + chunk - 1) // chunk).cumsum(0)
+    partial = g if offsets is None and chunks == n else g.new_empty((chunks, k_out, k_in))
+    with torch.cuda.device(dy.device):
+        _C_cuda.project_grad(
+            DTYPE_CODE[dy.dtype],
+            _positions(x),
+            _positions(dy),
+            None if p_in is None else matrix(p_in),
+            None if p_out is None else matrix(p_out),
+            (0, 0, 0) if weights is None else (weights.data_ptr(), *_positions(weights.unsqueeze(-1))[2:4]),
+            0 if cuts is None else cuts.data_ptr(),
+            0 if cuts is None else cuts.stride(0),
+            0 if ends is None else ends.data_ptr(),
+            g.data_ptr(),
+            partial.data_ptr(),
+            n,
+            t,
+            chunk,
+            chunks,
+            d_in,
+            d_out,
+            k_in,
+            k_out,
+            torch.cuda.current_stream(dy.device).cuda_stream,
+        )
+    return g
+
+
+def _positions(v: Tensor) -> tuple[int, ...]:
+    """Address, dtype code, and strides by sample, position and feature; ragged positions have no sample stride."""
+    return (v.data_ptr(), DTYPE_CODE[v.dtype], *(v.stride() if v.dim() == 3 else (0, *v.stride())))

@@ -1,0 +1,78 @@
+// _C_cuda: the CUDA kernels. Imports where there is no driver; links neither torch nor the shared CUDA runtime.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "arguments.h"
+#include "project_grad/cuda.h"
+
+namespace py = pybind11;
+using namespace lgk;
+
+namespace {
+
+project_grad::Element element_of(int code) {
+  LGK_CHECK(code >= 0 && code <= 2, "project_grad: dtype code " + std::to_string(code) + " has no CUDA kernel");
+  return static_cast<project_grad::Element>(code);
+}
+
+// positions as (address, dtype code, strides of sample, row and column), d, and the projection with its k.
+project_grad::CudaSide side_of(const std::tuple<Address, int, int64_t, int64_t, int64_t>& positions, int64_t d,
+                               const std::optional<Matrix>& projection, int64_t k) {
+  const auto& [data, dtype, sample_stride, row_stride, column_stride] = positions;
+  LGK_CHECK(projection || d == k, "project_grad: d and k must be equal for a side without a projection");
+  project_grad::CudaSide side = {};
+  side.positions = reinterpret_cast<const void*>(data);
+  side.sample_stride = sample_stride, side.row_stride = row_stride, side.column_stride = column_stride;
+  if (projection) {
+    side.projection = reinterpret_cast<const void*>(std::get<0>(*projection));
+    side.projection_row_stride = std::get<2>(*projection), side.projection_column_stride = std::get<3>(*projection);
+  }
+  side.d = d, side.k = k, side.is_float = dtype == 0;
+  return side;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
+  m.doc() = "Torch-free CUDA kernels of logra_kernels; arguments are raw addresses, checked by the Python caller.";
+  m.def(
+      "project_grad_tiling",
+      [](int dtype, int64_t k_in, int64_t k_out, bool dy_projected) {
+        const auto tiling = project_grad::tiling(element_of(dtype), k_in, k_out, dy_projected);
+        return std::make_pair(tiling.positions, tiling.tiles);
+      },
+      py::arg("dtype"), py::arg("k_in"), py::arg("k_out"), py::arg("dy_projected"),
+      "(positions a block takes at a time, blocks a chunk)");
+  m.def(
+      "project_grad",
+      [](int dtype, const std::tuple<Address, int, int64_t, int64_t, int64_t>& x,
+         const std::tuple<Address, int, int64_t, int64_t, int64_t>& dy, const std::optional<Matrix>& p_in,
+         const std::optional<Matrix>& p_out, std::tuple<Address, int64_t, int64_t> weights, Address offsets,
+         int64_t offset_stride, Address chunk_ends, Address out, Address partial, int64_t samples, int64_t length,
+         int64_t chunk, int64_t chunks, int64_t d_in, int64_t d_out, int64_t k_in, int64_t k_out, Address stream) {
+        check_sizes("project_grad", {samples, k_out, k_in});
+        LGK_CHECK(chunk > 0 && chunks >= 0 && length >= 0,
+                  "project_grad: chunk, chunks and length must not be negative");
+        LGK_CHECK((offsets == 0) == (chunk_ends == 0), "project_grad: offsets and chunk_ends come together");
+        project_grad::CudaArgs args = {};
+        args.x = side_of(x, d_in, p_in, k_in);
+        args.dy = side_of(dy, d_out, p_out, k_out);
+        args.weights = reinterpret_cast<const float*>(std::get<0>(weights));
+        args.weight_sample_stride = std::get<1>(weights), args.weight_row_stride = std::get<2>(weights);
+        args.out = reinterpret_cast<float*>(out), args.partial = reinterpret_cast<float*>(partial);
+        args.shape = {samples,
+                      length,
+                      reinterpret_cast<const int64_t*>(offsets),
+                      offset_stride,
+                      reinterpret_cast<const int64_t*>(chunk_ends),
+                      chunk,
+                      chunks};
+        const auto element = element_of(dtype);
+        py::gil_scoped_release unlocked;
+        project_grad::project_grad_cuda(element, args, reinterpret_cast<void*>(stream));
+      },
+      py::arg("dtype"), py::arg("x"), py::arg("dy"), py::arg("p_in"), py::arg("p_out"), py::arg("weights"),
+      py::arg("offsets"), py::arg("offset_stride"), py::arg("chunk_ends"), py::arg("out"), py::arg("partial"),
+      py::arg("samples"), py::arg("length"), py::arg("chunk"), py::arg("chunks"), py::arg("d_in"), py::arg("d_out"),
+      py::arg("k_in"), py::arg("k_out"), py::arg("stream"));
+}
