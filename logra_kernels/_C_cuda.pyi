@@ -1,4 +1,4 @@
-from logra_kernels.ops._native import Matrix
+from logra_kernels.ops._native import Matrix  # noqa: N999
 
 _Positions = tuple[int, ...]  # address, dtype code, strides of sample, row and column
 
