@@ -9,7 +9,7 @@ def project_grad(
     dy: _Positions,
     p_in: Matrix | None,
     p_out: Matrix | None,
-    weights: tuple[int, int, int],
+    weights: tuple[int, ...],  # address, strides of sample and row
     offsets: int,
     offset_stride: int,
     chunk_ends: int,
