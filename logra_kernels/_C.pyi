@@ -1,7 +1,7 @@
 # ruff: noqa: N999
 """What the native library offers. Tensors are raw addresses with a dtype code and strides, see ops/_native.py."""
 
-from logra_kernels.ops._native import Matrix, Positions
+from logra_kernels.ops._native import Encoded, Matrix, Positions
 
 def isa() -> str: ...
 def isas() -> list[str]: ...
@@ -24,6 +24,21 @@ def project_grad(
     n_threads: int,
 ) -> None: ...
 def accumulate_gram(g: Matrix, out: int, rows: int, d: int, n_threads: int) -> None: ...
+def quantize_rows(
+    g: Matrix,
+    codes: int,
+    scales: int,
+    rows: int,
+    d: int,
+    code: int,
+    half_scales: bool,
+    block: int,
+    stochastic: bool,
+    seed: int,
+    first_row: int,
+    n_threads: int,
+) -> None: ...
+def dequantize_rows(encoded: Encoded, out: int, rows: int, d: int, n_threads: int) -> None: ...
 def score_block(
     queries: Matrix, rows: Matrix, out: int, n_queries: int, n_rows: int, d: int, n_threads: int
 ) -> None: ...

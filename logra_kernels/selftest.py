@@ -118,6 +118,20 @@ def _accumulate_gram(draw: Callable[..., Tensor], backend: str) -> Answers:
     return got, earlier.double() + g.double().T @ g.double(), earlier + (g.T @ g).to(earlier.dtype)
 
 
+def _quantize_rows(draw: Callable[..., Tensor], backend: str) -> Answers:
+    g = draw(5, 300)
+    got, naive = (ops.quantize_rows(g, "int4", backend=each) for each in (backend, "reference"))
+    back, naive_back = (ops.dequantize_rows(rows, backend="reference") for rows in (got, naive))
+    return back, g.double(), naive_back
+
+
+def _dequantize_rows(draw: Callable[..., Tensor], backend: str) -> Answers:
+    rows = ops.quantize_rows(draw(5, 256), "int8", backend="reference")
+    assert rows.scales is not None
+    exact = rows.codes.double() * rows.scales.double().repeat_interleave(128, dim=1)
+    return ops.dequantize_rows(rows, backend=backend), exact, rows.codes * rows.scales.repeat_interleave(128, dim=1)
+
+
 def _score_block(draw: Callable[..., Tensor], backend: str) -> Answers:
     queries, rows = draw(5, 300), draw(90, 300)
     return ops.score_block(queries, rows, backend=backend), queries.double() @ rows.double().T, queries @ rows.T
@@ -141,6 +155,8 @@ _CASES = {
     "project_rows": _project_rows,
     "project_grad": _project_grad,
     "accumulate_gram": _accumulate_gram,
+    "quantize_rows": _quantize_rows,
+    "dequantize_rows": _dequantize_rows,
     "score_block": _score_block,
     "score_topk": _score_topk,
 }

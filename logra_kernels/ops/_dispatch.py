@@ -15,7 +15,15 @@ from functools import cache
 import torch
 
 LIB = torch.library.Library("logra_kernels", "DEF")
-OPS = ("project_rows", "project_grad", "accumulate_gram", "score_block", "score_topk")
+OPS = (
+    "project_rows",
+    "project_grad",
+    "accumulate_gram",
+    "quantize_rows",
+    "dequantize_rows",
+    "score_block",
+    "score_topk",
+)
 FORCED = os.environ.get("LOGRA_KERNELS_BACKEND", "auto")
 
 _MODULE = {"cpp": "cpu", "triton": "triton", "cuda": "cuda", "reference": "reference"}

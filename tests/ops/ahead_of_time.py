@@ -7,6 +7,7 @@ through Triton and ptxas. Prints one JSON line a launch.
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -15,11 +16,14 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from logra_kernels.ops._format import EncodedRows, RowFormat
 from logra_kernels.ops.accumulate_gram.triton import launch as accumulate_gram
+from logra_kernels.ops.dequantize_rows.triton import launch as dequantize_rows
 from logra_kernels.ops.project_grad.configs import TILES, key_of
 from logra_kernels.ops.project_grad.triton import launch as project_grad
 from logra_kernels.ops.project_grad.triton import launch_tile
 from logra_kernels.ops.project_rows.triton import launch as project_rows
+from logra_kernels.ops.quantize_rows.triton import launch as quantize_rows
 from logra_kernels.ops.score_block.triton import launch as score_block
 from logra_kernels.ops.score_topk.triton import launch as score_topk
 
@@ -30,6 +34,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.uint8: "*u8",
 }
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a block can have
 
@@ -70,6 +75,11 @@ def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+def encoded(name: str, scale: str = "fp32") -> EncodedRows:
+    form = RowFormat.of(name, scale=scale)
+    return EncodedRows(form, 512, zeros(form.code_dtype, 64, form.code_width(512)), zeros(form.scale_dtype, 64, 4))
+
+
 def cases(dtype: torch.dtype) -> dict[str, Callable]:
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     x, dy, p_in, p_out = (zeros(dtype, *shape) for shape in ((2, 96, 256), (2, 96, 384), (64, 256), (100, 384)))
@@ -78,6 +88,8 @@ def cases(dtype: torch.dtype) -> dict[str, Callable]:
         "project_rows": lambda: project_rows(x, p_in),
         "project_grad": lambda: project_grad(x, dy, p_in, p_out, None, None),
         "accumulate_gram": lambda: accumulate_gram(zeros(dtype, 50, 200), zeros(acc, 200, 200)),
+        "quantize_rows": lambda: quantize_rows(zeros(dtype, 4, 500), RowFormat.of("int4"), "nearest", 0, 0),
+        "dequantize_rows": lambda: dequantize_rows(encoded("int4")),
         "score_block": lambda: score_block(rows[:8], rows),
         "score_topk": lambda: score_topk(queries, rows, 5, scale, True),
     }
@@ -112,6 +124,15 @@ def variants(dtype: torch.dtype) -> dict[str, Callable]:
         "project_grad, ragged": lambda: project_grad(odd, dy, p_in[:20], p_out[:7], offsets, weights),
         "project_grad, projected": lambda: project_grad(projected, dy.view(2, 96, 384), None, p_out[:64], None, None),
         "project_grad, large k": lambda: project_grad(odd[None], dy[None], p_in, p_out, None, None),
+        **{
+            f"quantize_rows, {name} {rounding}": partial(quantize_rows, rows, RowFormat.of(name), rounding, 3, 1)
+            for name in ("fp8", "int8", "int2", "sign")
+            for rounding in ("nearest", "stochastic")
+        },
+        **{
+            f"dequantize_rows, {name}": partial(dequantize_rows, encoded(name, scale))
+            for name, scale in (("fp8", "fp32"), ("int8", "fp16"), ("int2", "fp32"), ("sign", "fp16"))
+        },
         "score_block, mixed": lambda: score_block(queries, rows.to(dtype)),
         "score_topk, plain": lambda: score_topk(rows[:8].to(dtype), rows.to(dtype), 5, None, False),
     }

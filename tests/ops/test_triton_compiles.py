@@ -19,6 +19,8 @@ KERNELS = {
     "project_grad": [["_project_grad_kernel"], ["_project_grad_kernel", "_add_chunks_kernel"]],
     "chunks": [["_project_grad_kernel", "_add_chunks_kernel"]],
     "accumulate_gram": [["_accumulate_gram_kernel"]],
+    "quantize_rows": [["_scales_kernel", "_codes_kernel"]],
+    "dequantize_rows": [["_dequantize_rows_kernel"]],
     "score_block": [["_score_kernel"]],
     "score_topk": [["_score_kernel"]],
 }

@@ -1,3 +1,3 @@
-from logra_kernels.ops.dequantize_rows.api import dequantize_rows
+from logra_kernels.ops.dequantize_rows.op import dequantize_rows
 
 __all__ = ["dequantize_rows"]

@@ -3,18 +3,19 @@
 import torch
 from torch import Tensor
 
-from logra_kernels.ops._format import RowFormat
+from logra_kernels.ops._format import EncodedRows
 
 
-def dequantize_rows(codes: Tensor, scales: Tensor | None, dim: int, form: RowFormat) -> Tensor:
-    """[N, dim] fp32."""
-    numbers = _unpack(codes, dim, form) if form.bits < 8 else codes.float()
-    if scales is None or not form.scaled:
+def dequantize_rows(rows: EncodedRows) -> Tensor:
+    """[N, D] fp32."""
+    numbers = _unpack(rows) if rows.format.bits < 8 else rows.codes.float()
+    if rows.scales is None:
         return numbers
-    return numbers * scales.float().repeat_interleave(form.block or 1, dim=1)[:, :dim]
+    return numbers * rows.scales.float().repeat_interleave(rows.format.block or 1, dim=1)[:, : rows.dim]
 
 
-def _unpack(codes: Tensor, dim: int, form: RowFormat) -> Tensor:
-    shifts = torch.arange(0, 8, form.bits, dtype=torch.uint8, device=codes.device)
-    fields = ((codes.unsqueeze(-1) >> shifts) & ((1 << form.bits) - 1)).flatten(1)[:, :dim].float()
-    return fields * 2 - 1 if form.name == "sign" else fields - (1 << (form.bits - 1))
+def _unpack(rows: EncodedRows) -> Tensor:
+    bits = rows.format.bits
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=rows.device)
+    fields = ((rows.codes.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)[:, : rows.dim].float()
+    return fields * 2 - 1 if rows.format.name == "sign" else fields - (1 << (bits - 1))

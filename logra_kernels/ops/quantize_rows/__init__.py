@@ -1,3 +1,3 @@
-from logra_kernels.ops.quantize_rows.api import quantize_rows
+from logra_kernels.ops.quantize_rows.op import quantize_rows
 
 __all__ = ["quantize_rows"]

@@ -1,0 +1,86 @@
+#include "quantize_rows/cpu.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "common/buffer.h"
+#include "common/kernels.h"
+#include "common/threads.h"
+#include "encoded/kernels.h"
+
+namespace lgk::quantize_rows {
+namespace {
+
+constexpr int64_t kPadding = 64;  // what pack_rows may write beyond a row
+
+uint32_t mix(uint64_t x) {
+  uint32_t h = static_cast<uint32_t>(x ^ (x >> 32));
+  h = (h ^ (h >> 16)) * 0x85ebca6bu;
+  h = (h ^ (h >> 13)) * 0xc2b2ae35u;
+  return h ^ (h >> 16);
+}
+
+struct Encoder {
+  const EncodedKernels& kernels;
+  const Kernels<float>& pack;
+  const Rows& g;
+  const Encoding& encoding;
+  const Chance& chance;
+  uint8_t* codes;
+  void* scales;
+  Shape shape;
+
+  int64_t widest() const { return std::min(encoding.block, round_up(shape.d, kChunk)); }
+  // The block's numbers, and what the sum of their magnitudes needs.
+  int64_t scratch_size() const {
+    return round_up(pack.row_tile * widest() + 2 * encoding.block + kPadding, kCacheLine);
+  }
+
+  // The rounded scale, kept at i of the scales.
+  float keep(float scale, int64_t i) const {
+    if (encoding.half_scales) scale = float_of_half(half_of(scale));
+    if (scale < std::numeric_limits<float>::min()) scale = 0;
+    if (scale > std::numeric_limits<float>::max()) scale = std::numeric_limits<float>::quiet_NaN();
+    if (encoding.half_scales) {
+      static_cast<uint16_t*>(scales)[i] = half_of(scale);
+    } else {
+      static_cast<float*>(scales)[i] = scale;
+    }
+    return scale;
+  }
+
+  void encode(int64_t row, float* scratch) const {
+    const int64_t blocks = ceil_div(shape.d, encoding.block);
+    const bool mean = encoding.code == Code::kSign && !chance.stochastic;
+    const Rounding rounding = {chance.stochastic, mix(static_cast<uint64_t>(chance.first_row + row) ^
+                                                      mix(static_cast<uint64_t>(chance.seed)))};
+    float* sums = scratch + pack.row_tile * widest() + kPadding;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t start = b * encoding.block, n = std::min(encoding.block, shape.d - start);
+      pack.pack_rows(g, row, 1, start, n, scratch, widest());
+      const float scale = keep(kernels.scale_of(scratch, n, encoding, mean, sums), row * blocks + b);
+      const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+      for (int64_t i = 0; i < n; i += kChunk) {
+        kernels.encode(scratch + i, std::min(kChunk, n - i), inverse, encoding, rounding, start + i,
+                       codes + row * encoding.bytes(shape.d) + encoding.bytes(start + i));
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void quantize_rows(const Rows& g, const Encoding& encoding, const Chance& chance, uint8_t* codes, void* scales,
+                   Shape shape, int n_threads) {
+  if (shape.rows == 0 || shape.d == 0) return;
+  n_threads = threads_for(double(shape.rows) * shape.d, n_threads);
+  const Encoder encoder = {encoded_kernels(), lgk::kernels<float>(), g, encoding, chance, codes, scales, shape};
+  const int64_t size = encoder.scratch_size();
+  const Buffer<float> scratch(size * n_threads);
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+  for (int64_t row = 0; row < shape.rows; ++row) encoder.encode(row, scratch.data() + size * omp_get_thread_num());
+}
+
+}  // namespace lgk::quantize_rows
