@@ -76,8 +76,9 @@ def merge(
     try:
         _Merge(directory, stores, ids, duplicates, link).run()
     except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
         raise StoreError(
-            f"merging into {directory} failed: {error.strerror} ({error.filename}); the stores that were to be merged"
+            f"merging into {directory} failed: {error.strerror}{where}; the stores that were to be merged"
             " are intact; remove the cause and run the same merge again"
         ) from error
     finally:

@@ -26,6 +26,7 @@ STEPS = (
     "replace",
     "fsync",
     "unlink",
+    "link",
 )  # of `os`; what lies between two of them a crash leaves as it was, or a temporary
 
 
