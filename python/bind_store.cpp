@@ -10,19 +10,24 @@ namespace py = pybind11;
 using namespace lgk;
 
 void bind_store(py::module_& m) {
-  const auto pages = [&m](const char* name, auto call, const char* doc) {
-    m.def(
-        name,
-        [name, call](Address address, int64_t bytes) {
-          check_sizes(name, {bytes});
-          py::gil_scoped_release unlocked;
-          return call(reinterpret_cast<const void*>(address), bytes);
-        },
-        py::arg("address"), py::arg("bytes"), doc);
-  };
-  pages("read_ahead", store::read_ahead, "Start reading a mapped file's range from the disk.");
-  pages("populate", store::populate, "Wait until a mapped range is in memory; 0, or the errno of a failed read.");
-  pages("let_go", store::let_go, "Take the whole pages of a mapped range out of the page table.");
+  m.def(
+      "populate",
+      [](Address address, int64_t bytes, int n_threads) {
+        check_sizes("populate", {bytes});
+        check_threads("populate", n_threads);
+        py::gil_scoped_release unlocked;
+        return store::populate(reinterpret_cast<const void*>(address), bytes, n_threads);
+      },
+      py::arg("address"), py::arg("bytes"), py::arg("n_threads"),
+      "Wait until a mapped range is in memory; 0, or the errno of a failed read.");
+  m.def(
+      "let_go",
+      [](Address address, int64_t bytes) {
+        check_sizes("let_go", {bytes});
+        py::gil_scoped_release unlocked;
+        store::let_go(reinterpret_cast<const void*>(address), bytes);
+      },
+      py::arg("address"), py::arg("bytes"), "Take the whole pages of a mapped range out of the page table.");
   m.def(
       "gather",
       [](const std::vector<std::pair<Address, int64_t>>& parts, Address out, int64_t room) {

@@ -177,6 +177,11 @@ class EncodedRows:
         """Some of the rows: a slice, which copies nothing, a mask [N] or row numbers."""
         return EncodedRows(self.format, self.dim, self.codes[rows], None if self.scales is None else self.scales[rows])
 
+    def pinned(self) -> "EncodedRows":
+        """A copy in memory from which a CUDA device can read by itself."""
+        scales = None if self.scales is None else self.scales.pin_memory()
+        return EncodedRows(self.format, self.dim, self.codes.pin_memory(), scales)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "EncodedRows":
         """The same rows on a device."""
         scales = None if self.scales is None else self.scales.to(device, non_blocking=non_blocking)

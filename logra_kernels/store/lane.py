@@ -35,6 +35,8 @@ class Lane:
     def _run(self) -> None:
         while (entry := self._jobs.get()) is not None:
             future, job = entry
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(job())
             except BaseException as error:  # anything at all must reach the one who waits

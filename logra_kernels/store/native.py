@@ -1,5 +1,6 @@
 """The C++ helpers of the store. Without them everything works, page by page and slower."""
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from logra_kernels.ops._native import DTYPE_CODE
+
+READERS = 3  # threads that bring a file in; cold, ext4 on a virtual disk: 1.2, 2.3 and 2.6 GB/s from 1, 2 and 3
 
 
 @cache
@@ -45,3 +48,22 @@ def gather(parts: Sequence[np.ndarray], out: np.ndarray) -> int:
         np.copyto(out[count : count + len(part)], part)
         count += len(part)
     return count
+
+
+def populate(pages: np.ndarray) -> None:
+    """Return once a mapped file's bytes are in memory and in the page table, in huge pages where there are any.
+
+    Raises:
+        OSError: The disk cannot read them.
+    """
+    library = _library()
+    error = library.populate(pages.ctypes.data, len(pages), READERS) if library is not None else 0
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
+def let_go(pages: np.ndarray) -> None:
+    """Take a mapped file's bytes out of the page table; they stay valid."""
+    library = _library()
+    if library is not None:
+        library.let_go(pages.ctypes.data, len(pages))

@@ -5,6 +5,7 @@ S[q,n] = row_scale[n] sum_d queries[q,d] rows[n,d]
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.ops import EncodedRows, score_block, score_topk
+from logra_kernels.store.ahead import loaded, on_device
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.encoding import decode, wrap
 from logra_kernels.store.format import Manifest, Shard, read_manifest
+from logra_kernels.store.memory import memory_limit
 from logra_kernels.store.shard import MappedShard, Piece, missing, read_columns
 
 BLOCK_BYTES = 64 << 20
@@ -100,12 +103,12 @@ class Reader:
             self._row_of = {name: row for row, name in enumerate(self.table.column("id").to_pylist())}
         return self._row_of
 
-    def _map(self, shard: Shard, private: bool = False) -> EncodedRows:
-        """Rows of a shard, verified once per open. A private mapping is the caller's own to write on."""
+    def _map(self, shard: Shard, private: bool, keep: bool = True) -> MappedShard:
+        """A shard, verified once per open. A private mapping is the caller's own to write on."""
+        if self._tail is not None and shard is self.manifest.shards[-1]:
+            return self._tail  # its file may be gone, so it cannot be mapped once more
         name = shard.rows.name
         mapped = None if private else self._mapped.pop(name, None)
-        if mapped is None and self._tail is not None and shard is self.manifest.shards[-1]:
-            return self._tail_rows(private)
         if mapped is None:
             try:
                 mapped = MappedShard(self.directory, self.manifest, shard)
@@ -113,13 +116,16 @@ class Reader:
                 raise self._gone(name) from None
             if shard.rows.checksum in self._verified:
                 mapped.trust()
-        tensors = mapped.tensors()
-        self._verified.add(shard.rows.checksum)
-        if not private:
+        if keep and not private:
             self._mapped[name] = mapped
             while len(self._mapped) > MAPPED_SHARDS:
                 self._mapped.popitem(last=False)
-        return wrap(self.manifest, tensors)
+        return mapped
+
+    def _rows(self, shard: Shard, mapped: MappedShard, private: bool) -> EncodedRows:
+        tensors = mapped.tensors()
+        self._verified.add(shard.rows.checksum)
+        return wrap(self.manifest, _copies(tensors) if private and mapped is self._tail else tensors)
 
     def _gone(self, name: str) -> StoreError:
         if any(name in shard.names for shard in read_manifest(self.directory).shards):
@@ -134,24 +140,35 @@ class Reader:
             return []
         return [(_copies(self._tail.tensors()), self._tail_table)]
 
-    def _tail_rows(self, private: bool) -> EncodedRows:
-        assert self._tail is not None  # its file may be gone, so it cannot be mapped once more
-        tensors = self._tail.tensors()
-        return wrap(self.manifest, _copies(tensors) if private else tensors)
+    def _overlapping(self, start: int, stop: int) -> list[tuple[int, Shard]]:
+        """Shards with rows in [start, stop), and the number of each one's first row."""
+        found, end = [], 0
+        for shard in self.manifest.shards:
+            begin, end = end, end + shard.shown
+            if end > start and begin < stop:
+                found.append((begin, shard))
+        return found
 
     def _stream(
         self, start: int, stop: int, max_bytes: int, row_bytes: int, private: bool
     ) -> Iterator[tuple[int, EncodedRows]]:
         step = max(1, max_bytes // row_bytes)
-        end = 0
-        for shard in self.manifest.shards:
-            begin, end = end, end + shard.shown
-            if end <= start or begin >= stop:
-                continue
-            rows, shown = self._map(shard, private), self._shown.get(shard.start)
-            for first in range(max(start, begin), min(stop, end), step):
-                part = slice(first - begin, min(first + step, stop, end) - begin)
+        wanted = self._overlapping(start, stop)
+        give_back = self._outgrows_memory and not private  # what the caller has written would be lost
+        mapped: Iterator[MappedShard] = (self._map(shard, private, keep=not give_back) for _, shard in wanted)
+        if len(wanted) > 1:
+            mapped = loaded(mapped, give_back)
+        for (begin, shard), mapping in zip(wanted, mapped, strict=True):
+            rows, shown = self._rows(shard, mapping, private), self._shown.get(shard.start)
+            end = min(stop, begin + shard.shown)
+            for first in range(max(start, begin), end, step):
+                part = slice(first - begin, min(first + step, end) - begin)
                 yield first, rows[part] if shown is None else _lines(rows, shown[part])
+
+    @cached_property
+    def _outgrows_memory(self) -> bool:
+        """Whether a pass over the store would push everything else, and its own first rows, out of the page cache."""
+        return sum(shard.rows.nbytes for shard in self.manifest.shards) > memory_limit() // 2
 
     def blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows [n, D] decoded), in order, of at most `max_bytes` but at least one row; the caller's own."""
@@ -180,9 +197,9 @@ class Reader:
         """[Q, N] fp32 on the queries' device."""
         queries, row_scale = self._check(queries, row_scale)
         out = queries.new_zeros((queries.shape[0], self.manifest.rows), dtype=torch.float32)
-        for first, rows in self.encoded_blocks(max_bytes):
+        for first, rows in on_device(self.encoded_blocks(max_bytes), queries.device):
             part = slice(first, first + len(rows))
-            scores = score_block(queries, rows.to(queries.device))
+            scores = score_block(queries, rows)
             out[:, part] = scores if row_scale is None else scores * row_scale[part]
         return out
 
@@ -195,9 +212,9 @@ class Reader:
             raise StoreError(f"k is {k}; it must be at least 1")
         values = queries.new_zeros((queries.shape[0], 0), dtype=torch.float32)
         index = queries.new_zeros((queries.shape[0], 0), dtype=torch.int64)
-        for first, rows in self.encoded_blocks(max_bytes):
+        for first, rows in on_device(self.encoded_blocks(max_bytes), queries.device):
             scale = None if row_scale is None else row_scale[first : first + len(rows)]
-            block = score_topk(queries, rows.to(queries.device), k, scale, largest=largest)
+            block = score_topk(queries, rows, k, scale, largest=largest)
             values, index = _merge((values, index), (block[0], block[1] + first), k, largest)
         return values, index
 

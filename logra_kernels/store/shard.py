@@ -1,10 +1,13 @@
 """One shard: its two files written, and read with their checksums verified."""
 
+import contextlib
 import mmap
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from logra_kernels.store.columns import from_parquet, to_parquet
 from logra_kernels.store.disk import Disk, begin_sealed
 from logra_kernels.store.durable import Temporary, begin_file, digest, sealed_checksum
 from logra_kernels.store.format import File, Manifest, Shard, shard_names
+from logra_kernels.store.native import let_go, populate
 from logra_kernels.store.tensorfile import CHECKSUM_AT, as_bytes, header, map_file, view
 
 _ADVICE = "restore it from a copy, or keep what is intact with `logra fsck --repair`"
@@ -105,6 +109,7 @@ class MappedShard:
         self._specs = manifest.tensors(shard.count)
         self._head = header(self._specs, {}, shard.rows.checksum)
         self._mapping = self._map()
+        self._pages = np.frombuffer(self._mapping, np.uint8)
         self._verified = False
 
     def _map(self) -> mmap.mmap:
@@ -121,19 +126,45 @@ class MappedShard:
             raise damaged(self._path, f"it is {len(mapping)} bytes long where {expected} are expected")
         return mapping
 
-    def verify(self) -> None:
-        """Hash the mapped file once.
+    @property
+    def nbytes(self) -> int:
+        return len(self._pages)
+
+    def bring_in(self) -> None:
+        """Read the file into memory.
 
         Raises:
-            StoreError: A byte differs from what was written.
+            StoreError: The disk cannot read it.
+        """
+        try:
+            populate(self._pages)
+        except OSError as error:
+            raise StoreError(f"{self._path} cannot be read: {error.strerror}; check the disk") from None
+
+    def verify(self) -> None:
+        """Hash the file once.
+
+        Raises:
+            StoreError: A byte differs from what was written, or the disk cannot read it.
         """
         if self._verified:
             return
+        self.bring_in()
         with memoryview(self._mapping) as data:
             _, computed = sealed_checksum(data, CHECKSUM_AT)
             if computed != self._shard.rows.checksum or data[: len(self._head)] != self._head:
                 raise damaged(self._path, "its checksum does not fit its content")
         self._verified = True
+
+    def let_go(self) -> None:
+        """Give the memory back, the page cache's too."""
+        let_go(self._pages)
+        with contextlib.suppress(OSError):
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
 
     def trust(self) -> "MappedShard":
         """Skip the hash: this open of the store has verified the file before."""

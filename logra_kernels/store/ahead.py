@@ -1,0 +1,81 @@
+"""Shards on their way: from the disk into memory while the one before is scored, and from there onto a device."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from functools import partial
+
+import torch
+
+from logra_kernels.ops import EncodedRows
+from logra_kernels.store.lane import Lane
+from logra_kernels.store.shard import MappedShard
+
+AHEAD_BYTES = 64 << 20  # at least this much is on its way while a shard is used
+DEVICE_BLOCKS = 2  # on a device at a time: one is used, one arrives
+
+
+def loaded(shards: Iterable[MappedShard], give_back: bool) -> Iterator[MappedShard]:
+    """The shards in order, each in memory and verified.
+
+    Two threads work ahead of the caller: one brings shards in, one hashes them.
+
+    Args:
+        give_back: Whether a shard's memory, the page cache's too, is given back once the caller has moved on.
+
+    Raises:
+        StoreError: A shard is damaged; those before it have been handed out.
+    """
+    waiting: deque[tuple[MappedShard, Future]] = deque()
+    with Lane("logra-store-read") as read, Lane("logra-store-hash") as verify:
+        try:
+            nbytes = 0
+            for shard in shards:
+                brought = read.submit(shard.bring_in)
+                waiting.append((shard, verify.submit(partial(_verify, shard, brought))))
+                nbytes += shard.nbytes
+                while len(waiting) > 1 and nbytes - waiting[0][0].nbytes >= AHEAD_BYTES:
+                    nbytes -= waiting[0][0].nbytes
+                    yield from _next(waiting, give_back)
+            while waiting:
+                yield from _next(waiting, give_back)
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _verify(shard: MappedShard, brought: Future) -> None:
+    brought.result()
+    shard.verify()
+
+
+def _next(waiting: deque[tuple[MappedShard, Future]], give_back: bool) -> Iterator[MappedShard]:
+    shard, future = waiting.popleft()
+    future.result()
+    yield shard
+    if give_back:
+        shard.let_go()
+
+
+def on_device(blocks: Iterable[tuple[int, EncodedRows]], device: torch.device) -> Iterator[tuple[int, EncodedRows]]:
+    """The blocks on a device. Onto a CUDA device they go by pinned memory and on a stream of their own, so that copies
+    and kernels overlap; of the device's memory no more than `DEVICE_BLOCKS` blocks are used."""
+    if device.type != "cuda":
+        for first, rows in blocks:
+            yield first, rows.to(device)
+        return
+    copies = torch.cuda.Stream(device)
+    used: deque[tuple[EncodedRows, EncodedRows, torch.cuda.Event]] = deque()
+    for first, rows in blocks:
+        while len(used) >= DEVICE_BLOCKS:
+            used[0][2].synchronize()  # only then may its memory, here and there, be used again
+            used.popleft()
+        pinned = rows.pinned()
+        with torch.cuda.stream(copies):
+            sent = pinned.to(device, non_blocking=True)
+            arrived = copies.record_event()
+        torch.cuda.current_stream(device).wait_event(arrived)
+        yield first, sent
+        used.append((pinned, sent, torch.cuda.current_stream(device).record_event()))
+    for _, _, done in used:
+        done.synchronize()
