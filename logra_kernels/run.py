@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from logra_kernels import influence
 from logra_kernels.curvature import CURVATURES, Curvature, Damping, Factor
 from logra_kernels.errors import LograError, StoreError, StoreMismatch
-from logra_kernels.nn import DEFAULT_KINDS, KINDS, Taps, capture, model_fingerprint
+from logra_kernels.nn import DEFAULT_KINDS, KINDS, Taps, capture, model_fingerprint, tappable
 from logra_kernels.ops import RowFormat
 from logra_kernels.projection import Projection
 from logra_kernels.session import Analysis, Observation, Query
@@ -101,7 +101,7 @@ class Run(Analysis):
         self.taps.attach()
 
     def _layers_of(self, store: GradientStore) -> list[str]:
-        here = {name for name, _ in getattr(self.model, "_orig_mod", self.model).named_modules()}
+        here = tappable(getattr(self.model, "_orig_mod", self.model))
         absent = [name for name in store.layers if name not in here]
         if absent:
             raise StoreMismatch(

@@ -2,7 +2,7 @@ from logra_kernels.nn.adapters import DEFAULT_KINDS, KINDS
 from logra_kernels.nn.capture import Taps, capture
 from logra_kernels.nn.covariance import Covariances
 from logra_kernels.nn.fingerprint import model_fingerprint
-from logra_kernels.nn.layers import Layer, find_layers
+from logra_kernels.nn.layers import Layer, find_layers, tappable
 from logra_kernels.nn.tokens import TokenShares
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "capture",
     "find_layers",
     "model_fingerprint",
+    "tappable",
 ]

@@ -1,91 +1,19 @@
 """capture(model): taps on the chosen layers, and the projected gradients they gather."""
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.nn.adapters import DEFAULT_KINDS, Adapter
+from logra_kernels.nn.adapters import DEFAULT_KINDS, Adapter, ExpertAdapter
 from logra_kernels.nn.covariance import Covariances
+from logra_kernels.nn.experts import TappedExperts
+from logra_kernels.nn.hook import Hook, Probe
 from logra_kernels.nn.layers import Layer, find_layers
-from logra_kernels.nn.tap import Tap, check_heard
+from logra_kernels.nn.tap import check_heard
 from logra_kernels.nn.tokens import TokenShares
 from logra_kernels.projection import Projection
-
-
-class _Probe:
-    """What one tapped weight needs: its factors, and the zero leaf that receives its gradient."""
-
-    def __init__(self, layer: Layer, projection: Projection) -> None:
-        dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.float32
-        self.device, self.dtype = layer.weight.device, torch.float64 if dtype == torch.float64 else torch.float32
-        self._weight_dtype = dtype
-        self.leaf: Tensor | None = None
-        self.project(layer, projection)
-
-    def project(self, layer: Layer, projection: Projection) -> None:
-        factors = projection.factor(layer.name, "in", layer.d_in), projection.factor(layer.name, "out", layer.d_out)
-        self.p_in, self.p_out = (None if p is None else p.to(self.device, self._weight_dtype) for p in factors)
-        self.k = projection.width(layer.d_out, "out"), projection.width(layer.d_in, "in")
-
-    def renew(self, samples: int) -> None:
-        # 4 bytes seen as [N, k_out, k_in]: only the gradient's shape counts
-        zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        self.leaf = zero.expand(samples, *self.k).requires_grad_()
-
-
-class _Hook:
-    """The forward hook on one module."""
-
-    def __init__(self, name: str, adapter: Adapter, probe: _Probe, taps: "Taps") -> None:
-        self.name, self.adapter, self.probe, self.taps = name, adapter, probe, taps
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
-        if not self.taps.active or not torch.is_grad_enabled():
-            return None
-        adapter, probe = self.adapter, self.probe
-        x = args[0] if args else kwargs[adapter.argument]
-        adapter.check(self.name, x)
-        if probe.leaf is None:
-            if torch.compiler.is_compiling():
-                raise RuntimeError(
-                    "capture: a compiled model needs its batch size beforehand: call taps.reset(batch_size)"
-                )
-            probe.renew(x.shape[0])
-        leaf = probe.leaf
-        assert leaf is not None
-        offsets = self.taps.offsets
-        if offsets is not None:
-            shape = adapter.positions(x, y)
-            if math.prod(shape) != self.taps.positions:
-                raise ValueError(
-                    f"capture: offsets end at {self.taps.positions} and layer {self.name!r} has {tuple(shape)} ="
-                    f" {math.prod(shape)} positions; offsets must cut all flattened positions of the batch, and layers"
-                    " with other positions must be excluded"
-                )
-            offsets = offsets.to(y.device)
-        elif leaf.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun; call"
-                " taps.reset() between batches, and exclude layers whose inputs are not [N, ...]"
-            )
-        weights = self.taps.weights
-        if weights is not None:
-            shape = adapter.positions(x, y)
-            if (offsets is None and weights.shape[0] != shape[0]) or weights.numel() != math.prod(shape):
-                raise ValueError(
-                    f"capture: weights {tuple(weights.shape)} do not fit the {tuple(shape)} positions of layer"
-                    f" {self.name!r}"
-                )
-            weights = weights.to(y.device, probe.dtype).reshape(shape[0], -1)
-        # under autocast x and y may differ from the weight; ids and norms are projected beside dy
-        p_in = None if probe.p_in is None else probe.p_in.to(x.dtype if adapter.projects_x else y.dtype)
-        p_out = None if probe.p_out is None else probe.p_out.to(y.dtype)
-        if self.taps.mode is not None:
-            return self.taps.mode.tap(self.name, adapter, y, x, p_in, p_out, weights)
-        return Tap.apply(y, x, leaf, p_in, p_out, weights, offsets, adapter)
 
 
 def _check_offsets(offsets: Tensor, batch_size: int | None) -> tuple[int, int]:
@@ -120,17 +48,23 @@ class Taps:
         self.weights: Tensor | None = None
         self.offsets: Tensor | None = None
         self.positions = 0  # where the offsets end
+        self.samples: int | None = None  # of the batch, once it is known
         self.mode: TokenShares | Covariances | None = None
         self._layers = layers
-        self._probes = {layer.name: _Probe(layer, projection) for layer in layers}
+        self._probes = {layer.name: Probe(layer, projection) for layer in layers}
         self._handles: list = []
 
     def attach(self) -> None:
         """Put the hooks on. They do nothing until `active` is set. Attach before torch.compile traces the model."""
+        routed: dict[nn.Module, dict[str, Hook]] = {}
         for layer in self._layers:
             for module, adapter in layer.holders:
-                hook = _Hook(layer.name, adapter, self._probes[layer.name], self)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                hook = Hook(layer.name, adapter, self._probes[layer.name], self)
+                if isinstance(adapter, ExpertAdapter):
+                    routed.setdefault(module, {})[adapter.part] = hook
+                else:
+                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self._handles += [TappedExperts(module, hooks, self) for module, hooks in routed.items()]
 
     def detach(self) -> None:
         """Take the hooks off; the model is as it was."""
@@ -167,7 +101,7 @@ class Taps:
         """
         if offsets is not None:
             batch_size, self.positions = _check_offsets(offsets, batch_size)
-        self.weights, self.offsets = weights, offsets
+        self.weights, self.offsets, self.samples = weights, offsets, batch_size
         for probe in self._probes.values():
             probe.leaf = None
             if batch_size is not None:
@@ -275,8 +209,9 @@ def capture(
         projection: Kind, rank and seed of the factors; default `Projection()`.
         include: Glob patterns on layer names ("*.mlp.*"); default every layer of the kinds.
         exclude: Glob patterns taken away from these.
-        kinds: "linear" (nn.Linear, Hugging Face's Conv1D) and "conv" (1, 2 and 3 dimensions) by default; "embedding"
-            and "norm" (gains of LayerNorm and RMSNorm) on request.
+        kinds: "linear" (nn.Linear, Hugging Face's Conv1D) and "conv" (1, 2 and 3 dimensions) by default; "embedding",
+            "norm" (gains of LayerNorm and RMSNorm) and "expert" (each expert of transformers' fused mixtures, as layers
+            "<module>.gate_up_proj.<e>" and "<module>.down_proj.<e>") on request.
         bias: Give linear layers that have a bias one more input column that holds its gradient.
 
     Raises:

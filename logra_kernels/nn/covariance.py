@@ -132,6 +132,11 @@ class Covariances:
         """y, with this layer's covariances tapped; what the taps' hooks call."""
         if torch.compiler.is_compiling():
             raise RuntimeError("covariances: a compiled model cannot be observed; run the model itself")
+        if self.sharing == "reduce" and not adapter.samples_first:
+            raise ValueError(
+                f"covariances: the rows of layer {name!r} are not cut by samples, which sharing='reduce' needs; use"
+                " 'expand', or exclude the layer"
+            )
         p_in, p_out = (None if side in self.whole else p for side, p in (("in", p_in), ("out", p_out)))
         if name not in self._sums:
             dtype = torch.float64 if y.dtype == torch.float64 else torch.float32

@@ -39,7 +39,7 @@ def find_layers(
         model: Any module; `torch.compile`'s wrapper is looked through.
         include: Glob patterns on module names ("*.mlp.*"); None takes every layer of the kinds.
         exclude: Glob patterns taken away from these.
-        kinds: Of "linear", "conv", "embedding", "norm".
+        kinds: Of "linear", "conv", "embedding", "norm", "expert".
         bias: Give linear layers that have a bias one more input column, its gradient.
 
     Raises:
@@ -49,25 +49,30 @@ def find_layers(
     if unknown:
         raise ValueError(f"capture: kinds {unknown} are unknown; they must be of {', '.join(KINDS)}")
     model = getattr(model, "_orig_mod", model)
-    found = {name: a for name, module in model.named_modules() if (a := adapt(module, tuple(kinds), bias)) is not None}
+    found = tappable(model, kinds, bias)
     if not found:
         raise ValueError(f"capture: {type(model).__name__} has no layer of the kinds {', '.join(kinds)}")
     for pattern in [*(include or ()), *(exclude or ())]:
         if not any(fnmatchcase(name, pattern) for name in found):
             some = ", ".join(list(found)[:8])
             raise ValueError(f"capture: the filter {pattern!r} matches none of the {len(found)} layers ({some}, ...)")
-    chosen = [name for name in found if include is None or any(fnmatchcase(name, pattern) for pattern in include)]
-    chosen = [name for name in chosen if not any(fnmatchcase(name, pattern) for pattern in exclude or ())]
+    chosen = {name for name in found if include is None or any(fnmatchcase(name, pattern) for pattern in include)}
+    chosen = {name for name in chosen if not any(fnmatchcase(name, pattern) for pattern in exclude or ())}
     if not chosen:
         raise ValueError("capture: the filters leave no layer")
-    tied: dict[int, list[str]] = {}
-    for name in chosen:
-        tied.setdefault(id(model.get_submodule(name).weight), []).append(name)
-    return [
-        Layer(
-            names[0],
-            model.get_submodule(names[0]).weight,  # type: ignore[arg-type]
-            tuple((model.get_submodule(name), found[name]) for name in names),
-        )
-        for names in tied.values()
-    ]
+    weights = {name: adapter.parameters(module)[0] for name, (module, adapter) in found.items() if name in chosen}
+    tied: dict[tuple[int, str], list[str]] = {}
+    for name, weight in weights.items():
+        tied.setdefault((id(weight), found[name][1].part), []).append(name)
+    return [Layer(names[0], weights[names[0]], tuple(found[name] for name in names)) for names in tied.values()]
+
+
+def tappable(
+    model: nn.Module, kinds: Sequence[str] = KINDS, bias: bool = False
+) -> dict[str, tuple[nn.Module, Adapter]]:
+    """Layer name -> (module, its adapter) of all layers of these kinds, in the model's own order."""
+    return {
+        ".".join(filter(None, (name, part))): (module, adapter)
+        for name, module in model.named_modules()
+        for part, adapter in adapt(module, tuple(kinds), bias).items()
+    }

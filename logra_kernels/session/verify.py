@@ -179,6 +179,7 @@ def _check_shapes(taps: Taps, loss: Loss, samples: int, packed: bool) -> list[st
         module.register_forward_pre_hook(watch(name, adapter.argument), with_kwargs=True)
         for name, holders in taps.holders.items()
         for module, adapter in holders
+        if adapter.samples_first
     ]
     try:
         with torch.no_grad():
@@ -265,10 +266,11 @@ def _alone(taps: Taps, loss: Loss, samples: int, learning: dict[str, list[list[T
         grads = _gradients(value, flat)
         of = {id(p): g for p, g in zip(flat, grads, strict=True)}
         for name, groups in learning.items():
+            left = dict(of)
             dw: Tensor | int = 0
             for (_, adapter), group in zip(taps.holders[name], groups, strict=True):
                 # the gradient of a shared weight is the whole one already: taken once
-                own = [of.pop(id(p), None) for p in group]
+                own = [left.pop(id(p), None) for p in group]
                 dw = dw + adapter.matrix(
                     [torch.zeros_like(p) if g is None else g for p, g in zip(group, own, strict=True)]
                 )

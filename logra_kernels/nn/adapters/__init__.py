@@ -1,4 +1,5 @@
 from logra_kernels.nn.adapters.base import Adapter
+from logra_kernels.nn.adapters.experts import ExpertAdapter
 from logra_kernels.nn.adapters.registry import DEFAULT_KINDS, KINDS, adapt
 
-__all__ = ["DEFAULT_KINDS", "KINDS", "Adapter", "adapt"]
+__all__ = ["DEFAULT_KINDS", "KINDS", "Adapter", "ExpertAdapter", "adapt"]

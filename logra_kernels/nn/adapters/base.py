@@ -17,16 +17,20 @@ class Adapter(ABC):
     """One layer's matrix view.
 
     Attributes:
-        kind: "linear", "conv", "embedding" or "norm", what `capture(kinds=)` chooses by.
+        kind: "linear", "conv", "embedding", "norm" or "expert", what `capture(kinds=)` chooses by.
         d_in, d_out: Width of the gradient's two sides.
         argument: The name of x in the layer's forward.
         projects_x: Whether P_in meets x itself, in x's dtype; else it meets what stands beside dy, in dy's.
+        part: Which part of the module the layer is, where it has several.
+        samples_first: Whether dimension 0 of the module's input holds the samples.
         repeats: How many rows of `sides` stand for one position (a convolution's groups), as [repeats, T] flattened.
     """
 
     kind: str
     argument = "input"
     projects_x = False
+    part = ""
+    samples_first = True
     repeats = 1
 
     def __init__(self, d_in: int, d_out: int) -> None:

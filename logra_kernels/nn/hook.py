@@ -1,0 +1,94 @@
+"""The forward hook that puts a tap behind a module, and what the tapped weight needs."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from logra_kernels.nn.adapters import Adapter
+from logra_kernels.nn.layers import Layer
+from logra_kernels.nn.tap import Tap
+from logra_kernels.projection import Projection
+
+if TYPE_CHECKING:
+    from logra_kernels.nn.capture import Taps
+
+
+class Probe:
+    """What one tapped weight needs: its factors, and the zero leaf that receives its gradient."""
+
+    def __init__(self, layer: Layer, projection: Projection) -> None:
+        dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.float32
+        self.device, self.dtype = layer.weight.device, torch.float64 if dtype == torch.float64 else torch.float32
+        self._weight_dtype = dtype
+        self.leaf: Tensor | None = None
+        self.project(layer, projection)
+
+    def project(self, layer: Layer, projection: Projection) -> None:
+        factors = projection.factor(layer.name, "in", layer.d_in), projection.factor(layer.name, "out", layer.d_out)
+        self.p_in, self.p_out = (None if p is None else p.to(self.device, self._weight_dtype) for p in factors)
+        self.k = projection.width(layer.d_out, "out"), projection.width(layer.d_in, "in")
+
+    def renew(self, samples: int) -> None:
+        # 4 bytes seen as [N, k_out, k_in]: only the gradient's shape counts
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        self.leaf = zero.expand(samples, *self.k).requires_grad_()
+
+
+class Hook:
+    """The forward hook on one module, for one of its layers."""
+
+    def __init__(self, name: str, adapter: Adapter, probe: Probe, taps: "Taps") -> None:
+        self.name, self.adapter, self.probe, self.taps = name, adapter, probe, taps
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
+        if not self.taps.active or not torch.is_grad_enabled():
+            return None
+        adapter, probe = self.adapter, self.probe
+        x = args[0] if args else kwargs[adapter.argument]
+        adapter.check(self.name, x)
+        if probe.leaf is None:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "capture: a compiled model needs its batch size beforehand: call taps.reset(batch_size)"
+                )
+            self.taps.samples = x.shape[0]
+            probe.renew(x.shape[0])
+        leaf = probe.leaf
+        assert leaf is not None
+        offsets = self.taps.offsets
+        if offsets is not None:
+            shape = adapter.positions(x, y)
+            if math.prod(shape) != self.taps.positions:
+                raise ValueError(
+                    f"capture: offsets end at {self.taps.positions} and layer {self.name!r} has {tuple(shape)} ="
+                    f" {math.prod(shape)} positions; offsets must cut all flattened positions of the batch, and layers"
+                    " with other positions must be excluded"
+                )
+            offsets = offsets.to(y.device)
+        elif leaf.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun; call"
+                " taps.reset() between batches, and exclude layers whose inputs are not [N, ...]"
+            )
+        weights = self.taps.weights
+        if weights is not None:
+            shape = adapter.positions(x, y)
+            if (offsets is None and weights.shape[0] != shape[0]) or weights.numel() != math.prod(shape):
+                raise ValueError(
+                    f"capture: weights {tuple(weights.shape)} do not fit the {tuple(shape)} positions of layer"
+                    f" {self.name!r}"
+                )
+            weights = weights.to(y.device, probe.dtype).reshape(shape[0], -1)
+        return self.tap(y, x, weights, offsets)
+
+    def tap(self, y: Tensor, x: Tensor, weights: Tensor | None, offsets: Tensor | None) -> Tensor:
+        """y with the tap behind it; everything fits, and there is a leaf."""
+        adapter, probe = self.adapter, self.probe
+        # under autocast x and y may differ from the weight; ids and norms are projected beside dy
+        p_in = None if probe.p_in is None else probe.p_in.to(x.dtype if adapter.projects_x else y.dtype)
+        p_out = None if probe.p_out is None else probe.p_out.to(y.dtype)
+        if self.taps.mode is not None:
+            return self.taps.mode.tap(self.name, adapter, y, x, p_in, p_out, weights)
+        return Tap.apply(y, x, probe.leaf, p_in, p_out, weights, offsets, adapter)
