@@ -24,8 +24,12 @@ VERBS = {
     "delete": "take rows out of a store, by their ids or by a column",
     "compact": "write a store's files again without its deleted rows",
     "fsck": "whether every byte of a store is as it was written; with --repair, keep what is",
+    "import": "make a store of rows that LogIX or Bergson has logged",
+    "export": "a store's rows for NumPy, FAISS or Hugging Face datasets",
     "selftest": "check the numbers of every backend on this machine",
 }
+
+MODULES = {"import": "import_rows"}  # of verbs that are words of Python
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +66,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         child = verbs.add_parser(verb, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if verb == chosen:
             # Only the verb at hand is imported: `logra --help` stays fast and one broken verb stops no other.
-            module = importlib.import_module(f"logra_kernels.cli.{verb}")
+            module = importlib.import_module(f"logra_kernels.cli.{MODULES.get(verb, verb)}")
             module.add_arguments(child)
             child.set_defaults(run=module.run)
         child.add_argument("--debug", action="store_true", help="show the full traceback of an error")

@@ -15,6 +15,7 @@ from logra_kernels.store.append import Appender
 from logra_kernels.store.compact import remove_retired
 from logra_kernels.store.create import check_free, new_manifest, remove_leftovers, store_exists
 from logra_kernels.store.durable import TEMPORARY, remove_files, sync_directory
+from logra_kernels.store.export import export
 from logra_kernels.store.fingerprint import check_fingerprints
 from logra_kernels.store.format import ORIGIN, Manifest, read_manifest, write_manifest, write_origin
 from logra_kernels.store.lock import ReaderLease, WriterLock
@@ -397,6 +398,19 @@ class GradientStore:
             StoreError: Sizes do not fit, or a shard is damaged.
         """
         return self._current().topk(queries, k, row_scale, largest, max_bytes)
+
+    def export(self, path: str | os.PathLike, format: str = "npy") -> Path:
+        """Write all rows, their ids and columns for other tools.
+
+        Args:
+            path: A new directory.
+            format: "npy" (rows.npy fp32 and columns.parquet), "faiss" (index.faiss, inner product) or "datasets"
+                (Hugging Face; column "gradient").
+
+        Raises:
+            StoreError: An unknown format, its package is missing, something is at the path, or the disk refuses.
+        """
+        return export(self, path, format)
 
     # --- sidecars ---
 
