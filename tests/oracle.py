@@ -11,7 +11,7 @@ from logra_kernels.nn import Taps
 def projected_autograd(model: nn.Module, taps: Taps, losses: list[Callable[[], Tensor]]) -> dict[str, Tensor]:
     """{layer: [N, k_out, k_in]} as P_out dW P_in^T, dW from one backward of the whole model for each sample's loss."""
     wanted = {name: model.get_submodule(name).weight for name in taps.layers}
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     for p in frozen:
         p.requires_grad_(True)
     rows: dict[str, list[Tensor]] = {name: [] for name in wanted}
