@@ -15,6 +15,7 @@ from logra_kernels.ops import (
     score_block,
     score_topk,
 )
+from logra_kernels.plan import plan, probe
 from logra_kernels.projection import Projection
 from logra_kernels.run import Query, Run
 from logra_kernels.session import ensemble, tracin
@@ -37,6 +38,8 @@ __all__ = [
     "capture",
     "dequantize_rows",
     "ensemble",
+    "plan",
+    "probe",
     "project_grad",
     "project_rows",
     "quantize_rows",

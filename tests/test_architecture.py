@@ -16,7 +16,7 @@ FLOORS = [
     {"influence"},
     {"session"},
     {"run"},
-    {"compat", "integrations", "report", "selftest"},
+    {"compat", "integrations", "plan", "report", "selftest"},
     {"demo"},
     {"cli"},
 ]

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -74,7 +75,10 @@ int populate(const void* address, int64_t bytes, int n_threads) {
     }
   };
   std::vector<std::thread> others;
-  for (size_t i = 1; i < std::min<size_t>(n_threads, pieces); ++i) others.emplace_back(work);
+  try {
+    for (size_t i = 1; i < std::min<size_t>(n_threads, pieces); ++i) others.emplace_back(work);
+  } catch (const std::system_error&) {  // no memory for another stack: those that began are enough
+  }
   work();
   for (std::thread& other : others) other.join();
   return failed;

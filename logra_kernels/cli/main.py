@@ -17,6 +17,7 @@ from logra_kernels.errors import LograError
 
 VERBS = {
     "demo": "train a small model on Python's documentation and ask where its words come from",
+    "plan": "what logging and asking will cost: disk, memory, time",
     "log": "write one projected gradient for each row of a data set into a store",
     "query": "find the stored rows that taught a model what it says",
     "info": "what a store holds; with --verify, whether it is intact",

@@ -1,7 +1,24 @@
+from logra_kernels.store.ahead import held_bytes
 from logra_kernels.store.factors import projection_of, sidecars_of, spread_of
+from logra_kernels.store.format import shard_bytes
 from logra_kernels.store.fsck import fsck
+from logra_kernels.store.memory import process_bytes
 from logra_kernels.store.merge import merge
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
+from logra_kernels.store.writer import writing_bytes
 
-__all__ = ["GradientStore", "add_skipped", "fsck", "merge", "projection_of", "read_skipped", "sidecars_of", "spread_of"]
+__all__ = [
+    "GradientStore",
+    "add_skipped",
+    "fsck",
+    "held_bytes",
+    "merge",
+    "process_bytes",
+    "projection_of",
+    "read_skipped",
+    "shard_bytes",
+    "sidecars_of",
+    "spread_of",
+    "writing_bytes",
+]

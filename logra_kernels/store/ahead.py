@@ -9,10 +9,16 @@ import torch
 
 from logra_kernels.ops import EncodedRows
 from logra_kernels.store.lane import Lane
+from logra_kernels.store.memory import outgrows_memory
 from logra_kernels.store.shard import MappedShard
 
 AHEAD_BYTES = 64 << 20  # at least this much is on its way while a shard is used
 DEVICE_BLOCKS = 2  # on a device at a time: one is used, one arrives
+
+
+def held_bytes(nbytes: int, largest_shard: int) -> int:
+    """How much of a store's `nbytes` is in memory at most while a pass goes over it."""
+    return min(nbytes, 2 * largest_shard + AHEAD_BYTES) if outgrows_memory(nbytes) else nbytes
 
 
 def loaded(shards: Iterable[MappedShard], give_back: bool) -> Iterator[MappedShard]:

@@ -274,6 +274,11 @@ def write_origin(directory: Path, manifest: Manifest) -> None:
         write_file(directory, ORIGIN, [replace(manifest, shards=(), content=None, retired=()).to_bytes()])
 
 
+def shard_bytes(dim: int, form: RowFormat) -> int:
+    """Of a full shard's rows, by default."""
+    return default_rows_per_shard(dim, form) * form.row_bytes(dim)
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> int:
     """Replace the manifest; how many bytes it has."""
     data = manifest.to_bytes()

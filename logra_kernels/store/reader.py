@@ -18,7 +18,7 @@ from logra_kernels.store.ahead import loaded, on_device
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.encoding import decode, wrap
 from logra_kernels.store.format import Manifest, Shard, read_manifest
-from logra_kernels.store.memory import memory_limit
+from logra_kernels.store.memory import outgrows_memory
 from logra_kernels.store.shard import MappedShard, Piece, missing, read_columns
 
 BLOCK_BYTES = 64 << 20
@@ -167,8 +167,7 @@ class Reader:
 
     @cached_property
     def _outgrows_memory(self) -> bool:
-        """Whether a pass over the store would push everything else, and its own first rows, out of the page cache."""
-        return sum(shard.rows.nbytes for shard in self.manifest.shards) > memory_limit() // 2
+        return outgrows_memory(sum(shard.rows.nbytes for shard in self.manifest.shards))
 
     def blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows [n, D] decoded), in order, of at most `max_bytes` but at least one row; the caller's own."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.commit import MOST_SECONDS, Committer
-from logra_kernels.store.disk import Disk
+from logra_kernels.store.disk import SLOT_BYTES, SLOTS, Disk
 from logra_kernels.store.format import SHARD_BYTES, Manifest, shard_names
 from logra_kernels.store.lane import Lane
 from logra_kernels.store.shard import Piece, write_shard
@@ -253,6 +253,11 @@ class BackgroundWriter:
             f" {what}, then open the store with mode='append' and append the rest again"
             " (skip_committed=True drops the rows that are stored)"
         )
+
+
+def writing_bytes(shard_bytes: int) -> int:
+    """The most memory that rows on their way to the disk take: the queue, a shard that is cut, what `Disk` writes."""
+    return QUEUED_SHARDS * max(SHARD_BYTES, shard_bytes) + shard_bytes + SLOTS * SLOT_BYTES
 
 
 def _nbytes(piece: Piece) -> int:

@@ -11,7 +11,7 @@ import torch
 from store.samples import DIM, rows_of, write
 
 from logra_kernels.errors import StoreError
-from logra_kernels.store import GradientStore, ahead, memory, reader
+from logra_kernels.store import GradientStore, ahead, memory
 from logra_kernels.store.shard import MappedShard
 
 COUNT = 39
@@ -20,7 +20,7 @@ COUNT = 39
 @pytest.fixture(params=["kept", "given back"])
 def store(tmp_path, monkeypatch, request):
     if request.param == "given back":
-        monkeypatch.setattr(reader, "memory_limit", lambda: 100)
+        monkeypatch.setattr(memory, "memory_limit", lambda: 100)
     return GradientStore.open(write(tmp_path / "s", COUNT))
 
 
@@ -39,7 +39,7 @@ def test_memory_is_given_back_where_the_store_outgrows_it(store, monkeypatch):
     gone = []
     real = MappedShard.let_go
     monkeypatch.setattr(MappedShard, "let_go", lambda self: gone.append(self) or real(self))
-    outgrown = reader.memory_limit() < 1000
+    outgrown = memory.outgrows_memory(1000)
     store.score(rows_of(2))
     assert len(gone) == (5 if outgrown else 0)
     assert len(store._reader._mapped) == (0 if outgrown else 4)  # the short last one is mapped by itself

@@ -1,0 +1,170 @@
+"""What a run will cost, before hours are spent on it: bytes on disk, peak memory, time."""
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from logra_kernels.ops import FORMATS, RowFormat
+from logra_kernels.run import Run
+from logra_kernels.store import GradientStore, held_bytes, process_bytes, shard_bytes, writing_bytes
+
+PROBE_STEPS = 3  # after a first one that also pays for what is set up once
+_OP_BYTES = 16 << 20  # what score_topk keeps beside the queries and the best rows
+
+
+@dataclass(frozen=True)
+class FormatCost:
+    """What a store costs in one number format.
+
+    Attributes:
+        row_bytes: Of one stored row, its id and columns not counted.
+        disk_bytes: Of all rows.
+        topk_bytes: Peak resident memory of a process that asks for the top k, mapped pages of the store included.
+    """
+
+    row_bytes: int
+    disk_bytes: int
+    topk_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The costs of a store, by format.
+
+    Attributes:
+        rows, dim: N rows of D numbers.
+        queries, k: What the top k is asked for.
+        formats: Format name -> its costs; for a store that exists, its own format only.
+    """
+
+    rows: int
+    dim: int
+    queries: int
+    k: int
+    formats: dict[str, FormatCost]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What logging costs, measured on a few batches.
+
+    Attributes:
+        samples: In each batch.
+        step_seconds: Forward, backward and append of a batch, median.
+        peak_bytes: Peak resident memory of a process that logs, the writer's full queue included.
+        device_bytes: Peak memory of the CUDA device; None on the CPU.
+        layers: name -> (k_out, k_in) of the layers that are logged.
+    """
+
+    samples: int
+    step_seconds: float
+    peak_bytes: int
+    device_bytes: int | None
+    layers: dict[str, tuple[int, int]]
+
+    def seconds(self, rows: int) -> float:
+        """To log so many rows in batches of this size; the curvature is computed after that."""
+        return -(-rows // self.samples) * self.step_seconds
+
+
+def plan(
+    source: GradientStore | str | os.PathLike | Mapping[str, tuple[int, int]],
+    rows: int | None = None,
+    *,
+    queries: int = 64,
+    k: int = 100,
+) -> Plan:
+    """Disk and memory of a store that exists or is to be made. Nothing is read but a manifest.
+
+    Args:
+        source: A store or its path, or layers of one to be made: name -> (k_out, k_in).
+        rows: How many; for a store, its own by default.
+        queries, k: Of a `topk`.
+
+    Raises:
+        ValueError: Layers without a number of rows, or a count below 1.
+        StoreError: No store there.
+    """
+    if not isinstance(source, GradientStore | Mapping):
+        source = GradientStore.open(source)
+    if isinstance(source, Mapping):
+        dim = sum(k_out * k_in for k_out, k_in in source.values())
+        forms = {name: RowFormat.of(name) for name in FORMATS}
+        row_bytes = {name: form.row_bytes(dim) for name, form in forms.items()}
+    else:
+        dim, rows = source.dim, len(source) if rows is None else rows
+        row_bytes = {source.dtype: source.manifest.row_bytes}
+    if rows is None:
+        raise ValueError("plan: how many rows? pass rows= beside layers")
+    if min(rows + 1, queries, k, dim) < 1:
+        raise ValueError(f"plan: rows {rows}, queries {queries}, k {k} and dim {dim} must be positive")
+    costs = {}
+    for name, nbytes in row_bytes.items():
+        largest = (
+            shard_bytes(dim, forms[name]) if isinstance(source, Mapping) else source.manifest.rows_per_shard * nbytes
+        )
+        asked = process_bytes("VmRSS") + held_bytes(rows * nbytes, largest) + _asking_bytes(queries, k, dim)
+        costs[name] = FormatCost(nbytes, rows * nbytes, asked)
+    return Plan(rows, dim, queries, k, costs)
+
+
+def _asking_bytes(queries: int, k: int, dim: int) -> int:
+    """Of the queries, once as they are and once as the kernel lays them out, and of the best rows so far."""
+    return 2 * 4 * queries * dim + 2 * 16 * queries * 2 * k + _OP_BYTES
+
+
+def probe(model: nn.Module, step: Callable[[], object], samples: int, **settings: Any) -> Probe:
+    """Log a few batches for real, into a store that is thrown away, and measure.
+
+    Args:
+        model: As `Run` takes it.
+        step: Forward and backward of one batch.
+        samples: How many samples that batch has.
+        settings: Of `Run`: include, exclude, projection, dtype, ...
+
+    Raises:
+        ValueError: As `Run` raises it, or samples below 1.
+    """
+    if samples < 1:
+        raise ValueError(f"probe: samples is {samples}; it must be at least 1")
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak()
+    times = []
+    with tempfile.TemporaryDirectory() as scratch, Run(Path(scratch) / "store", model, **settings) as run:
+        for number in range(1 + PROBE_STEPS):
+            begun = time.perf_counter()
+            with run.log(ids=[f"{number}-{sample}" for sample in range(samples)]):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - begun)
+        layers, manifest = dict(run.store.layers), run.store.manifest
+    logged = min(len(times) * samples * manifest.row_bytes, writing_bytes(manifest.rows_per_shard * manifest.row_bytes))
+    return Probe(
+        samples,
+        statistics.median(times[1:]),
+        peak_bytes() - logged + writing_bytes(manifest.rows_per_shard * manifest.row_bytes),
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        layers,
+    )
+
+
+def peak_bytes() -> int:
+    """The most that was resident in this process since `reset_peak`, or ever where that is not to be had."""
+    return process_bytes("VmHWM")
+
+
+def reset_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
