@@ -3,7 +3,10 @@
 solve(g) = (H + lambda I)^-1 g        quadratic(g) = g^T (H + lambda I)^-1 g        whiten(g) = (H + lambda I)^-1/2 g
 """
 
+import json
+
 import torch
+import xxhash
 from torch import Tensor
 
 from logra_kernels.curvature.solver import Solver
@@ -14,14 +17,18 @@ class Factor:
 
     Args:
         solvers: Layer name -> its solver, in the order of the rows' columns.
+        curvature: Hash of what the curvature was computed from.
 
     Attributes:
         damping: Layer name -> the lambda that was added.
+        hash: Of the curvature and every lambda: equal hashes give equal answers.
     """
 
-    def __init__(self, solvers: dict[str, Solver]) -> None:
+    def __init__(self, solvers: dict[str, Solver], curvature: str = "") -> None:
         self._solvers = solvers
         self.damping = {name: solver.damping for name, solver in solvers.items()}
+        facts = json.dumps([curvature, sorted(self.damping.items())])
+        self.hash = xxhash.xxh3_128(facts.encode()).hexdigest()
         self._widths = [solver.width for solver in solvers.values()]
 
     def solve(self, rows: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """The raw projected Fisher: H = mean over stored rows of g g^T, per layer (Choe et al. 2024, section 3.1)."""
 
+from collections.abc import Collection
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from logra_kernels.curvature import kept_sums
 from logra_kernels.curvature.damping import Damping
+from logra_kernels.curvature.gram import GramSums
 from logra_kernels.curvature.solver import CholeskySolver, Solver, SpectralSolver
-from logra_kernels.curvature.statistics import Curvature, Progress, blocks_of
-from logra_kernels.ops import accumulate_gram
+from logra_kernels.curvature.statistics import Curvature, Progress
 from logra_kernels.store import GradientStore
 
 
@@ -18,12 +20,16 @@ class RawFisher(Curvature):
     A layer with at least as many rows as dims is kept as H, [d, d]. One with fewer is kept as its rows, and solved with
     by the eigenvectors that the N x N products of the rows give (the dual, or Woodbury, form): exact, and cheaper.
 
+    The sums are kept beside the store and gone on from when rows are appended, to the same bits as a pass over all of
+    them gives; `forget_rows` takes deleted ones out.
+
     Attributes:
-        blocks: Layer name -> H, [d, d] fp32, symmetric; of the layers with at least as many rows as dims.
+        blocks: Layer name -> H, [d, d], symmetric; of the layers with at least as many rows as dims.
         thin: Layer name -> rows [N, d] fp32; of the others.
     """
 
     kind = "raw"
+    dtype = torch.float32  # that sums are kept and products taken in
 
     def __init__(
         self, layers: dict[str, tuple[int, int]], rows: int, blocks: dict[str, Tensor], thin: dict[str, Tensor]
@@ -33,30 +39,41 @@ class RawFisher(Curvature):
         self.thin = thin
 
     @classmethod
-    def measure(cls, store: GradientStore, progress: Progress | None) -> Self:
-        widths = {name: k_out * k_in for name, (k_out, k_in) in store.layers.items()}
-        blocks = {name: torch.zeros(d, d) for name, d in widths.items() if d <= len(store)}
-        parts: dict[str, list[Tensor]] = {name: [] for name in widths if name not in blocks}
-        for layers in blocks_of(store, progress):
-            for name, rows in layers.items():
-                if name in blocks:
-                    accumulate_gram(rows, blocks[name])
-                else:
-                    parts[name].append(rows.float())
-        for block in blocks.values():
-            block /= len(store)
-        return cls(store.layers, len(store), blocks, {name: torch.cat(rows) for name, rows in parts.items()})
+    def found(cls, store: GradientStore, progress: Progress | None) -> Self:
+        wide = [name for name, part in store.slices.items() if part.stop - part.start <= len(store)]
+        sums = cls.sums(store, wide, progress)
+        return cls._from_sums(store, sums, progress if not wide else None)
 
     @classmethod
-    def restore(cls, store: GradientStore, tensors: dict[str, Tensor]) -> Self:
-        missing = [name for name in store.layers if name not in tensors]
-        thin = {
-            name: torch.cat([rows[:, store.slices[name]].float() for _, rows in store.blocks()]) for name in missing
-        }
-        return cls(store.layers, len(store), {n: tensors[n] for n in store.layers if n in tensors}, thin)
+    def sums(
+        cls, store: GradientStore, names: Collection[str] | None = None, progress: Progress | None = None
+    ) -> GramSums:
+        """The sums over all rows of the store, of these layers or all; from those kept, as far as they go, and kept."""
+        parts = {name: part for name, part in store.slices.items() if names is None or name in names}
+        sums, current = kept_sums.load(store, f"fisher-{cls.kind}", parts, cls.dtype)
+        if len(store) and parts:
+            kept_sums.advance(store, sums, None if current else progress)
+            if not current:
+                cls.keep(store, sums)
+        return sums
 
-    def state(self) -> dict[str, Tensor]:
-        return self.blocks
+    @classmethod
+    def keep(cls, store: GradientStore, sums: GramSums) -> None:
+        """Keep sums over all rows of the store beside it; those of layers with fewer rows than dims are left out."""
+        kept_sums.save(store, f"fisher-{cls.kind}", sums)
+
+    @classmethod
+    def _from_sums(cls, store: GradientStore, sums: GramSums, progress: Progress | None) -> Self:
+        blocks = {name: total.div_(len(store)) for name, total in sums.total().items()}
+        missing = [name for name in store.layers if name not in blocks]
+        parts: dict[str, list[Tensor]] = {name: [] for name in missing}
+        if missing:
+            for _, rows in store.blocks():
+                for name in missing:
+                    parts[name].append(rows[:, store.slices[name]].float())
+                if progress is not None:
+                    progress(len(rows))
+        return cls(store.layers, len(store), blocks, {name: torch.cat(rows) for name, rows in parts.items()})
 
     def solver(self, layer: str, damping: Damping) -> Solver:
         if layer in self.blocks:
@@ -68,3 +85,10 @@ class RawFisher(Curvature):
         kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
         vectors = rows.T @ (left[:, kept] / values[kept].sqrt())
         return SpectralSolver(layer, vectors, values[kept], added, spanning=True)
+
+
+class RawFisher64(RawFisher):
+    """The same with products and sums in fp64."""
+
+    kind = "raw-fp64"
+    dtype = torch.float64

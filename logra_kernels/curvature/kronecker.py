@@ -16,11 +16,11 @@ from torch import Tensor
 
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.solver import KroneckerSolver, Solver
-from logra_kernels.curvature.statistics import Curvature, Progress, blocks_of
+from logra_kernels.curvature.statistics import KeptCurvature, Progress, blocks_of
 from logra_kernels.store import GradientStore
 
 
-class Kronecker(Curvature):
+class Kronecker(KeptCurvature):
     """H ~ L (x) R / trace(L), from the rows.
 
     Attributes:

@@ -63,21 +63,8 @@ class Shrunk(Curvature):
         self.kronecker = kronecker
 
     @classmethod
-    def of(cls, store: GradientStore, progress: Progress | None = None) -> Self:
-        found = cls(RawFisher.of(store, progress), Kronecker.of(store))
-        found.spread = found.fisher.spread
-        return found
-
-    @classmethod
-    def measure(cls, store: GradientStore, progress: Progress | None) -> Self:
-        return cls(RawFisher.measure(store, progress), Kronecker.measure(store, None))
-
-    @classmethod
-    def restore(cls, store: GradientStore, tensors: dict[str, Tensor]) -> Self:
-        return cls.of(store)
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
+    def found(cls, store: GradientStore, progress: Progress | None) -> Self:
+        return cls(RawFisher.of(store, progress), Kronecker.of(store))
 
     def solver(self, layer: str, damping: Damping) -> Solver:
         (u_out, u_in), values = self.kronecker.bases[layer], (1 - ALPHA) * self.kronecker.values[layer]

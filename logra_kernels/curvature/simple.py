@@ -7,11 +7,11 @@ from torch import Tensor
 
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.solver import Solver, SpectralSolver
-from logra_kernels.curvature.statistics import Curvature, Progress, blocks_of
+from logra_kernels.curvature.statistics import KeptCurvature, Progress, blocks_of
 from logra_kernels.store import GradientStore
 
 
-class Identity(Curvature):
+class Identity(KeptCurvature):
     """H + lambda I := I: influence is the plain gradient dot product; damping has no effect."""
 
     kind = "identity"
@@ -32,7 +32,7 @@ class Identity(Curvature):
         return SpectralSolver(layer, None, torch.ones(k_out * k_in), 0.0)
 
 
-class Diagonal(Curvature):
+class Diagonal(KeptCurvature):
     """H = diag(mean g^2).
 
     Attributes:

@@ -23,6 +23,7 @@ class Curvature(ABC):
         layers: Layer name -> (k_out, k_in), in the order of the rows' columns.
         rows: How many rows it was taken over.
         spread: See `Damping.whole`; of the layers whose projection was learned.
+        hash: Of everything it was computed from.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Curvature(ABC):
         self.layers = layers
         self.rows = rows
         self.spread: dict[str, float] = {}
+        self.hash = ""
 
     @classmethod
     def of(cls, store: GradientStore, progress: Progress | None = None) -> Self:
@@ -41,20 +43,13 @@ class Curvature(ABC):
             progress: Called with the number of rows of each block done.
 
         Raises:
-            LograError: The store is empty.
+            LograError: The store is empty, or lacks what this kind needs besides rows.
         """
         if len(store) == 0:
             raise LograError(f"curvature: the store {store.path} has no rows; log some first")
-        key = cls.key(store)
-        kept = store.sidecar_read(f"curvature-{cls.kind}", key=key)
-        if kept is not None:
-            found = cls.restore(store, kept[0])
-        else:
-            found = cls.measure(store, progress)
-            tensors = found.state()
-            if tensors:
-                store.sidecar_write(f"curvature-{cls.kind}", tensors, key=key)
+        found = cls.found(store, progress)
         found.spread = spread_of(store)
+        found.hash = cls.key(store)
         return found
 
     @classmethod
@@ -64,17 +59,8 @@ class Curvature(ABC):
 
     @classmethod
     @abstractmethod
-    def measure(cls, store: GradientStore, progress: Progress | None) -> Self:
-        """Compute it from the rows."""
-
-    @classmethod
-    @abstractmethod
-    def restore(cls, store: GradientStore, tensors: dict[str, Tensor]) -> Self:
-        """Have it again from what `state` gave."""
-
-    @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """What is worth keeping beside the store; nothing where the rows themselves serve as well."""
+    def found(cls, store: GradientStore, progress: Progress | None) -> Self:
+        """What `of` gives, of a store that has rows."""
 
     @abstractmethod
     def solver(self, layer: str, damping: Damping) -> Solver:
@@ -90,7 +76,37 @@ class Curvature(ABC):
             LograError: A layer's gradients are all zero, or H + lambda I is singular, or the damping is negative.
         """
         chosen = Damping.of(damping, self.spread)
-        return Factor({layer: self.solver(layer, chosen) for layer in self.layers})
+        return Factor({layer: self.solver(layer, chosen) for layer in self.layers}, self.hash)
+
+
+class KeptCurvature(Curvature):
+    """One whose numbers are computed in passes over the rows and kept beside them as long as the hash is theirs."""
+
+    @classmethod
+    def found(cls, store: GradientStore, progress: Progress | None) -> Self:
+        key = cls.key(store)
+        kept = store.sidecar_read(f"curvature-{cls.kind}", key=key)
+        if kept is not None:
+            return cls.restore(store, kept[0])
+        found = cls.measure(store, progress)
+        tensors = found.state()
+        if tensors:
+            store.sidecar_write(f"curvature-{cls.kind}", tensors, key=key)
+        return found
+
+    @classmethod
+    @abstractmethod
+    def measure(cls, store: GradientStore, progress: Progress | None) -> Self:
+        """Compute it from the rows."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, store: GradientStore, tensors: dict[str, Tensor]) -> Self:
+        """Have it again from what `state` gave."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """What is worth keeping beside the store; nothing where there is nothing to compute."""
 
 
 def blocks_of(store: GradientStore, progress: Progress | None):

@@ -3,10 +3,10 @@
     l1 = sum |g|    l2 = |g|    self_influence = g^T (H + lambda I)^-1 g    solved_norm = |(H + lambda I)^-1 g|
 
 Each is computed once, together with whatever else is missing, in one streaming pass, and kept beside the store under
-the hash of its rows; those that a curvature enters also under its kind and the damping that was in fact added.
+the hash of its rows; those that a curvature enters also under its kind and the hash of the factor: of everything the
+curvature was computed from, and the damping that was in fact added.
 """
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -78,7 +78,7 @@ def row_statistics(
         found |= norms[0]
     added, suffix = "", ""
     if factor is not None:
-        added = hashlib.sha256(repr(sorted(factor.damping.items())).encode()).hexdigest()
+        added = factor.hash
         suffix = f"-{curvature}" if damping is None else f"-{curvature}-{added[:16]}"
     missing = []
     for name in CURVED:
@@ -87,7 +87,7 @@ def row_statistics(
         if factor is None:
             raise ValueError(f"influence: the row statistic {name!r} needs a factorised curvature")
         kept = store.sidecar_read(_sidecar(name, suffix))
-        if kept is not None and kept[1].get("damping") == added:
+        if kept is not None and kept[1].get("factor") == added:
             found[name] = kept[0][name]
         else:
             missing.append(name)
@@ -96,7 +96,7 @@ def row_statistics(
         if norms is None:
             store.sidecar_write(_NORMS_SIDECAR, {name: computed[name] for name in NORMS})
         for name in missing:
-            store.sidecar_write(_sidecar(name, suffix), {name: computed[name]}, {"damping": added})
+            store.sidecar_write(_sidecar(name, suffix), {name: computed[name]}, {"factor": added})
         found |= computed
     return {name: found[name] for name in wanted}
 
