@@ -9,12 +9,12 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from logra_kernels import influence
-from logra_kernels.curvature import CURVATURES, Curvature, Damping, Factor
+from logra_kernels.curvature import CURVATURES, Curvature, Damping, Factor, RawFisher
 from logra_kernels.errors import LograError, StoreError, StoreMismatch
 from logra_kernels.nn import DEFAULT_KINDS, KINDS, Taps, capture, model_fingerprint, tappable
 from logra_kernels.ops import RowFormat
 from logra_kernels.projection import Projection
-from logra_kernels.session import Analysis, Observation, Query
+from logra_kernels.session import Analysis, FisherSums, Observation, Query
 from logra_kernels.store import GradientStore, add_skipped, projection_of, read_skipped, sidecars_of
 
 Progress = Callable[[int], None]
@@ -40,6 +40,8 @@ class Run(Analysis):
         curvature: H's kind, one of `logra_kernels.curvature.CURVATURES`. The default, half the raw Fisher and half its
             Kronecker product, measured best (bench/results/accuracy-*.json): with fewer rows than dims the raw Fisher
             alone knows too few directions. The paper's is "raw", with damping `Damping(0.1)`.
+        fisher_while_logging: Sum the raw Fisher as rows are logged, so that no pass over the store is needed for it:
+            the same bits, 4 d^2 bytes of memory a layer of d numbers.
         damping: Where a method is given none: a number (absolute), a `Damping`, or None for `Damping.of`'s default.
 
     Raises:
@@ -64,6 +66,7 @@ class Run(Analysis):
         fingerprints: dict[str, str] | None = None,
         freeze: bool = True,
         curvature: str = "shrunk",
+        fisher_while_logging: bool = False,
         damping: float | Damping | None = None,
     ) -> None:
         if curvature not in CURVATURES:
@@ -94,6 +97,7 @@ class Run(Analysis):
         self.fingerprints = {"model": model_fingerprint(model), **(fingerprints or {})}
         if self._store is not None:
             self._check(self._store, projection)
+        self._fisher = FisherSums(fisher_while_logging)
         self._observation = Observation(self.taps, projection, decided=self._store is not None)
         self._curvature: Curvature | None = None
         self._factors: dict[float | Damping | None, Factor] = {}
@@ -178,7 +182,8 @@ class Run(Analysis):
         store = self._writer()
         if nonfinite == "skip":
             rows, ids, columns = self._finite(rows, ids, columns)
-        store.append(rows, ids, columns, skip_committed=True)
+        new = store.append(rows, ids, columns, skip_committed=True)
+        self._fisher.add(store, rows[len(rows) - new :])
         self._forget()
 
     def _finite(
@@ -262,6 +267,29 @@ class Run(Analysis):
             self._observation.keep(self._store)
 
     @contextmanager
+    def observe_fisher(self, weights: Tensor | None = None, offsets: Tensor | None = None) -> Iterator[None]:
+        """Sum the Fisher of the model's own predictions, for curvature "fisher": forward and backward go inside.
+
+        Each sample's loss is that of a label drawn from what the model predicts; several draws sharpen it. Or, exactly,
+        every one of C labels in turn with the loss times sqrt(C p(label)). The mean is over all gradients seen; a new
+        session's first batch replaces what earlier sessions observed.
+
+        Args:
+            weights, offsets: As in `log`.
+
+        Raises:
+            LograError: A layer received no gradient, or a gradient is NaN or infinite.
+        """
+        self._observation.decide()
+        with self._tapped(None, weights, offsets):
+            yield
+            rows = self.taps.rows()
+        self._fisher.observe(self.taps.layers, rows)
+        self._forget()
+        if self._store is not None and not self._writing:
+            self._fisher.keep(self._store)
+
+    @contextmanager
     def _tapped(self, samples: int | None, weights: Tensor | None, offsets: Tensor | None = None) -> Iterator[None]:
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in self.model.modules()):
             warnings.warn("Run: dropout is on, so gradients are random; call model.eval() first", stacklevel=4)
@@ -293,6 +321,8 @@ class Run(Analysis):
             )
         elif not self._writing:
             self._store = GradientStore.open(self.path, mode="append")
+        if not self._writing:
+            self._fisher.begin(self._store)
         self._writing = True
         return self._store
 
@@ -307,7 +337,24 @@ class Run(Analysis):
             self.store.close()
             self._store, self._writing = GradientStore.open(self.path), False
             self._observation.keep(self._store)
+            self._fisher.keep(self._store)
         return self.store
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Take rows out of the store, and out of the Fisher that is kept beside it; how many were there.
+
+        Raises:
+            StoreError: Ids that the store does not have, or the disk refuses.
+        """
+        before = self.commit()
+        wanted = set(ids)
+        gone = [i for i, name in enumerate(before.ids) if name in wanted]
+        with GradientStore.open(self.path, mode="append") as writer:
+            deleted = writer.delete(ids)
+        self._store = GradientStore.open(self.path)
+        RawFisher.downdate(before, self._store, gone)
+        self._forget()
+        return deleted
 
     def finalize(self, progress: Progress | None = None) -> None:
         """Commit all rows, then compute and keep the curvature and every row's self-influence at the default damping.

@@ -1,15 +1,28 @@
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.factor import Factor
-from logra_kernels.curvature.fisher import RawFisher
+from logra_kernels.curvature.fisher import RawFisher, RawFisher64
+from logra_kernels.curvature.gram import GramSums
 from logra_kernels.curvature.kfac import EKFAC, KFAC, keep_covariances
 from logra_kernels.curvature.kronecker import CorrectedKronecker, Kronecker
+from logra_kernels.curvature.model_fisher import ModelFisher, keep_model_fisher
 from logra_kernels.curvature.shrunk import Shrunk
 from logra_kernels.curvature.simple import Diagonal, Identity
 from logra_kernels.curvature.statistics import Curvature
 
 CURVATURES: dict[str, type[Curvature]] = {
     curvature.kind: curvature
-    for curvature in (Identity, RawFisher, Diagonal, Kronecker, CorrectedKronecker, Shrunk, KFAC, EKFAC)
+    for curvature in (
+        Identity,
+        RawFisher,
+        RawFisher64,
+        Diagonal,
+        Kronecker,
+        CorrectedKronecker,
+        Shrunk,
+        KFAC,
+        EKFAC,
+        ModelFisher,
+    )
 }
 
 __all__ = [
@@ -21,9 +34,13 @@ __all__ = [
     "Damping",
     "Diagonal",
     "Factor",
+    "GramSums",
     "Identity",
     "Kronecker",
+    "ModelFisher",
     "RawFisher",
+    "RawFisher64",
     "Shrunk",
     "keep_covariances",
+    "keep_model_fisher",
 ]

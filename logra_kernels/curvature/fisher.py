@@ -1,6 +1,6 @@
 """The raw projected Fisher: H = mean over stored rows of g g^T, per layer (Choe et al. 2024, section 3.1)."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Self
 
 import torch
@@ -21,7 +21,7 @@ class RawFisher(Curvature):
     by the eigenvectors that the N x N products of the rows give (the dual, or Woodbury, form): exact, and cheaper.
 
     The sums are kept beside the store and gone on from when rows are appended, to the same bits as a pass over all of
-    them gives; `forget_rows` takes deleted ones out.
+    them gives; `downdate` takes deleted ones out.
 
     Attributes:
         blocks: Layer name -> H, [d, d], symmetric; of the layers with at least as many rows as dims.
@@ -61,6 +61,30 @@ class RawFisher(Curvature):
     def keep(cls, store: GradientStore, sums: GramSums) -> None:
         """Keep sums over all rows of the store beside it; those of layers with fewer rows than dims are left out."""
         kept_sums.save(store, f"fisher-{cls.kind}", sums)
+
+    @classmethod
+    def downdate(cls, before: GradientStore, after: GradientStore, gone: Sequence[int]) -> bool:
+        """Take deleted rows out of what is kept; whether it was possible. If not, the next use sums all rows anew.
+
+        A downdate errs by the rounding of the sums it is taken from, so it is done as long as less than a tenth of
+        the rows has gone since they were summed: then it stays within 1.2 times the rounding of fresh sums.
+
+        Args:
+            before: The store as it was, opened for reading.
+            after: The store without the rows.
+            gone: Their numbers in `before`, ascending.
+        """
+        name = f"fisher-{cls.kind}"
+        parts = {layer: part for layer, part in before.slices.items() if part.stop - part.start <= len(after)}
+        sums, current = kept_sums.load(before, name, parts, cls.dtype)
+        summed = [i for i in gone if i < sums.whole]
+        if not current or not parts or sums.removed + len(summed) > kept_sums.MOST_REMOVED * sums.whole:
+            return False
+        for i in summed:
+            sums.remove(before.read(i, i + 1).to(before.manifest.torch_dtype))
+        kept_sums.advance(after, sums, None)
+        cls.keep(after, sums)
+        return True
 
     @classmethod
     def _from_sums(cls, store: GradientStore, sums: GramSums, progress: Progress | None) -> Self:

@@ -87,13 +87,11 @@ class GramSums:
         return found
 
     def remove(self, rows: Tensor) -> None:
-        """Take rows [n, D] out again that were added in whole panels, up to rounding: see `removed`."""
-        for start in range(0, len(rows), PANEL):
-            taken = rows[start : start + PANEL]
-            out = {name: torch.zeros_like(total) for name, total in self.sums.items()}
-            self._sum(taken, out)
-            for name, total in self.sums.items():
-                total -= out[name]
+        """Take rows [n, D] out again that `sums` holds, up to rounding."""
+        out = {name: torch.zeros_like(total) for name, total in self.sums.items()}
+        self._sum(rows, out)
+        for name, total in self.sums.items():
+            total -= out[name]
         self._whole -= len(rows)
         self.removed += len(rows)
 

@@ -80,7 +80,7 @@ def _prefix(store: GradientStore, shards: int, rows: int) -> str:
         digest.update(f"{shard.rows.checksum} {shard.deleted.checksum if shard.deleted else ''}\n".encode())
         end += shard.shown
     for block in _rows_from(store, end, rows):
-        digest.update(memoryview(block.contiguous().view(torch.uint8).numpy()))
+        digest.update(block.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -9,7 +9,6 @@ setting (Eschenhagen et al. 2023).
 With P = identity these are the unprojected KFAC and EKFAC.
 """
 
-import json
 from typing import Self
 
 import torch
@@ -17,17 +16,12 @@ import xxhash
 from torch import Tensor
 
 from logra_kernels.curvature.kronecker import Kronecker, corrected_values
+from logra_kernels.curvature.setting import setting_of
 from logra_kernels.curvature.statistics import Progress
 from logra_kernels.errors import LograError
 from logra_kernels.store import GradientStore
 
 _SIDECAR = "covariances"
-
-
-def _setting(store: GradientStore) -> str:
-    """Hash of what covariances depend on: model, loss, layers and projection, not the rows."""
-    facts = [store.fingerprints, store.projection, list(store.layers.items()), store.meta]
-    return xxhash.xxh3_128(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def keep_covariances(
@@ -44,11 +38,11 @@ def keep_covariances(
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in sums.items():
         tensors |= {f"{name}/in": a, f"{name}/out": b, f"{name}/count": torch.tensor([positions[name], samples])}
-    store.sidecar_write(_SIDECAR, tensors, key=_setting(store))
+    store.sidecar_write(_SIDECAR, tensors, key=setting_of(store))
 
 
 def _covariances(store: GradientStore) -> dict[str, Tensor]:
-    kept = store.sidecar_read(_SIDECAR, key=_setting(store))
+    kept = store.sidecar_read(_SIDECAR, key=setting_of(store))
     if kept is None:
         raise LograError(
             f"curvature: {store.path} has no covariances, which KFAC and EKFAC need: run forward and backward of some"

@@ -1,5 +1,6 @@
 from logra_kernels.session.analysis import Analysis
 from logra_kernels.session.ensemble import Ensemble, ensemble, member_scores, tracin
+from logra_kernels.session.fisher_sums import FisherSums
 from logra_kernels.session.observation import Observation
 from logra_kernels.session.query import Query
 from logra_kernels.session.sensitivity import Sensitivity
@@ -8,6 +9,7 @@ from logra_kernels.session.verify import Verification
 __all__ = [
     "Analysis",
     "Ensemble",
+    "FisherSums",
     "Observation",
     "Query",
     "Sensitivity",
