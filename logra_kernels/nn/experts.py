@@ -108,7 +108,7 @@ class TappedExperts:
         if hook is None:
             return y
         w = None if weights is None else weights.to(y.device, hook.probe.dtype)[:, None]
-        return hook.tap(y, x, w, offsets)
+        return hook.tap(hook.adapter, y, x, w, offsets)
 
     def _samples(self, tokens: int, device: torch.device) -> Tensor:
         """Which sample each token belongs to, [R], never decreasing."""

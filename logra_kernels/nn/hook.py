@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.nn.adapters import Adapter
+from logra_kernels.nn.adapters import Adapter, parallel
 from logra_kernels.nn.layers import Layer
 from logra_kernels.nn.tap import Tap
 from logra_kernels.projection import Projection
@@ -81,11 +81,13 @@ class Hook:
                     f" {self.name!r}"
                 )
             weights = weights.to(y.device, probe.dtype).reshape(shape[0], -1)
-        return self.tap(y, x, weights, offsets)
+        if hasattr(x, "device_mesh"):
+            adapter, x = parallel(self.name, adapter, x, y)
+        return self.tap(adapter, y, x, weights, offsets)
 
-    def tap(self, y: Tensor, x: Tensor, weights: Tensor | None, offsets: Tensor | None) -> Tensor:
+    def tap(self, adapter: Adapter, y: Tensor, x: Tensor, weights: Tensor | None, offsets: Tensor | None) -> Tensor:
         """y with the tap behind it; everything fits, and there is a leaf."""
-        adapter, probe = self.adapter, self.probe
+        probe = self.probe
         # under autocast x and y may differ from the weight; ids and norms are projected beside dy
         p_in = None if probe.p_in is None else probe.p_in.to(x.dtype if adapter.projects_x else y.dtype)
         p_out = None if probe.p_out is None else probe.p_out.to(y.dtype)

@@ -1,5 +1,7 @@
 """Captured gradients against one-sample autograd, over the ways people run models."""
 
+import weakref
+
 import pytest
 import torch
 from oracle import assert_equal_rows, projected_autograd
@@ -299,3 +301,32 @@ def test_multihead_attention_output_is_not_offered():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
     assert list(lk.capture(layer, SMALL).layers) == ["linear1", "linear2"]
     check(layer, torch.randn(3, 7, 16), torch.randn(3, 7, 16))
+
+
+def test_frozen_weights_keep_no_linear_input_alive():
+    """Taps hold a = P_in x: k numbers a position and layer, where the gradients of weights need d."""
+
+    class Watched(nn.Module):
+        """Gated, with inputs that nobody else holds."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12)
+            self.inputs: list[weakref.ref] = []
+
+        def forward(self, x):
+            x = 2 * x
+            self.inputs.append(weakref.ref(x))
+            h = self.gate(x) + self.up(x)
+            self.inputs.append(weakref.ref(h))
+            return self.down(h)
+
+    model = Watched()
+    for frozen in (False, True):
+        model.requires_grad_(not frozen)
+        model.inputs.clear()
+        with lk.capture(model, SMALL) as taps:
+            y = model(torch.randn(3, 7, 12, requires_grad=True))
+            assert [x() is None for x in model.inputs] == [frozen, frozen]
+            y.sum().backward()
+        assert taps.rows().shape == (3, 48)
