@@ -1,5 +1,5 @@
 from logra_kernels.influence.groups import Groups, group_scores, layer_groups, layer_scores
-from logra_kernels.influence.score import MODES, NEEDS, TopK, extremes, scores, topk
+from logra_kernels.influence.score import MODES, NEEDS, TopK, adjustment, extremes, scores, topk
 from logra_kernels.influence.statistics import RowStatistics, row_mask, row_statistics, self_influence
 from logra_kernels.influence.valuation import Value, ValueTable, value
 
@@ -11,6 +11,7 @@ __all__ = [
     "TopK",
     "Value",
     "ValueTable",
+    "adjustment",
     "extremes",
     "group_scores",
     "layer_groups",

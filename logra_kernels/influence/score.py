@@ -21,6 +21,7 @@ from logra_kernels.store import GradientStore
 
 MODES = ("dot", "relatif", "theta-relatif", "l2")
 NEEDS = {"dot": (), "relatif": ("self_influence",), "theta-relatif": ("solved_norm",), "l2": ("self_influence",)}
+SEARCHES = ("exact", "index")
 _BYTES = 64 << 20
 
 
@@ -120,6 +121,7 @@ def topk(
     *,
     largest: bool = True,
     rows: Tensor | None = None,
+    search: str = "exact",
 ) -> TopK:
     """The k rows with the highest (or lowest) influence on each query, in one streaming pass and bounded memory.
 
@@ -128,11 +130,21 @@ def topk(
         k: At least 1; min(k, N) rows come back.
         largest: False for the lowest scores.
         rows: A bool mask [N]; the others are passed over.
+        search: "index" reads and scores only a shortlist from the store's index, `GradientStore.search`.
 
     Raises:
-        ValueError: As in `scores`, or k < 1.
+        ValueError: As in `scores`, k < 1, or an index cannot serve this mode or a mask.
+        StoreError: There is no index, or one of other rows.
     """
+    if search not in SEARCHES:
+        raise ValueError(f"influence: search is {search!r}; it must be one of {', '.join(SEARCHES)}")
     scale, shift = adjustment(mode, statistics, len(store))
+    if search == "index":
+        if shift is not None or rows is not None:
+            raise ValueError("influence: search='index' serves neither mode 'l2' nor a mask rows=; use search='exact'")
+        _check(store, solved, k, None)
+        values, indices = store.search(solved, k, row_scale=scale, largest=largest)
+        return TopK(values, indices, [store.ids_of(row) for row in indices])
     if shift is not None or rows is not None:
         return _ranked(store, solved, k, scale, shift, rows, (largest,))[0]
     _check(store, solved, k, rows)

@@ -14,7 +14,7 @@ from logra_kernels.nn import Taps, TokenShares
 from logra_kernels.session import sensitivity
 from logra_kernels.session.query import Query
 from logra_kernels.session.verify import Loss, Verification, verify
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, IndexInfo
 
 
 class Analysis(ABC):
@@ -97,6 +97,7 @@ class Analysis(ABC):
         largest: bool = True,
         layers: bool = False,
         rows: Tensor | None = None,
+        search: str = "exact",
     ) -> influence.TopK:
         """The k stored rows of highest influence on each query, streamed in bounded memory.
 
@@ -106,16 +107,46 @@ class Analysis(ABC):
             largest: False for the rows of lowest influence (training on them raises the query's loss).
             layers: Also give each layer's part of the scores.
             rows: Rows that are left out are never among the k.
+            search: "index" reads only the rows that the store's index shortlists; see `build_index`.
 
         Raises:
-            ValueError, LograError: As in `scores`.
+            ValueError, LograError: As in `scores`; or there is no index of the rows as they are.
         """
         factor, solved, own = self._asked(query, mode, damping)
-        top = influence.topk(self.store, solved, k, mode, own, largest=largest, rows=rows)
+        top = influence.topk(self.store, solved, k, mode, own, largest=largest, rows=rows, search=search)
         if not layers:
             return top
         parts = influence.layer_scores(self.store, solved, top.indices, mode, own, factor=factor)
         return influence.TopK(top.values, top.indices, top.ids, parts)
+
+    def build_index(
+        self,
+        dims: int | None = None,
+        dtype: str = "bf16",
+        k: int = 100,
+        mode: str = "relatif",
+        damping: float | Damping | None = None,
+        *,
+        samples: int = 32,
+        seed: int = 0,
+    ) -> IndexInfo:
+        """Make the index of `topk(search="index")`; its recall is measured with stored rows that ask as queries do.
+
+        Args:
+            dims, dtype, k, seed: As in `GradientStore.build_index`.
+            mode, damping: That searches will use; any other works too, at a recall that was not measured. Not "l2".
+            samples: How many stored rows ask.
+
+        Raises:
+            ValueError, LograError: As in `scores`, or an argument does not fit.
+        """
+        store = self.commit()
+        chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:samples]
+        _, solved, own = self._asked(self.stored(store.ids_of(chosen)), mode, damping)
+        scale, shift = influence.adjustment(mode, own, len(store))
+        if shift is not None:
+            raise ValueError(f"build_index: mode {mode!r} cannot be searched by an index; use another")
+        return store.build_index(dims, dtype, k=k, queries=solved, row_scale=scale, seed=seed)
 
     def extremes(
         self,

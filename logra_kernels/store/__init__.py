@@ -1,4 +1,5 @@
 from logra_kernels.store.ahead import held_bytes
+from logra_kernels.store.coarse import IndexInfo
 from logra_kernels.store.factors import projection_of, sidecars_of, spread_of
 from logra_kernels.store.format import shard_bytes
 from logra_kernels.store.fsck import fsck
@@ -10,6 +11,7 @@ from logra_kernels.store.writer import writing_bytes
 
 __all__ = [
     "GradientStore",
+    "IndexInfo",
     "add_skipped",
     "fsck",
     "held_bytes",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+import xxhash
 from torch import Tensor
 
 from logra_kernels.ops import EncodedRows, dequantize_rows, quantize_rows
@@ -29,6 +30,18 @@ def encode_here(manifest: Manifest, rows: Tensor) -> dict[str, Tensor]:
     encoded = quantize_rows(rows, manifest.format)
     assert encoded.scales is not None
     return {"rows": encoded.codes, "scales": encoded.scales}
+
+
+def row_sums(rows: EncodedRows) -> Tensor:
+    """xxh3_64 of each row's codes and scales as they are stored, [n] int64."""
+    parts = [t.contiguous().view(torch.uint8).numpy() for t in (rows.codes, rows.scales) if t is not None]
+    found = torch.empty(len(rows), dtype=torch.int64)
+    for row in range(len(rows)):
+        state = xxhash.xxh3_64()
+        for part in parts:
+            state.update(part[row].data)
+        found[row] = state.intdigest() - (1 << 63)
+    return found
 
 
 def wrap(manifest: Manifest, tensors: Mapping[str, Tensor]) -> EncodedRows:

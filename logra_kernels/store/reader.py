@@ -16,10 +16,10 @@ from logra_kernels.errors import StoreError
 from logra_kernels.ops import EncodedRows, score_block, score_topk
 from logra_kernels.store.ahead import loaded, on_device
 from logra_kernels.store.deleted import shown_lines
-from logra_kernels.store.encoding import decode, wrap
+from logra_kernels.store.encoding import decode, row_sums, wrap
 from logra_kernels.store.format import Manifest, Shard, read_manifest
 from logra_kernels.store.memory import outgrows_memory
-from logra_kernels.store.shard import MappedShard, Piece, missing, read_columns
+from logra_kernels.store.shard import MappedShard, Piece, damaged, missing, read_columns
 
 BLOCK_BYTES = 64 << 20
 MAPPED_SHARDS = 128  # kept mapped between queries; each costs a file descriptor and no memory of its own
@@ -192,9 +192,46 @@ class Reader:
             out[first - start : first - start + len(rows)] = decode(rows)
         return out
 
+    def rows_at(self, numbers: Tensor, sums: Tensor) -> Iterator[tuple[Tensor, EncodedRows]]:
+        """(row numbers, these rows as they are stored), a shard at a time; no other row is read.
+
+        Args:
+            numbers: Of rows, sorted, [n] int64.
+            sums: `row_sums` of every row of the store, which are compared where the shard was not verified as a whole.
+
+        Raises:
+            StoreError: A row is damaged.
+        """
+        if not len(numbers):
+            return
+        for begin, shard in self._overlapping(int(numbers[0]), int(numbers[-1]) + 1):
+            mine = numbers[(numbers >= begin) & (numbers < begin + shard.shown)]
+            if not len(mine):
+                continue
+            shown = self._shown.get(shard.start)
+            lines = mine - begin if shown is None else shown[mine - begin]
+            mapped = self._map(shard, private=False)
+            rows = wrap(self.manifest, mapped.unverified())[lines]
+            if not mapped.verified and not torch.equal(row_sums(rows), sums[mine]):
+                raise damaged(self.directory / shard.rows.name, "a row is not the one that the search index knows")
+            yield mine, rows
+
+    def topk_among(
+        self, numbers: Tensor, sums: Tensor, queries: Tensor, k: int, row_scale: Tensor | None, largest: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`topk` over chosen rows only; `numbers` and `sums` as in `rows_at`."""
+        queries, row_scale = self.check(queries, row_scale)
+        values = queries.new_zeros((queries.shape[0], 0), dtype=torch.float32)
+        index = queries.new_zeros((queries.shape[0], 0), dtype=torch.int64)
+        for mine, rows in self.rows_at(numbers, sums):
+            scale = None if row_scale is None else row_scale[mine.to(queries.device)]
+            best, places = score_topk(queries, rows.to(queries.device), k, scale, largest=largest)
+            values, index = _merge((values, index), (best, mine.to(queries.device)[places]), k, largest)
+        return values, index
+
     def score(self, queries: Tensor, row_scale: Tensor | None, max_bytes: int | None = None) -> Tensor:
         """[Q, N] fp32 on the queries' device."""
-        queries, row_scale = self._check(queries, row_scale)
+        queries, row_scale = self.check(queries, row_scale)
         out = queries.new_zeros((queries.shape[0], self.manifest.rows), dtype=torch.float32)
         for first, rows in on_device(self.encoded_blocks(max_bytes), queries.device):
             part = slice(first, first + len(rows))
@@ -206,7 +243,7 @@ class Reader:
         self, queries: Tensor, k: int, row_scale: Tensor | None, largest: bool, max_bytes: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """values and row numbers [Q, min(k, N)] on the queries' device; NaN first, then by score, then by row."""
-        queries, row_scale = self._check(queries, row_scale)
+        queries, row_scale = self.check(queries, row_scale)
         if k < 1:
             raise StoreError(f"k is {k}; it must be at least 1")
         values = queries.new_zeros((queries.shape[0], 0), dtype=torch.float32)
@@ -217,7 +254,12 @@ class Reader:
             values, index = _merge((values, index), (block[0], block[1] + first), k, largest)
         return values, index
 
-    def _check(self, queries: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def check(self, queries: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Both as the scoring ops take them.
+
+        Raises:
+            StoreError: They do not fit the store.
+        """
         dim, count = self.manifest.dim, self.manifest.rows
         if queries.dim() != 2 or queries.shape[1] != dim or not queries.is_floating_point():
             raise StoreError(

@@ -40,6 +40,34 @@ def test_every_mode_from_the_definitions(case, mode):
     torch.testing.assert_close(sum(run.group_scores(query, ["0"], mode).values()), exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["dot", "relatif", "theta-relatif"])
+def test_search_by_an_index(case, mode):
+    run, query = case
+    one = lk.Query(query.ids[:1])
+    one.rows = query.rows[:1]
+    with pytest.raises(LograError, match="was not built; call store.build_index"):
+        run.topk(one, 2, mode, search="index")
+    info = run.build_index(dims=run.store.dim, k=2, mode=mode, samples=8)
+    assert info.queries == 8
+    assert info.recall[2] >= 0.8  # as many numbers as a row has, with signs, rounded to bf16
+    found, exact = run.topk(one, 2, mode, search="index", layers=True), run.topk(one, 2, mode)
+    every = run.scores(one, mode)
+    torch.testing.assert_close(found.values, every.gather(1, found.indices), rtol=1e-4, atol=1e-5)
+    assert set(found.ids[0]) & set(exact.ids[0])
+    torch.testing.assert_close(sum(found.layers.values()), found.values, rtol=1e-4, atol=1e-4)
+
+
+def test_what_an_index_cannot_serve(case):
+    run, query = case
+    for bad in ({"mode": "l2"}, {"rows": torch.ones(N, dtype=torch.bool)}):
+        with pytest.raises(ValueError, match="search='index' serves neither"):
+            run.topk(query, 2, search="index", **bad)
+    with pytest.raises(ValueError, match="search is 'fast'"):
+        run.topk(query, 2, search="fast")
+    with pytest.raises(ValueError, match="'l2' cannot be searched"):
+        run.build_index(mode="l2")
+
+
 def test_finalize_leaves_nothing_to_compute(case, monkeypatch):
     run, _ = case
     seen = []
