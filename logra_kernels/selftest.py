@@ -151,6 +151,32 @@ def _score_topk(draw: Callable[..., Tensor], backend: str) -> Answers:
     )
 
 
+def _factor_rows(draw: Callable[..., Tensor], backend: str) -> Answers:
+    """Rebuilt rows, of two strong factors and little else: then the best approximation is one alone."""
+    layers = [(20, 24)]
+    rows = (draw(2, 20, 2) @ draw(2, 24, 2).mT).flatten(1)
+
+    def best(rows: Tensor) -> Tensor:
+        return ops.rebuild_rows(ops.factor_rows(rows, layers, 2, backend="reference"), layers, 2)
+
+    return (
+        ops.rebuild_rows(ops.factor_rows(rows, layers, 2, backend=backend), layers, 2),
+        best(rows.double()),
+        best(rows),
+    )
+
+
+def _score_factored(draw: Callable[..., Tensor], backend: str) -> Answers:
+    layers = [(12, 20), (10, 6)]
+    queries, factors = draw(5, 300), draw(90, 2 * 48)
+    got = ops.score_factored(queries, factors, layers, 2, backend=backend)
+    exact, naive = (
+        q @ ops.rebuild_rows(f, layers, 2).to(q.dtype).T
+        for q, f in ((queries.double(), factors.double()), (queries, factors))
+    )
+    return got, exact, naive
+
+
 _CASES = {
     "project_rows": _project_rows,
     "project_grad": _project_grad,
@@ -159,4 +185,6 @@ _CASES = {
     "dequantize_rows": _dequantize_rows,
     "score_block": _score_block,
     "score_topk": _score_topk,
+    "factor_rows": _factor_rows,
+    "score_factored": _score_factored,
 }

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/check.h"
+#include "common/factored.h"
 #include "common/rows.h"
 
 namespace lgk {
@@ -39,6 +40,16 @@ inline bool is_double(const char* op, std::initializer_list<Dtype> dtypes) {
   }
   LGK_CHECK(any == all, std::string(op) + ": fp64 does not mix with other dtypes");
   return all;
+}
+
+// The layers of rows kept as factors, as (k_out, k_in) each.
+using LayerSizes = std::vector<std::pair<int64_t, int64_t>>;
+
+inline Factored factored_of(const char* op, const LayerSizes& sizes, int64_t rank) {
+  LGK_CHECK(rank >= 1 && rank <= kMostRank,
+            std::string(op) + ": rank " + std::to_string(rank) + " is not in 1.." + std::to_string(kMostRank));
+  for (const auto& [k_out, k_in] : sizes) check_sizes(op, {k_out, k_in, static_cast<int64_t>(sizes.size())});
+  return {sizes, rank};
 }
 
 inline void check_threads(const char* op, int n_threads) {

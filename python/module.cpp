@@ -4,10 +4,12 @@
 // One translation unit: pybind11's headers cost more seconds a file than all the kernels.
 #include "bind_accumulate_gram.cpp"
 #include "bind_dequantize_rows.cpp"
+#include "bind_factor_rows.cpp"
 #include "bind_project_grad.cpp"
 #include "bind_project_rows.cpp"
 #include "bind_quantize_rows.cpp"
 #include "bind_score_block.cpp"
+#include "bind_score_factored.cpp"
 #include "bind_score_topk.cpp"
 #include "bind_store.cpp"
 #include "common/kernels.h"
@@ -27,4 +29,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_score_block(m);
   bind_score_topk(m);
   bind_store(m);
+  bind_factor_rows(m);
+  bind_score_factored(m);
 }

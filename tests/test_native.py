@@ -55,6 +55,17 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     lk.accumulate_gram(wide(rows), want, backend="reference")
     same(got, want, dtype)
     assert torch.equal(got, got.T)
+    layers = [(17, 9), (4, 37)]
+    for rank, count in ((1, 5), (3, 5), (3, 20)):
+        q, factors = view(count, 301, dtype=dtype), view(70, rank * 67, dtype=dtype)
+        want = lk.score_factored(wide(q), wide(factors), layers, rank, backend="reference")
+        same(lk.score_factored(q, factors, layers, rank, backend="cpp"), want, dtype)
+    rows = view(70, 301, dtype=dtype)
+    errors = [
+        (lk.rebuild_rows(lk.factor_rows(rows, layers, 2, backend=b), layers, 2) - rows).square().sum()
+        for b in ("cpp", "reference")
+    ]
+    assert errors[0] <= 1.001 * errors[1]
 
 every_half = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).reshape(-1, 1)
 every_half = every_half[every_half.isfinite().all(1)]

@@ -75,6 +75,16 @@ const Kernels<double>& kernels<double>() {
 }
 
 template <>
+const FactorKernels<float>& factor_kernels<float>() {
+  return chosen().kernels->factors_f32;
+}
+
+template <>
+const FactorKernels<double>& factor_kernels<double>() {
+  return chosen().kernels->factors_f64;
+}
+
+template <>
 const Products<float>& products<float>(Dtype a, Dtype b) {
   const bool pairs = chosen().pairs != nullptr && a == Dtype::kBF16 && b == Dtype::kBF16;
   return pairs ? *chosen().pairs : kernels<float>();

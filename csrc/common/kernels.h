@@ -68,15 +68,39 @@ struct Kernels : Products<T> {
               int64_t width, T* sums, bool add);
 };
 
+// Rows kept as factors, see factored.h.
+template <typename T>
+struct FactorKernels {
+  // dst[r][a * columns + x] = sum_c u[r * rank + c][a] v[r * rank + c][x] for a < outs, x < columns; c ascending.
+  // Writes whole lanes of x, and reads as many; 1 <= rank <= kMostRank.
+  void (*rebuild)(const T* u, int64_t ldu, const T* v, int64_t ldv, int64_t rank, int64_t rows, int64_t outs,
+                  int64_t columns, T* dst, int64_t ld);
+
+  // out[r][q] (+)= sum_c sum_i t[r * rank + c][q * size + i] u[r * rank + c][i], i = lane modulo lanes; then the lanes.
+  void (*contract)(const T* t, int64_t ldt, const T* u, int64_t ldu, int64_t rank, int64_t rows, int64_t queries,
+                   int64_t size, T* out, int64_t ldo, bool add);
+
+  // The leading singular vectors of `lanes` matrices at a time, number i of lane l at [i * lanes + l]: q [width][k_in]
+  // orthonormal (or 0, where g has not enough), y [width][k_out] = g q orthogonal, in no order. Subspace iteration from
+  // start [width][k_in], then one-sided Jacobi; a fixed number of each. Every array is aligned to the vector.
+  void (*subspace)(const T* g, int64_t k_out, int64_t k_in, const T* start, int64_t width, int iterations, int sweeps,
+                   T* y, T* q);
+};
+
 struct KernelSet {
   Kernels<float> f32;
   Kernels<double> f64;
+  FactorKernels<float> factors_f32;
+  FactorKernels<double> factors_f64;
 };
 
 // The table for the instruction set in use: the widest this machine has, or the one LOGRA_KERNELS_ISA names. Throws
 // std::invalid_argument when that one is unknown or missing here.
 template <typename T>
 const Kernels<T>& kernels();
+
+template <typename T>
+const FactorKernels<T>& factor_kernels();
 
 // The kernels for products of rows of these two dtypes.
 template <typename T>

@@ -1,11 +1,14 @@
 from logra_kernels.ops._dispatch import Backend, FallbackWarning, backends
+from logra_kernels.ops._factored import factored_dim, rebuild_rows
 from logra_kernels.ops._format import FORMATS, EncodedRows, RowFormat
 from logra_kernels.ops.accumulate_gram import accumulate_gram
 from logra_kernels.ops.dequantize_rows import dequantize_rows
+from logra_kernels.ops.factor_rows import factor_rows
 from logra_kernels.ops.project_grad import project_grad
 from logra_kernels.ops.project_rows import project_rows
 from logra_kernels.ops.quantize_rows import quantize_rows
 from logra_kernels.ops.score_block import score_block
+from logra_kernels.ops.score_factored import score_factored
 from logra_kernels.ops.score_topk import score_topk
 
 __all__ = [
@@ -17,9 +20,13 @@ __all__ = [
     "accumulate_gram",
     "backends",
     "dequantize_rows",
+    "factor_rows",
+    "factored_dim",
     "project_grad",
     "project_rows",
     "quantize_rows",
+    "rebuild_rows",
     "score_block",
+    "score_factored",
     "score_topk",
 ]

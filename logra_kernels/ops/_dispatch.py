@@ -23,6 +23,8 @@ OPS = (
     "dequantize_rows",
     "score_block",
     "score_topk",
+    "factor_rows",
+    "score_factored",
 )
 FORCED = os.environ.get("LOGRA_KERNELS_BACKEND", "auto")
 

@@ -19,12 +19,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from logra_kernels.ops._format import EncodedRows, RowFormat
 from logra_kernels.ops.accumulate_gram.triton import launch as accumulate_gram
 from logra_kernels.ops.dequantize_rows.triton import launch as dequantize_rows
+from logra_kernels.ops.factor_rows.triton import launch as factor_rows
 from logra_kernels.ops.project_grad.configs import TILES, key_of
 from logra_kernels.ops.project_grad.triton import launch as project_grad
 from logra_kernels.ops.project_grad.triton import launch_tile
 from logra_kernels.ops.project_rows.triton import launch as project_rows
 from logra_kernels.ops.quantize_rows.triton import launch as quantize_rows
 from logra_kernels.ops.score_block.triton import launch as score_block
+from logra_kernels.ops.score_factored.triton import launch as score_factored
 from logra_kernels.ops.score_topk.triton import launch as score_topk
 
 POINTERS = {
@@ -84,6 +86,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable]:
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     x, dy, p_in, p_out = (zeros(dtype, *shape) for shape in ((2, 96, 256), (2, 96, 384), (64, 256), (100, 384)))
     queries, rows, scale = zeros(acc, 8, 512), zeros(dtype, 64, 512), zeros(acc, 64)
+    layers = [(64, 64), (16, 128)]
     return {
         "project_rows": lambda: project_rows(x, p_in),
         "project_grad": lambda: project_grad(x, dy, p_in, p_out, None, None),
@@ -92,6 +95,8 @@ def cases(dtype: torch.dtype) -> dict[str, Callable]:
         "dequantize_rows": lambda: dequantize_rows(encoded("int4")),
         "score_block": lambda: score_block(rows[:8], rows),
         "score_topk": lambda: score_topk(queries, rows, 5, scale, True),
+        "factor_rows": lambda: factor_rows(zeros(dtype, 3, 6144), layers, 2),
+        "score_factored": lambda: score_factored(zeros(dtype, 8, 6144), zeros(dtype, 64, 544), layers, 2),
     }
 
 
@@ -134,6 +139,7 @@ def variants(dtype: torch.dtype) -> dict[str, Callable]:
             for name, scale in (("fp8", "fp32"), ("int8", "fp16"), ("int2", "fp32"), ("sign", "fp16"))
         },
         "score_block, mixed": lambda: score_block(queries, rows.to(dtype)),
+        "score_factored, mixed": lambda: score_factored(queries, rows[:, :48].to(dtype), [(16, 32)], 1),
         "score_topk, plain": lambda: score_topk(rows[:8].to(dtype), rows.to(dtype), 5, None, False),
     }
 

@@ -23,6 +23,8 @@ KERNELS = {
     "dequantize_rows": [["_dequantize_rows_kernel"]],
     "score_block": [["_score_kernel"]],
     "score_topk": [["_score_kernel"]],
+    "factor_rows": [["_factor_rows_kernel"]],
+    "score_factored": [["_score_factored_kernel"]],
 }
 
 

@@ -1,0 +1,10 @@
+"""The definition of score_factored. Runs on any device and dtype; fp64 in, fp64 out."""
+
+from torch import Tensor
+
+from logra_kernels.ops._factored import Layers, rebuild_rows
+
+
+def score_factored(queries: Tensor, factors: Tensor, layers: Layers, rank: int) -> Tensor:
+    rows = rebuild_rows(factors, layers, rank)
+    return queries.to(rows.dtype) @ rows.T

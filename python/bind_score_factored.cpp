@@ -1,0 +1,32 @@
+#include <pybind11/stl.h>
+
+#include "arguments.h"
+#include "score_factored/cpu.h"
+
+namespace py = pybind11;
+using namespace lgk;
+
+void bind_score_factored(py::module_& m) {
+  m.def(
+      "score_factored",
+      [](const Matrix& query_tensor, const Matrix& factor_tensor, const LayerSizes& sizes, int64_t rank, Address out,
+         int64_t n_queries, int64_t n_rows, int n_threads) {
+        const char* op = "score_factored";
+        const Factored layers = factored_of(op, sizes, rank);
+        check_sizes(op, {n_queries, layers.columns});
+        check_sizes(op, {n_rows, layers.factors});
+        check_sizes(op, {n_queries, n_rows});
+        check_threads(op, n_threads);
+        const Rows queries = rows_of(op, query_tensor), factors = rows_of(op, factor_tensor);
+        const bool wide = is_double(op, {queries.dtype, factors.dtype});
+        const score_factored::Shape shape = {n_queries, n_rows};
+        py::gil_scoped_release unlocked;
+        if (wide) {
+          score_factored::score_factored(queries, factors, layers, reinterpret_cast<double*>(out), shape, n_threads);
+        } else {
+          score_factored::score_factored(queries, factors, layers, reinterpret_cast<float*>(out), shape, n_threads);
+        }
+      },
+      py::arg("queries"), py::arg("factors"), py::arg("sizes"), py::arg("rank"), py::arg("out"), py::arg("n_queries"),
+      py::arg("n_rows"), py::arg("n_threads"));
+}
