@@ -32,6 +32,8 @@ class Run(Analysis):
             before the first row, or "orthonormal", at random, where it sees none.
         dtype: Of the stored rows: fp32, bf16, fp16, fp8, int8, int4, int2 or sign.
         block: Numbers of a row that share a scale, for fp8 and below; default 128, or as the store has it.
+        rank_c: Keep so many factors of each layer's G in place of all its numbers (`GradientStore.create`); default as
+            the store has it, or all numbers.
         kinds, bias: As in `capture`; default linear and convolution layers without bias, or as the store has them.
         rows_per_shard: How many rows a shard holds; default about 64 MB worth.
         fingerprints: More facts that queries must share with the store, as strings (tokenizer, loss, ...).
@@ -60,6 +62,7 @@ class Run(Analysis):
         dtype: str | None = None,
         *,
         block: int | None = None,
+        rank_c: int | None = None,
         kinds: Sequence[str] | None = None,
         bias: bool | None = None,
         rows_per_shard: int | None = None,
@@ -91,6 +94,7 @@ class Run(Analysis):
             self._format = stored_format
         else:
             self._format = RowFormat.of(dtype or stored_format.name, block)
+        self._rank_c = self._store.rank_c if rank_c is None and self._store is not None else rank_c
         self._bias = bool(bias)
         drawn = (projection or Projection()).drawn()
         self.taps: Taps = capture(model, drawn, include, exclude, kinds=kinds or DEFAULT_KINDS, bias=self._bias)
@@ -123,6 +127,8 @@ class Run(Analysis):
             differs.append(f"projection ({store.projection} there, {projection.to_dict()} here)")
         if store.meta.get("bias", False) != self._bias:
             differs.append(f"bias ({not self._bias} there, {self._bias} here)")
+        if store.rank_c != self._rank_c:
+            differs.append(f"rank_c ({store.rank_c} there, {self._rank_c} here)")
         if store.format != self._format:
             differs.append(f"dtype ({store.format} there, {self._format} here)")
         if differs:
@@ -313,6 +319,7 @@ class Run(Analysis):
                 self.taps.layers,
                 self._format.name,
                 block=self._format.block,
+                rank_c=self._rank_c,
                 projection=self.taps.projection.to_dict(),
                 fingerprints=self.fingerprints,
                 rows_per_shard=self._rows_per_shard,

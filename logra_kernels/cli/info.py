@@ -37,7 +37,8 @@ def _print_facts(store: GradientStore) -> None:
     shards, per_shard = store.manifest.shards, store.manifest.rows_per_shard
     print(f"store           {store.path}")
     print(f"rows            {len(store):,}")
-    print(f"row             {store.dim:,} numbers, {store.format}: {store.manifest.row_bytes:,} bytes")
+    kept = "" if store.rank_c is None else f" as {store.rank_c} factors a layer"
+    print(f"row             {store.dim:,} numbers{kept}, {store.format}: {store.manifest.row_bytes:,} bytes")
     print(f"size            {store.nbytes / 1e6:,.1f} MB in {session.shards(len(shards))} of up to {per_shard:,} rows")
     skipped = read_skipped(store.path)
     if skipped:

@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cost = parser.add_argument_group("cost")
     cost.add_argument("--dtype", choices=FORMATS, default="fp32", help="of the stored rows (default fp32)")
+    cost.add_argument(
+        "--rank-c", type=int, help="keep so many factors of each layer, 1 to 8, in place of k_out x k_in numbers"
+    )
     cost.add_argument("--batch-size", type=int, default=8, help="rows in one forward and backward (default 8)")
     cost.add_argument("--rows-per-shard", type=int, help="rows in one file of the store (default about 64 MB worth)")
     session.add_device_argument(cost)
@@ -86,6 +89,7 @@ def _run(args: argparse.Namespace, rows: list[TextRow], model: nn.Module, tokeni
         exclude=args.exclude,
         projection=Projection(args.rank, args.projection, args.seed),
         dtype=args.dtype,
+        rank_c=args.rank_c,
         rows_per_shard=args.rows_per_shard,
         fingerprints=session.fingerprints(tokenizer, longest),
     ) as logging:

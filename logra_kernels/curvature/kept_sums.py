@@ -58,7 +58,8 @@ def save(store: GradientStore, name: str, sums: GramSums) -> None:
 
 
 def _setting(store: GradientStore, dtype: torch.dtype) -> str:
-    facts = [list(store.layers.items()), str(store.format), str(dtype)]
+    kept = str(store.format) if store.rank_c is None else f"{store.format}, rank {store.rank_c}"
+    facts = [list(store.layers.items()), kept, str(dtype)]
     return xxhash.xxh3_128(json.dumps(facts).encode()).hexdigest()
 
 

@@ -1,5 +1,5 @@
 from logra_kernels.ops._dispatch import Backend, FallbackWarning, backends
-from logra_kernels.ops._factored import factored_dim, rebuild_rows
+from logra_kernels.ops._factored import MOST_RANK, factored_dim, rebuild_rows
 from logra_kernels.ops._format import FORMATS, EncodedRows, RowFormat
 from logra_kernels.ops.accumulate_gram import accumulate_gram
 from logra_kernels.ops.dequantize_rows import dequantize_rows
@@ -13,6 +13,7 @@ from logra_kernels.ops.score_topk import score_topk
 
 __all__ = [
     "FORMATS",
+    "MOST_RANK",
     "Backend",
     "EncodedRows",
     "FallbackWarning",

@@ -23,7 +23,8 @@ class FisherSums:
 
     def begin(self, store: GradientStore) -> None:
         """Rows are about to be appended to this store; those that it has are summed first."""
-        fits = not store.format.scaled  # others are decoded from what is stored, in a pass afterwards
+        # others are decoded from what is stored, in a pass afterwards
+        fits = not store.format.scaled and store.rank_c is None
         self._logged = RawFisher.sums(store) if self._wanted and fits else None
 
     def add(self, store: GradientStore, rows: Tensor) -> None:

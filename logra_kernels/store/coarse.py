@@ -171,10 +171,11 @@ def _short_rows(store: "GradientStore", spread: Spread, form: RowFormat, dims: i
     codes = torch.empty(len(store), form.code_width(dims), dtype=form.code_dtype)
     scales = torch.empty(len(store), form.scale_width(dims), dtype=form.scale_dtype) if form.scaled else None
     sums = torch.empty(len(store), dtype=torch.int64)
-    for start, block in store.encoded_blocks(_BYTES):
+    stored = store.manifest.row_bytes
+    for start, block in store.encoded_blocks(_BYTES * stored // max(stored, 4 * store.dim)):
         part = slice(start, start + len(block))
         sums[part] = row_sums(block)
-        short = spread(decode(block).float())
+        short = spread(decode(store.manifest, block).float())
         if scales is None:
             codes[part] = short.to(form.code_dtype)
             continue

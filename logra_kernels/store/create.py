@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from logra_kernels.errors import StoreError
-from logra_kernels.ops import RowFormat
+from logra_kernels.ops import MOST_RANK, RowFormat, factored_dim
 from logra_kernels.store.durable import TEMPORARY, remove_files
 from logra_kernels.store.format import (
     LOCK,
@@ -35,6 +35,7 @@ def new_manifest(
     fingerprints: Mapping[str, str] | None,
     rows_per_shard: int | None,
     meta: Mapping[str, Any] | None,
+    rank: int | None,
 ) -> Manifest:
     try:
         form = RowFormat.of(dtype, block, scale)
@@ -49,8 +50,9 @@ def new_manifest(
             raise StoreError(f"layer {name!r}: {size!r} must be (k_out, k_in), two positive integers")
         table.append(Layer(name, size[0], size[1], offset))
         offset += size[0] * size[1]
+    width = offset if rank is None else _checked_width(layers, offset, rank)
     if rows_per_shard is None:
-        rows_per_shard = default_rows_per_shard(offset, form)
+        rows_per_shard = default_rows_per_shard(width, form)
     if rows_per_shard < 1:
         raise StoreError(f"rows_per_shard is {rows_per_shard}; it must be at least 1")
     if any(not isinstance(text, str) for pair in (fingerprints or {}).items() for text in pair):
@@ -62,7 +64,20 @@ def new_manifest(
         _as_json("projection", projection),
         dict(fingerprints or {}),
         _as_json("meta", meta) or {},
+        rank=rank,
     )
+
+
+def _checked_width(layers: Mapping[str, tuple[int, int]], dim: int, rank: int) -> int:
+    """Numbers of a row that is kept as factors."""
+    if type(rank) is not int or not 1 <= rank <= MOST_RANK:
+        raise StoreError(f"rank_c is {rank!r}; it must be 1 to {MOST_RANK}, or None to keep rows as they are")
+    width = factored_dim(list(layers.values()), rank)
+    if width >= dim:
+        raise StoreError(
+            f"rank_c {rank} keeps {width} numbers of rows of {dim}; use fewer factors, or None to keep rows as they are"
+        )
+    return width
 
 
 def _as_json(name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -6,27 +6,32 @@ import torch
 import xxhash
 from torch import Tensor
 
-from logra_kernels.ops import EncodedRows, dequantize_rows, quantize_rows
+from logra_kernels.ops import EncodedRows, dequantize_rows, factor_rows, quantize_rows, rebuild_rows
 from logra_kernels.store.format import Manifest
 from logra_kernels.store.native import take_rows
 
 
 def encode(manifest: Manifest, rows: Tensor) -> dict[str, Tensor]:
     """Rows [n, D] of the CPU as tensors of their own, named as in `Manifest.tensors`."""
+    if manifest.rank is not None:
+        return encode_here(manifest, rows)
     taken = None if manifest.format.scaled else take_rows(rows, manifest.torch_dtype)
     return encode_here(manifest, rows) if taken is None else {"rows": taken[0]}
 
 
 def encode_checked(manifest: Manifest, rows: Tensor) -> dict[str, Tensor] | None:
     """`encode` in one pass with the check of the numbers, where that can be; None if not, or if one does not fit."""
-    taken = None if manifest.format.scaled else take_rows(rows, manifest.torch_dtype)
+    direct = manifest.rank is None and not manifest.format.scaled
+    taken = take_rows(rows, manifest.torch_dtype) if direct else None
     return {"rows": taken[0]} if taken is not None and taken[1] else None
 
 
 def encode_here(manifest: Manifest, rows: Tensor) -> dict[str, Tensor]:
     """`encode` on the rows' own device."""
+    if manifest.rank is not None:
+        rows = factor_rows(rows, manifest.sizes, manifest.rank).float()
     if not manifest.format.scaled:
-        return {"rows": rows.to(manifest.torch_dtype, copy=True, memory_format=torch.contiguous_format)}
+        return {"rows": rows.to(manifest.format.value_dtype, copy=True, memory_format=torch.contiguous_format)}
     encoded = quantize_rows(rows, manifest.format)
     assert encoded.scales is not None
     return {"rows": encoded.codes, "scales": encoded.scales}
@@ -46,9 +51,15 @@ def row_sums(rows: EncodedRows) -> Tensor:
 
 def wrap(manifest: Manifest, tensors: Mapping[str, Tensor]) -> EncodedRows:
     """A shard's tensors as rows that can be scored."""
-    return EncodedRows(manifest.format, manifest.dim, tensors["rows"], tensors.get("scales"))
+    return EncodedRows(manifest.format, manifest.width, tensors["rows"], tensors.get("scales"))
 
 
-def decode(rows: EncodedRows) -> Tensor:
-    """[n, D] in `Manifest.torch_dtype`; the codes themselves where these are numbers."""
+def decode(manifest: Manifest, rows: EncodedRows) -> Tensor:
+    """[n, D] in `Manifest.torch_dtype`; the codes themselves where these are the rows' numbers."""
+    numbers = stored_numbers(rows)
+    return numbers if manifest.rank is None else rebuild_rows(numbers, manifest.sizes, manifest.rank)
+
+
+def stored_numbers(rows: EncodedRows) -> Tensor:
+    """[n, `Manifest.width`]: the rows' numbers, or those of their factors."""
     return dequantize_rows(rows) if rows.format.scaled else rows.codes

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from logra_kernels.errors import StoreError
-from logra_kernels.ops import FORMATS, RowFormat
+from logra_kernels.ops import FORMATS, MOST_RANK, RowFormat, factored_dim
 from logra_kernels.store.durable import ZEROS, digest, seal, sealed_checksum, write_file
 from logra_kernels.store.tensorfile import Spec
 
@@ -181,6 +181,7 @@ class Manifest:
     """What a store is and which rows it holds. A commit makes a new one.
 
     Attributes:
+        rank: c, of each layer's factors that a row is kept as; None where it is kept as it is.
         content: The `content_hash` that a compaction left as it was, because it shows the same rows.
         retired: Files that a compaction has replaced and that readers may still need.
     """
@@ -192,12 +193,23 @@ class Manifest:
     fingerprints: dict[str, str]
     meta: dict[str, Any]
     shards: tuple[Shard, ...] = ()
+    rank: int | None = None
     content: str | None = None
     retired: tuple[str, ...] = ()
 
     @property
     def dim(self) -> int:
         return self.layers[-1].part.stop
+
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(k_out, k_in) of each layer."""
+        return [(layer.k_out, layer.k_in) for layer in self.layers]
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row as it is stored: `dim`, or those of its factors."""
+        return self.dim if self.rank is None else factored_dim(self.sizes, self.rank)
 
     @cached_property
     def rows(self) -> int:
@@ -215,15 +227,15 @@ class Manifest:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of decoded rows."""
-        return self.format.value_dtype
+        """Of decoded rows; those that factors stand for are fp32."""
+        return self.format.value_dtype if self.rank is None else torch.float32
 
     def tensors(self, count: int) -> dict[str, Spec]:
         """What a shard of `count` rows holds, in the file's order: wider numbers first, which keeps all aligned."""
-        rows = {"rows": Spec(self.format.code_dtype, (count, self.format.code_width(self.dim)))}
+        rows = {"rows": Spec(self.format.code_dtype, (count, self.format.code_width(self.width)))}
         if not self.format.scaled:
             return rows
-        return {"scales": Spec(self.format.scale_dtype, (count, self.format.scale_width(self.dim)))} | rows
+        return {"scales": Spec(self.format.scale_dtype, (count, self.format.scale_width(self.width)))} | rows
 
     @property
     def row_bytes(self) -> int:
@@ -237,7 +249,8 @@ class Manifest:
             return self.content
         layers = json.dumps([[layer.name, layer.k_out, layer.k_in] for layer in self.layers])
         checksums = ["".join(file.checksum for file in shard.files) for shard in self.shards]
-        return digest("\n".join([layers, str(self.format), *checksums]).encode())
+        kept = str(self.format) if self.rank is None else f"{self.format}, rank {self.rank}"
+        return digest("\n".join([layers, kept, *checksums]).encode())
 
     def to_bytes(self) -> bytes:
         table: dict[str, Any] = {
@@ -246,6 +259,7 @@ class Manifest:
             "version": VERSION,
             "dtype": self.dtype,
             **({"block": self.format.block, "scale": self.format.scale} if self.format.scaled else {}),
+            **({} if self.rank is None else {"rank_c": self.rank}),
             "dim": self.dim,
             "rows": self.rows,
             "rows_per_shard": self.rows_per_shard,
@@ -264,8 +278,8 @@ class Manifest:
         return seal(text.encode(), len(_BEFORE_CHECKSUM))[0]
 
 
-def default_rows_per_shard(dim: int, form: RowFormat) -> int:
-    return max(1, min(SHARD_ROWS, SHARD_BYTES // form.row_bytes(dim)))
+def default_rows_per_shard(width: int, form: RowFormat) -> int:
+    return max(1, min(SHARD_ROWS, SHARD_BYTES // form.row_bytes(width)))
 
 
 def write_origin(directory: Path, manifest: Manifest) -> None:
@@ -351,6 +365,9 @@ def _build(table: dict[str, Any]) -> Manifest:
     ends = [layer.part.stop for layer in layers]
     if not ends or [0, *ends] != [*(layer.offset for layer in layers), table["dim"]]:
         raise ValueError("the layers do not fill a row")
+    rank = table.get("rank_c")
+    if rank is not None and (type(rank) is not int or not 1 <= rank <= MOST_RANK):
+        raise ValueError(f"it keeps factors of rank {rank!r}")
     return Manifest(
         layers=layers,
         format=RowFormat.of(table["dtype"], table.get("block"), table.get("scale")),
@@ -359,6 +376,7 @@ def _build(table: dict[str, Any]) -> Manifest:
         fingerprints=table["fingerprints"],
         meta=table["meta"],
         shards=shards,
+        rank=rank,
         content=table.get("content"),
         retired=tuple(table.get("retired", ())),
     )

@@ -103,7 +103,7 @@ def _check_equal(stores: Sequence[GradientStore]) -> None:
 
 
 def _facts(store: GradientStore) -> dict[str, Any]:
-    facts: dict[str, Any] = {"format": str(store.format)}
+    facts: dict[str, Any] = {"format": str(store.format), "rank_c": store.rank_c}
     facts |= {f"layer {layer.name}": f"{layer.k_out}x{layer.k_in} at {layer.offset}" for layer in store.manifest.layers}
     for kind, table in (("projection", store.projection), ("fingerprint", store.fingerprints), ("meta", store.meta)):
         facts |= {f"{kind} {name}": repr(value) for name, value in (table or {}).items()}

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from logra_kernels.errors import StoreError
-from logra_kernels.ops import EncodedRows, score_block, score_topk
+from logra_kernels.ops import EncodedRows
 from logra_kernels.store.ahead import loaded, on_device
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.encoding import decode, row_sums, wrap
 from logra_kernels.store.format import Manifest, Shard, read_manifest
 from logra_kernels.store.memory import outgrows_memory
+from logra_kernels.store.scoring import merge, scores_of, topk_of
 from logra_kernels.store.shard import MappedShard, Piece, damaged, missing, read_columns
 
 BLOCK_BYTES = 64 << 20
+FACTOR_BYTES = 16 << 20  # of factors as fp32, or of their scores, at a time
 MAPPED_SHARDS = 128  # kept mapped between queries; each costs a file descriptor and no memory of its own
 
 
@@ -171,15 +173,23 @@ class Reader:
 
     def blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows [n, D] decoded), in order, of at most `max_bytes` but at least one row; the caller's own."""
-        private = not self.manifest.format.scaled  # decoding makes a copy
+        private = self.manifest.rank is None and not self.manifest.format.scaled  # else decoding makes a copy
         row_bytes = self.manifest.dim * self.manifest.torch_dtype.itemsize
         for first, rows in self._stream(0, self.manifest.rows, max_bytes or BLOCK_BYTES, row_bytes, private):
-            yield first, decode(rows)
+            yield first, decode(self.manifest, rows)
 
     def encoded_blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, EncodedRows]]:
         """(first row, rows as they are stored), in order, of at most `max_bytes` but at least one row."""
         manifest = self.manifest
         yield from self._stream(0, manifest.rows, max_bytes or BLOCK_BYTES, manifest.row_bytes, private=False)
+
+    def _blocks_to_score(self, queries: int, max_bytes: int | None) -> Iterator[tuple[int, EncodedRows]]:
+        """encoded_blocks; those of factors are short, so that their numbers and their scores stay in the cache."""
+        manifest, max_bytes = self.manifest, max_bytes or BLOCK_BYTES
+        if manifest.rank is not None:
+            rows = max(1, FACTOR_BYTES // (4 * max(manifest.width, queries)))
+            max_bytes = min(max_bytes, rows * manifest.row_bytes)
+        return self.encoded_blocks(max_bytes)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) as fp32 [stop - start, D], a copy."""
@@ -189,7 +199,7 @@ class Reader:
             )
         out = torch.zeros(stop - start, self.manifest.dim)
         for first, rows in self._stream(start, stop, BLOCK_BYTES, self.manifest.dim * 4, private=False):
-            out[first - start : first - start + len(rows)] = decode(rows)
+            out[first - start : first - start + len(rows)] = decode(self.manifest, rows)
         return out
 
     def rows_at(self, numbers: Tensor, sums: Tensor) -> Iterator[tuple[Tensor, EncodedRows]]:
@@ -225,17 +235,17 @@ class Reader:
         index = queries.new_zeros((queries.shape[0], 0), dtype=torch.int64)
         for mine, rows in self.rows_at(numbers, sums):
             scale = None if row_scale is None else row_scale[mine.to(queries.device)]
-            best, places = score_topk(queries, rows.to(queries.device), k, scale, largest=largest)
-            values, index = _merge((values, index), (best, mine.to(queries.device)[places]), k, largest)
+            best, places = topk_of(self.manifest, queries, rows.to(queries.device), k, scale, largest)
+            values, index = merge((values, index), (best, mine.to(queries.device)[places]), k, largest)
         return values, index
 
     def score(self, queries: Tensor, row_scale: Tensor | None, max_bytes: int | None = None) -> Tensor:
         """[Q, N] fp32 on the queries' device."""
         queries, row_scale = self.check(queries, row_scale)
         out = queries.new_zeros((queries.shape[0], self.manifest.rows), dtype=torch.float32)
-        for first, rows in on_device(self.encoded_blocks(max_bytes), queries.device):
+        for first, rows in on_device(self._blocks_to_score(len(queries), max_bytes), queries.device):
             part = slice(first, first + len(rows))
-            scores = score_block(queries, rows)
+            scores = scores_of(self.manifest, queries, rows)
             out[:, part] = scores if row_scale is None else scores * row_scale[part]
         return out
 
@@ -248,10 +258,10 @@ class Reader:
             raise StoreError(f"k is {k}; it must be at least 1")
         values = queries.new_zeros((queries.shape[0], 0), dtype=torch.float32)
         index = queries.new_zeros((queries.shape[0], 0), dtype=torch.int64)
-        for first, rows in on_device(self.encoded_blocks(max_bytes), queries.device):
+        for first, rows in on_device(self._blocks_to_score(len(queries), max_bytes), queries.device):
             scale = None if row_scale is None else row_scale[first : first + len(rows)]
-            block = score_topk(queries, rows, k, scale, largest=largest)
-            values, index = _merge((values, index), (block[0], block[1] + first), k, largest)
+            block = topk_of(self.manifest, queries, rows, k, scale, largest)
+            values, index = merge((values, index), (block[0], block[1] + first), k, largest)
         return values, index
 
     def check(self, queries: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -286,11 +296,3 @@ def _lines(rows: EncodedRows, lines: Tensor) -> EncodedRows:
     """Chosen lines of a shard, sorted; a copy only where they have gaps."""
     first, last = int(lines[0]), int(lines[-1])
     return rows[first : last + 1] if last - first + 1 == len(lines) else rows[lines]
-
-
-def _merge(best: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor], k: int, largest: bool) -> tuple[Tensor, Tensor]:
-    """The k first of two sorted lists; `best` holds lower row numbers, so a stable sort keeps ties in row order."""
-    values = torch.cat((best[0], block[0]), dim=1)
-    index = torch.cat((best[1], block[1]), dim=1)
-    order = torch.sort(values if largest else -values, dim=1, descending=True, stable=True).indices[:, :k]
-    return values.gather(1, order), index.gather(1, order)

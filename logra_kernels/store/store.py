@@ -52,6 +52,7 @@ class GradientStore:
         fingerprints: Mapping[str, str] | None = None,
         rows_per_shard: int | None = None,
         meta: Mapping[str, Any] | None = None,
+        rank_c: int | None = None,
         sidecars: Mapping[str, tuple[str, Mapping[str, Tensor]]] | None = None,
     ) -> "GradientStore":
         """Make an empty store, open for appending.
@@ -66,13 +67,15 @@ class GradientStore:
             fingerprints: What the rows belong to (model, tokenizer, data, loss, ...), for `check`.
             rows_per_shard: By default about 64 MB a shard.
             meta: Anything else to keep, as JSON data.
+            rank_c: Keep of each layer's G [k_out, k_in] the best approximation by so many factors, 1 to 8, which takes
+                rank_c * (k_out + k_in) numbers (LoRIF, arXiv 2601.21929); None keeps all k_out * k_in.
             sidecars: name -> (key, tensors) of sidecars that are there before the first row is, as the factors of a
                 projection that no seed gives again.
 
         Raises:
             StoreError: There is a store already, something else lies there, or an argument is wrong.
         """
-        manifest = new_manifest(layers, dtype, block, scale, projection, fingerprints, rows_per_shard, meta)
+        manifest = new_manifest(layers, dtype, block, scale, projection, fingerprints, rows_per_shard, meta, rank_c)
         directory = Path(path)
         check_free(directory)
         try:
@@ -269,6 +272,11 @@ class GradientStore:
     def format(self) -> RowFormat:
         """The number format of the stored rows."""
         return self._reader.manifest.format
+
+    @property
+    def rank_c(self) -> int | None:
+        """Factors of each layer that a row is kept as; None where rows are kept as they are."""
+        return self._reader.manifest.rank
 
     @property
     def projection(self) -> dict[str, Any] | None:
