@@ -53,8 +53,9 @@ class Hook:
                 raise RuntimeError(
                     "capture: a compiled model needs its batch size beforehand: call taps.reset(batch_size)"
                 )
-            self.taps.samples = x.shape[0]
-            probe.renew(x.shape[0])
+            if self.taps.samples is None:
+                self.taps.samples = x.shape[0]
+            probe.renew(self.taps.samples)
         leaf = probe.leaf
         assert leaf is not None
         offsets = self.taps.offsets
@@ -70,7 +71,8 @@ class Hook:
         elif leaf.shape[0] != x.shape[0]:
             raise ValueError(
                 f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun; call"
-                " taps.reset() between batches, and exclude layers whose inputs are not [N, ...]"
+                " taps.reset() between batches; exclude layers whose inputs are not [N, ...], or, where a model"
+                " flattens samples and positions, give their limits as offsets"
             )
         weights = self.taps.weights
         if weights is not None:

@@ -250,6 +250,10 @@ def _comparable(model: nn.Module, taps: Taps, notes: list[str]) -> dict[str, lis
                 f"layer {name!r} shares its weight with {elsewhere[0]!r}, which is not tapped: rows hold its own part"
                 " of the gradient only, not compared; tap both (kinds=, include=) for the whole"
             )
+        elif any(hasattr(p, "device_mesh") for p in flat):
+            notes.append(
+                f"layer {name!r} is spread over processes: not compared; verify the whole model in one process"
+            )
         elif all(p.is_floating_point() and p.is_leaf for p in flat):
             found[name] = parameters
         else:

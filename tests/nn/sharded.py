@@ -77,6 +77,18 @@ def fsdp_run():
         return error(run.commit().read(0, 3), exact)
 
 
+def verified():
+    """What cannot be compared is said, and no false alarm is raised."""
+    model, batch = make(), data(2)
+    for block in model[:2]:
+        fully_shard(block)
+    with tempfile.TemporaryDirectory() as path, lk.Run(f"{path}/s", model, projection=SMALL) as run:
+        report = run.verify(lambda part: loss_of(model, *(v[part] for v in batch)), samples=3)
+    assert sum("spread over processes: not compared" in note for note in report.notes) == 4, report
+    assert report.ok, report
+    return report.error
+
+
 def tensor_parallel(**options):
     """Both processes have the same samples."""
     model, batch = make(), data(2)
@@ -125,6 +137,7 @@ CHECKS = {
     "fsdp": lambda: fsdp(frozen=False),
     "fsdp frozen": lambda: fsdp(frozen=True),
     "fsdp run": fsdp_run,
+    "verified": verified,
     "tensor parallel": tensor_parallel,
     "tensor parallel identity": lambda: tensor_parallel(projection=lk.Projection(kind="identity")),
     "tensor parallel bias": lambda: tensor_parallel(bias=True),

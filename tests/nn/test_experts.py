@@ -222,6 +222,30 @@ def test_packed_documents():
     assert_close({name: grad[[0, 2, 3]] for name, grad in taps.grads.items()}, exact)
 
 
+def test_a_shared_expert_that_sees_flattened_tokens_needs_the_samples_limits():
+    config = transformers.Qwen2MoeConfig(
+        **COMMON,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=10,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+    )
+    torch.manual_seed(1)
+    model, ids = transformers.AutoModelForCausalLM.from_config(config).eval(), torch.randint(0, 40, (3, 7))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    exact = exact_rows(model, lk.capture(model, SMALL, kinds=["linear", "expert"]), per_sample(model, ids))
+    with lk.capture(model, SMALL, kinds=["linear", "expert"]) as taps:
+        with pytest.raises(ValueError, match=r"sees 21 samples where 3 were begun.*give their limits as offsets"):
+            lm_loss(model, ids)
+        taps.reset(offsets=torch.arange(4) * 7)
+        lm_loss(model, ids).backward()
+    assert "model.layers.0.mlp.shared_expert.up_proj" in taps.layers
+    assert_close(taps.grads, exact)
+
+
 def test_in_a_run(tmp_path):
     """Stored, verified, found again by another session, and observed for KFAC."""
     model, ids = make("mixtral"), torch.randint(0, 40, (4, 7))
