@@ -221,7 +221,12 @@ class Reader:
             shown = self._shown.get(shard.start)
             lines = mine - begin if shown is None else shown[mine - begin]
             mapped = self._map(shard, private=False)
-            rows = wrap(self.manifest, mapped.unverified())[lines]
+            if mapped is self._tail:
+                mapped.verify()  # its file may be gone, so its lines cannot be read from there
+            try:
+                rows = wrap(self.manifest, mapped.read_lines(lines))
+            except FileNotFoundError:
+                raise self._gone(shard.rows.name) from None
             if not mapped.verified and not torch.equal(row_sums(rows), sums[mine]):
                 raise damaged(self.directory / shard.rows.name, "a row is not the one that the search index knows")
             yield mine, rows

@@ -3,12 +3,14 @@
 import contextlib
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from logra_kernels.errors import StoreError
@@ -17,8 +19,9 @@ from logra_kernels.store.disk import Disk, begin_sealed
 from logra_kernels.store.durable import Temporary, begin_file, digest, sealed_checksum
 from logra_kernels.store.format import File, Manifest, Shard, shard_names
 from logra_kernels.store.native import let_go, populate
-from logra_kernels.store.tensorfile import CHECKSUM_AT, as_bytes, header, map_file, view
+from logra_kernels.store.tensorfile import CHECKSUM_AT, Spec, as_bytes, header, map_file, view
 
+READS_AT_ONCE = 16  # of few lines; a disk answers many as fast as one
 _ADVICE = "restore it from a copy, or keep what is intact with `logra fsck --repair`"
 
 Piece = tuple[Mapping[str, Tensor], pa.Table]  # the tensors of n encoded rows by name, and their ids and columns
@@ -171,22 +174,57 @@ class MappedShard:
         self._verified = True
         return self
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Each stored tensor, a line a row, on the mapping."""
-        self.verify()
-        return self.unverified()
-
     @property
     def verified(self) -> bool:
         return self._verified
 
-    def unverified(self) -> dict[str, Tensor]:
-        """`tensors`, for a caller who takes few lines and compares these with checksums of their own."""
-        found, offset = {}, len(self._head)
-        for name, spec in self._specs.items():
-            found[name] = view(self._mapping, spec, offset)
-            offset += spec.nbytes
+    def tensors(self) -> dict[str, Tensor]:
+        """Each stored tensor, a line a row, on the mapping."""
+        self.verify()
+        return {name: view(self._mapping, spec, offset) for name, spec, offset in self._places()}
+
+    def read_lines(self, lines: Tensor) -> dict[str, Tensor]:
+        """Each stored tensor's chosen lines, copied.
+
+        Of a shard that is not verified these lines alone are read, several at a time, and the caller must compare them
+        with checksums of their own.
+
+        Raises:
+            FileNotFoundError: The file is gone.
+            StoreError: The disk cannot read it.
+        """
+        if self._verified:
+            return {name: tensor[lines] for name, tensor in self.tensors().items()}
+        found = {name: torch.empty(len(lines), *spec.shape[1:], dtype=spec.dtype) for name, spec, _ in self._places()}
+        try:
+            with open(self._path, "rb", buffering=0) as file, ThreadPoolExecutor(READS_AT_ONCE) as pool:
+                for name, spec, offset in self._places():
+                    stride = spec.nbytes // spec.shape[0]
+                    held = found[name].view(torch.uint8).view(len(lines), stride).numpy()
+                    jobs = [(file.fileno(), held[i], offset + line * stride) for i, line in enumerate(lines.tolist())]
+                    step = -(-len(jobs) // READS_AT_ONCE)
+                    list(pool.map(_read_all, (jobs[i : i + step] for i in range(0, len(jobs), step))))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{self._path} cannot be read: {error.strerror or error}; check the disk") from None
         return found
+
+    def _places(self) -> Iterator[tuple[str, Spec, int]]:
+        offset = len(self._head)
+        for name, spec in self._specs.items():
+            yield name, spec, offset
+            offset += spec.nbytes
+
+
+def _read_all(jobs: Sequence[tuple[int, np.ndarray, int]]) -> None:
+    for fd, out, offset in jobs:
+        left = out.data
+        while left:
+            count = os.preadv(fd, [left], offset)
+            if count == 0:
+                raise OSError(f"the file ends at {offset}")
+            left, offset = left[count:], offset + count
 
 
 def read_columns(directory: Path, shard: Shard) -> pa.Table:
