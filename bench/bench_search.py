@@ -54,7 +54,9 @@ def drop_pages(path) -> None:
         os.close(fd)
 
 
-@pytest.mark.parametrize(("dims", "cache"), [(dims, cache) for dims in (None, 512, 1024) for cache in ("warm", "cold")])
+@pytest.mark.parametrize(
+    ("dims", "cache"), [(dims, cache) for dims in (None, 512, 1024, 2048) for cache in ("warm", "cold")]
+)
 def bench_search(benchmark, path, answer, dims, cache):
     queries, exact, scores = answer
     store = GradientStore.open(path)
