@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from logra_kernels.store.store import GradientStore
 
 SIDECAR = "index"
-DIMS, LEAST_FACTOR = 1024, 4  # numbers in a short row, unless that is more than a quarter of the row
+DIMS, LEAST_FACTOR = 2048, 4  # numbers in a short row, unless that is more than a quarter of the row
 TARGET = 0.99
 SAMPLES = 32  # stored rows that ask, where no queries are given
 _BYTES = 64 << 20  # of rows or scores at work at a time

@@ -423,7 +423,7 @@ class GradientStore:
         It pays where a pass over the rows takes too long to wait for: rows much longer than `dims`, and many of them.
 
         Args:
-            dims: Numbers in a short row; by default 1,024, or a quarter of D where that is less.
+            dims: Numbers in a short row; by default 2,048, or a quarter of D where that is less.
             dtype: Of the short rows, as in `create`.
             k: The recall is of the k best rows.
             queries: [Q, D], preconditioned as later ones will be; by default 32 stored rows ask.
