@@ -1,9 +1,10 @@
 """Scores of kronfluence itself, for tests/curvature/test_peer.py to agree with.
 
-    pip install --no-deps kronfluence==1.0.1 accelerate einops einconv opt-einsum psutil && python bench/peer_kronfluence.py
+    pip install --no-deps kronfluence==1.0.1 accelerate einops einconv opt-einsum psutil
+    python bench/peer_kronfluence.py
 
-Its requirements would bring torchvision, which it does not import, so the tests have its numbers and not itself. A small
-classifier with biases, empirical Fisher (the labels of the data), every strategy at two dampings.
+Its requirements would bring torchvision, which it does not import, so the tests have its numbers and not itself. A
+small classifier with biases, empirical Fisher (the labels of the data), every strategy at two dampings.
 """
 
 import json

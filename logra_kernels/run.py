@@ -39,7 +39,8 @@ class Run(Analysis):
         fingerprints: More facts that queries must share with the store, as strings (tokenizer, loss, ...).
         freeze: Keep the weights from gathering gradients of their own inside `log` and `query`, which halves the
             backward's work; their `requires_grad` is put back on leaving.
-        curvature: H's kind, one of `logra_kernels.curvature.CURVATURES`. The default, half the raw Fisher and half its
+        curvature: H's kind, one of `logra_kernels.curvature.CURVATURES` or a class of your own setting, as
+            `curvature.LowRank.of_rank(512)`. The default, half the raw Fisher and half its
             Kronecker product, measured best (bench/results/accuracy-*.json): with fewer rows than dims the raw Fisher
             alone knows too few directions. The paper's is "raw", with damping `Damping(0.1)`.
         fisher_while_logging: Sum the raw Fisher as rows are logged, so that no pass over the store is needed for it:
@@ -68,16 +69,16 @@ class Run(Analysis):
         rows_per_shard: int | None = None,
         fingerprints: dict[str, str] | None = None,
         freeze: bool = True,
-        curvature: str = "shrunk",
+        curvature: str | type[Curvature] = "shrunk",
         fisher_while_logging: bool = False,
         damping: float | Damping | None = None,
     ) -> None:
-        if curvature not in CURVATURES:
+        if isinstance(curvature, str) and curvature not in CURVATURES:
             raise ValueError(f"Run: curvature is {curvature!r}; it must be one of {', '.join(CURVATURES)}")
         self.path = os.fspath(path)
         self.model = model
         self._freeze = freeze
-        self._kind = CURVATURES[curvature]
+        self._kind = CURVATURES[curvature] if isinstance(curvature, str) else curvature
         self._damping = damping if damping is None else Damping.of(damping)
         self._rows_per_shard = rows_per_shard
         self._writing = False

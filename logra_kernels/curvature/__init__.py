@@ -4,6 +4,7 @@ from logra_kernels.curvature.fisher import RawFisher, RawFisher64
 from logra_kernels.curvature.gram import GramSums
 from logra_kernels.curvature.kfac import EKFAC, KFAC, keep_covariances
 from logra_kernels.curvature.kronecker import CorrectedKronecker, Kronecker
+from logra_kernels.curvature.lowrank import LowRank
 from logra_kernels.curvature.model_fisher import ModelFisher, keep_model_fisher
 from logra_kernels.curvature.shrunk import Shrunk
 from logra_kernels.curvature.simple import Diagonal, Identity
@@ -22,6 +23,7 @@ CURVATURES: dict[str, type[Curvature]] = {
         KFAC,
         EKFAC,
         ModelFisher,
+        LowRank,
     )
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "GramSums",
     "Identity",
     "Kronecker",
+    "LowRank",
     "ModelFisher",
     "RawFisher",
     "RawFisher64",

@@ -1,5 +1,6 @@
 """How much of the identity is added to a curvature block before it is solved with."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +20,7 @@ class Damping:
             block's mean is scaled by spread = (trace(C) / d) / (trace(P C P^T) / k) of either side's covariance C.
 
     Raises:
-        LograError: A value is negative, or both `absolute` and `whole` are given.
+        LograError: A value is negative or not finite, or both `absolute` and `whole` are given.
     """
 
     relative: float = 0.1
@@ -31,8 +32,8 @@ class Damping:
         if self.absolute is not None and self.whole is not None:
             raise LograError("curvature: damping is either absolute or times the whole layer's mean; give one of them")
         value = next((v for v in (self.absolute, self.whole) if v is not None), self.relative)
-        if not value >= 0:
-            raise LograError(f"curvature: damping is {value}; it must not be negative")
+        if not 0 <= value < math.inf:
+            raise LograError(f"curvature: damping is {value}; it must be finite and must not be negative")
 
     @classmethod
     def of(cls, damping: "float | Damping | None", spread: Mapping[str, float] | None = None) -> "Damping":

@@ -10,6 +10,7 @@ import xxhash
 from torch import Tensor
 
 from logra_kernels.curvature.solver import Solver
+from logra_kernels.store import GradientStore
 
 
 class Factor:
@@ -18,18 +19,27 @@ class Factor:
     Args:
         solvers: Layer name -> its solver, in the order of the rows' columns.
         curvature: Hash of what the curvature was computed from.
+        rows: `content_hash` of the store it is of.
 
     Attributes:
         damping: Layer name -> the lambda that was added.
         hash: Of the curvature and every lambda: equal hashes give equal answers.
     """
 
-    def __init__(self, solvers: dict[str, Solver], curvature: str = "") -> None:
+    def __init__(self, solvers: dict[str, Solver], curvature: str = "", rows: str = "") -> None:
         self._solvers = solvers
+        self._rows = rows
         self.damping = {name: solver.damping for name, solver in solvers.items()}
         facts = json.dumps([curvature, sorted(self.damping.items())])
         self.hash = xxhash.xxh3_128(facts.encode()).hexdigest()
         self._widths = [solver.width for solver in solvers.values()]
+
+    def check(self, store: GradientStore) -> None:
+        """Raise ValueError if this is the curvature of another store's rows."""
+        if self._rows and self._rows != store.content_hash:
+            raise ValueError(
+                f"curvature: this factor is of other rows than {store.path} holds now; make it from this store"
+            )
 
     def solve(self, rows: Tensor) -> Tensor:
         """(H + lambda I)^-1 applied to every row; [Q, D] -> [Q, D] fp32."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from logra_kernels.errors import LograError
 
+U = 2**-24  # half the distance from 1 to the next fp32
 FP32_WIDTH = 1024  # narrower blocks cost little in fp64
 FP32_BOUND = 3e-5
 
@@ -36,6 +37,10 @@ class Solver(ABC):
         For -0.5 any square root serves, as long as its rows' products are those of the inverse.
         """
 
+    def settle(self, exact: bool) -> None:
+        """Choose the dtype to work in: fp64 if `exact`, else whatever the solver's error bound allows."""
+        return None
+
     def quadratic(self, rows: Tensor) -> Tensor:
         """g^T (H + lambda I)^-1 g of every row, [N, d] -> [N]."""
         return self.power(rows, -0.5).square().sum(1)
@@ -53,25 +58,32 @@ class CholeskySolver(Solver):
 
     Args:
         h: H, [d, d].
-        exact: Work in fp64 whatever the width.
 
     Raises:
         LograError: H + lambda I is not positive definite.
     """
 
-    def __init__(self, layer: str, h: Tensor, damping: float, *, exact: bool = False) -> None:
+    def __init__(self, layer: str, h: Tensor, damping: float) -> None:
         damped = h.to(torch.float64, copy=True)
         self.width, self.damping = len(h), damping
         largest = float(torch.linalg.vector_norm(damped)) + damping  # the Frobenius norm is an upper bound
         damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        pivots = lower.diagonal()
+        if damping < U * largest:  # then what is added drowns in the rounding of fp32 sums, and so may a pivot
+            failed |= bool(pivots.min() ** 2 < 16 * U * pivots.max() ** 2)
         if failed:
             raise LograError(
-                f"curvature: H + {damping:g} I of layer {layer!r} is not positive definite; use a larger damping"
+                f"curvature: H + {damping:g} I of layer {layer!r} is not positive definite; use a larger damping, or"
+                " log more rows"
             )
-        if not exact and self.width >= FP32_WIDTH and 2**-23 * largest**0.5 <= FP32_BOUND * damping**0.5:
+        self._bounded = 2 * U * largest**0.5 <= FP32_BOUND * damping**0.5
+        self._upper = lower.T
+
+    def settle(self, exact: bool) -> None:
+        if not exact and self.width >= FP32_WIDTH and self._bounded:
             self.dtype = torch.float32
-        self._upper = lower.to(self.dtype).T
+            self._upper = self._upper.float()
 
     def power(self, rows: Tensor, exponent: float) -> Tensor:
         # rows L^-T: solved from the right, BLAS runs along the rows as they lie in memory

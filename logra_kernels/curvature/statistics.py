@@ -24,6 +24,7 @@ class Curvature(ABC):
         rows: How many rows it was taken over.
         spread: See `Damping.whole`; of the layers whose projection was learned.
         hash: Of everything it was computed from.
+        content: `content_hash` of the store.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Curvature(ABC):
         self.rows = rows
         self.spread: dict[str, float] = {}
         self.hash = ""
+        self.content = ""
 
     @classmethod
     def of(cls, store: GradientStore, progress: Progress | None = None) -> Self:
@@ -49,7 +51,7 @@ class Curvature(ABC):
             raise LograError(f"curvature: the store {store.path} has no rows; log some first")
         found = cls.found(store, progress)
         found.spread = spread_of(store)
-        found.hash = cls.key(store)
+        found.hash, found.content = cls.key(store), store.content_hash
         return found
 
     @classmethod
@@ -66,17 +68,21 @@ class Curvature(ABC):
     def solver(self, layer: str, damping: Damping) -> Solver:
         """One layer's solver."""
 
-    def factorize(self, damping: float | Damping | None = None) -> Factor:
+    def factorize(self, damping: float | Damping | None = None, *, exact: bool = False) -> Factor:
         """H + lambda I of every layer, ready to be solved with.
 
         Args:
             damping: A number is absolute; None is the default of `Damping.of`.
+            exact: Solve in fp64 throughout; else wide dense blocks may in fp32, see `curvature.solver`.
 
         Raises:
             LograError: A layer's gradients are all zero, or H + lambda I is singular, or the damping is negative.
         """
         chosen = Damping.of(damping, self.spread)
-        return Factor({layer: self.solver(layer, chosen) for layer in self.layers}, self.hash)
+        solvers = {layer: self.solver(layer, chosen) for layer in self.layers}
+        for solver in solvers.values():
+            solver.settle(exact)
+        return Factor(solvers, self.hash, self.content)
 
 
 class KeptCurvature(Curvature):

@@ -65,7 +65,7 @@ def row_statistics(
         progress: Called with the number of rows of each block done.
 
     Raises:
-        ValueError: An unknown name, or no factor where one is needed.
+        ValueError: An unknown name, no factor where one is needed, or the factor is of another store's rows.
     """
     unknown = sorted(set(wanted) - {*NORMS, *CURVED})
     if unknown:
@@ -78,6 +78,7 @@ def row_statistics(
         found |= norms[0]
     added, suffix = "", ""
     if factor is not None:
+        factor.check(store)
         added = factor.hash
         suffix = f"-{curvature}" if damping is None else f"-{curvature}-{added[:16]}"
     missing = []

@@ -1,4 +1,4 @@
-"""The same scores as kronfluence 1.0.1 computed on the same model and data (bench/peer_kronfluence.py made the file)."""
+"""The scores that kronfluence 1.0.1 computed on the same model and data (bench/peer_kronfluence.py made the file)."""
 
 import json
 from pathlib import Path

@@ -70,6 +70,9 @@ def test_every_damping_and_mode(tmp_path, kind, size):
             if kind in ("kfac", "ekfac"):
                 with run.observe():
                     loss_of(model, x[part], y[part]).backward()
+            if kind == "fisher":
+                with run.observe_fisher():
+                    loss_of(model, x[part], y[part]).backward()
             with run.log([str(i) for i in range(part.start, part.stop)]):
                 loss_of(model, x[part], y[part]).backward()
         with run.query([f"q{i}" for i in range(Q)]) as query:
