@@ -117,6 +117,31 @@ def fisher_rows(rows: torch.Tensor) -> dict:
     }
 
 
+def logging() -> dict:
+    """What summing the Fisher of 24 layers of 4,096 numbers adds to a step of bench_logging, 8 rows at a time."""
+    from bench_logging import BATCH, make_model, providers
+
+    model, ids = make_model()
+    step = providers(model, ids)["logra_kernels"]
+    grads = step()
+    rows = torch.cat([g.flatten(1) for g in grads.values()], dim=1)
+    sums = GramSums({name: slice(i * WIDTH, (i + 1) * WIDTH) for i, name in enumerate(grads)})
+    steps = 256 // BATCH  # a whole panel, so that the products are counted
+
+    def add() -> None:
+        for _ in range(steps):
+            sums.add(rows)
+
+    add()
+    own, plain = seconds(add, step)
+    return {
+        "what": "fisher while logging, llama 8x512, 24 linears, k=64, 8x256",
+        "step_ms": round(plain * 1e3, 1),
+        "fisher_ms_a_step": round(own / steps * 1e3, 2),
+        "adds": round(own / steps / plain, 4),
+    }
+
+
 def main() -> None:
     from machine import commit, cpu_model
     from record import RESULTS, slug, text
@@ -126,6 +151,7 @@ def main() -> None:
         store = make_store(Path(directory) / "store")
         fisher = RawFisher.of(store)
         rows = [factorise(fisher.blocks["layer"]), *self_influence(store, fisher), fisher_rows(store.read(0, 512))]
+    rows.append(logging())
     facts = {"op": "curvature", "machine": cpu_model(), "commit": commit(), "torch": torch.__version__}
     facts |= {"shape": f"{ROWS} rows x {WIDTH}", "dtype": "fp32", "threads": torch.get_num_threads()}
     path = RESULTS / f"curvature-{slug(cpu_model())}.json"
