@@ -42,6 +42,23 @@ def dequantize_rows(encoded: Encoded, out: int, rows: int, d: int, n_threads: in
 def score_block(
     queries: Matrix, rows: Matrix, out: int, n_queries: int, n_rows: int, d: int, n_threads: int
 ) -> None: ...
+def score_block_encoded(
+    queries: Matrix, rows: Encoded, out: int, n_queries: int, n_rows: int, d: int, digits: int, n_threads: int
+) -> None: ...
+def score_topk_encoded(
+    queries: Matrix,
+    rows: Encoded,
+    row_scale: Matrix | None,
+    values: int,
+    indices: int,
+    n_queries: int,
+    n_rows: int,
+    d: int,
+    k: int,
+    largest: bool,
+    digits: int,
+    n_threads: int,
+) -> None: ...
 def score_topk(
     queries: Matrix,
     rows: Matrix,

@@ -1,4 +1,4 @@
-#include "arguments.h"
+#include "encoded.h"
 #include "score_block/cpu.h"
 
 namespace py = pybind11;
@@ -26,4 +26,23 @@ void bind_score_block(py::module_& m) {
       },
       py::arg("queries"), py::arg("rows"), py::arg("out"), py::arg("n_queries"), py::arg("n_rows"), py::arg("d"),
       py::arg("n_threads"));
+  m.def(
+      "score_block_encoded",
+      [](const Matrix& query_tensor, const Encoded& encoded, Address out, int64_t n_queries, int64_t n_rows, int64_t d,
+         int digits, int n_threads) {
+        const char* op = "score_block";
+        check_sizes(op, {n_queries, d});
+        check_sizes(op, {n_rows, d});
+        check_sizes(op, {n_queries, n_rows});
+        check_threads(op, n_threads);
+        check_digits(op, digits);
+        const Rows queries = rows_of(op, query_tensor);
+        LGK_CHECK(queries.dtype != Dtype::kF64, "score_block: queries on encoded rows are fp32, bf16 or fp16");
+        const EncodedRows rows = encoded_of(op, encoded);
+        py::gil_scoped_release unlocked;
+        score_block::score_encoded(queries, rows, reinterpret_cast<float*>(out), {n_queries, n_rows, d}, digits,
+                                   n_threads);
+      },
+      py::arg("queries"), py::arg("rows"), py::arg("out"), py::arg("n_queries"), py::arg("n_rows"), py::arg("d"),
+      py::arg("digits"), py::arg("n_threads"));
 }

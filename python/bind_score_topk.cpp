@@ -1,6 +1,6 @@
 #include <pybind11/stl.h>
 
-#include "arguments.h"
+#include "encoded.h"
 #include "score_topk/cpu.h"
 
 namespace py = pybind11;
@@ -35,4 +35,30 @@ void bind_score_topk(py::module_& m) {
       },
       py::arg("queries"), py::arg("rows"), py::arg("row_scale"), py::arg("values"), py::arg("indices"),
       py::arg("n_queries"), py::arg("n_rows"), py::arg("d"), py::arg("k"), py::arg("largest"), py::arg("n_threads"));
+  m.def(
+      "score_topk_encoded",
+      [](const Matrix& query_tensor, const Encoded& encoded, const std::optional<Matrix>& scale_tensor, Address values,
+         Address indices, int64_t n_queries, int64_t n_rows, int64_t d, int64_t k, bool largest, int digits,
+         int n_threads) {
+        const char* op = "score_topk";
+        check_sizes(op, {n_queries, d});
+        check_sizes(op, {n_rows, d});
+        check_sizes(op, {n_queries, k});
+        check_threads(op, n_threads);
+        check_digits(op, digits);
+        LGK_CHECK(k >= std::min<int64_t>(1, n_rows) && k <= n_rows,
+                  "score_topk: k " + std::to_string(k) + " is not in 1.." + std::to_string(n_rows));
+        const Rows queries = rows_of(op, query_tensor);
+        const Rows scale = scale_tensor ? rows_of(op, *scale_tensor) : Rows{};
+        LGK_CHECK(queries.dtype != Dtype::kF64, "score_topk: queries on encoded rows are fp32, bf16 or fp16");
+        LGK_CHECK(!scale_tensor || scale.dtype == Dtype::kF32, "score_topk: row_scale must be fp32");
+        const EncodedRows rows = encoded_of(op, encoded);
+        py::gil_scoped_release unlocked;
+        score_topk::score_encoded(queries, rows, scale, reinterpret_cast<float*>(values),
+                                  reinterpret_cast<int64_t*>(indices), {n_queries, n_rows, d, k, largest}, digits,
+                                  n_threads);
+      },
+      py::arg("queries"), py::arg("rows"), py::arg("row_scale"), py::arg("values"), py::arg("indices"),
+      py::arg("n_queries"), py::arg("n_rows"), py::arg("d"), py::arg("k"), py::arg("largest"), py::arg("digits"),
+      py::arg("n_threads"));
 }

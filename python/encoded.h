@@ -21,4 +21,8 @@ inline EncodedRows encoded_of(const char* op, const Encoded& rows) {
           reinterpret_cast<const void*>(scales), code_stride, scale_stride};
 }
 
+inline void check_digits(const char* op, int digits) {
+  LGK_CHECK(digits >= 0 && digits <= 3, std::string(op) + ": " + std::to_string(digits) + " digits; 0 to 3 are known");
+}
+
 }  // namespace lgk

@@ -35,6 +35,7 @@ const std::vector<Isa>& isas() {
                     __builtin_cpu_supports("avx512vl");
     found.push_back({"v3", &kKernelsV3, nullptr, v3});
     found.push_back({"v4", &kKernelsV4, nullptr, v4});
+    found.push_back({"v4vnni", &kKernelsV4, nullptr, v4 && __builtin_cpu_supports("avx512vnni")});
     found.push_back({"v4bf16", &kKernelsV4, &kPairsV4Bf16, v4 && __builtin_cpu_supports("avx512bf16")});
 #endif
     return found;

@@ -3,6 +3,7 @@
 
 #include "common/isa.h"
 #include "common/kernels.h"
+#include "encoded/integers.h"
 #include "encoded/kernels.h"
 
 namespace lgk {
@@ -10,6 +11,7 @@ namespace lgk {
 extern const EncodedKernels kEncodedBase;
 #if LGK_HAS_X86_SETS
 extern const EncodedKernels kEncodedV3, kEncodedV4;
+extern const IntegerKernels kIntegersV4Vnni;
 #endif
 
 namespace {
@@ -28,6 +30,15 @@ const EncodedKernels& choose() {
 const EncodedKernels& encoded_kernels() {
   static const EncodedKernels& chosen = choose();
   return chosen;
+}
+
+const IntegerKernels* integer_kernels() {
+#if LGK_HAS_X86_SETS
+  static const bool have = std::string(isa_name()) == "v4vnni" || std::string(isa_name()) == "v4bf16";
+  return have && __builtin_cpu_supports("avx512vnni") ? &kIntegersV4Vnni : nullptr;
+#else
+  return nullptr;
+#endif
 }
 
 // Round to nearest even, through integers alone: independent of the thread's flush-to-zero mode.

@@ -6,6 +6,7 @@
 
 #include "common/buffer.h"
 #include "common/product.h"
+#include "encoded/product.h"
 
 namespace lgk::score_topk {
 namespace {
@@ -117,11 +118,10 @@ struct Selection {
   }
 };
 
-}  // namespace
-
-template <typename T>
-void score_topk(const Rows& queries, const Rows& rows, const Rows& row_scale, T* values, int64_t* indices, Shape shape,
-                int n_threads) {
+// multiply(row, count of rows, query, count of queries, output) gives the scores of a block of rows.
+template <typename T, class Multiply>
+void select(const Multiply& multiply, const Rows& row_scale, T* values, int64_t* indices, const Shape& shape,
+            int n_threads) {
   if (shape.queries == 0 || shape.rows == 0) return;
   const int64_t widest = std::min(shape.queries, kQueries);
   const int64_t block_rows = std::min(shape.rows, std::max(kLeastRows, std::min(kMostRows, kBlockScores / widest)));
@@ -138,14 +138,32 @@ void score_topk(const Rows& queries, const Rows& rows, const Rows& row_scale, T*
     selection.reset(count);
     for (int64_t row = 0; row < shape.rows; row += block_rows) {
       const int64_t here = std::min(block_rows, shape.rows - row);
-      multiply_rows<T>(rows.from(row), here, queries.from(q0), count, shape.d, {selection.scores.data(), 1, block_rows},
-                       n_threads);
+      multiply(row, here, q0, count, Output<T>{selection.scores.data(), 1, block_rows});
 #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
       for (int64_t q = 0; q < count; ++q) selection.offer(q, row, here, row_scale);
     }
 #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
     for (int64_t q = 0; q < count; ++q) selection.write(q, values + (q0 + q) * shape.k, indices + (q0 + q) * shape.k);
   }
+}
+
+}  // namespace
+
+template <typename T>
+void score_topk(const Rows& queries, const Rows& rows, const Rows& row_scale, T* values, int64_t* indices, Shape shape,
+                int n_threads) {
+  const auto multiply = [&](int64_t row, int64_t count, int64_t query, int64_t n, Output<T> scores) {
+    multiply_rows<T>(rows.from(row), count, queries.from(query), n, shape.d, scores, n_threads);
+  };
+  select<T>(multiply, row_scale, values, indices, shape, n_threads);
+}
+
+void score_encoded(const Rows& queries, const EncodedRows& rows, const Rows& row_scale, float* values, int64_t* indices,
+                   Shape shape, int digits, int n_threads) {
+  const auto multiply = [&](int64_t row, int64_t count, int64_t query, int64_t n, Output<float> scores) {
+    multiply_encoded(rows.from(row), count, queries.from(query), n, shape.d, scores, digits, n_threads);
+  };
+  select<float>(multiply, row_scale, values, indices, shape, n_threads);
 }
 
 template void score_topk<float>(const Rows&, const Rows&, const Rows&, float*, int64_t*, Shape, int);

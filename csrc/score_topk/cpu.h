@@ -5,6 +5,7 @@
 // candidates a query.
 #pragma once
 #include "common/rows.h"
+#include "encoded/rows.h"
 
 namespace lgk::score_topk {
 
@@ -18,5 +19,9 @@ struct Shape {
 template <typename T>
 void score_topk(const Rows& queries, const Rows& rows, const Rows& row_scale, T* values, int64_t* indices, Shape shape,
                 int n_threads);
+
+// The same on encoded rows; `digits` as in encoded/product.h.
+void score_encoded(const Rows& queries, const EncodedRows& rows, const Rows& row_scale, float* values, int64_t* indices,
+                   Shape shape, int digits, int n_threads);
 
 }  // namespace lgk::score_topk

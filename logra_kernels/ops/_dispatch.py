@@ -93,8 +93,10 @@ def _missing(name: str, device: str) -> str | None:
 
 
 @cache
-def launcher(op: str, device: str, asked: str) -> Callable:
+def launcher(op: str, device: str, asked: str, function: str = "launch") -> Callable:
     """The implementation of `op` for tensors on `device`; `asked` is a backend's name or "auto".
+
+    `function` is the launcher's name in its module; in the reference, "launch" is the op's own.
 
     Raises:
         RuntimeError: The backend asked for (here or in LOGRA_KERNELS_BACKEND) is unknown or does not work here.
@@ -110,7 +112,7 @@ def launcher(op: str, device: str, asked: str) -> Callable:
         have = ", ".join(candidate for candidate in order if _missing(candidate, device) is None)
         raise RuntimeError(f"{op}: backend {name!r} is not available here: {why} (have: {have})")
     module = importlib.import_module(f"logra_kernels.ops.{op}.{_MODULE[name]}")
-    return getattr(module, op) if name == "reference" else module.launch
+    return getattr(module, op if name == "reference" and function == "launch" else function)
 
 
 @cache

@@ -26,6 +26,7 @@ from logra_kernels.ops.project_grad.triton import launch_tile
 from logra_kernels.ops.project_rows.triton import launch as project_rows
 from logra_kernels.ops.quantize_rows.triton import launch as quantize_rows
 from logra_kernels.ops.score_block.triton import launch as score_block
+from logra_kernels.ops.score_block.triton import launch_encoded as score_encoded
 from logra_kernels.ops.score_factored.triton import launch as score_factored
 from logra_kernels.ops.score_topk.triton import launch as score_topk
 
@@ -137,6 +138,11 @@ def variants(dtype: torch.dtype) -> dict[str, Callable]:
         **{
             f"dequantize_rows, {name}": partial(dequantize_rows, encoded(name, scale))
             for name, scale in (("fp8", "fp32"), ("int8", "fp16"), ("int2", "fp32"), ("sign", "fp16"))
+        },
+        **{
+            f"score_encoded, {name} {kind}": partial(score_encoded, zeros(kind, 8, 512), encoded(name), False)
+            for name in ("fp8", "int8", "int4", "int2", "sign")
+            for kind in (torch.float32, torch.bfloat16)
         },
         "score_block, mixed": lambda: score_block(queries, rows.to(dtype)),
         "score_factored, mixed": lambda: score_factored(queries, rows[:, :48].to(dtype), [(16, 32)], 1),

@@ -22,6 +22,7 @@ KERNELS = {
     "quantize_rows": [["_scales_kernel", "_codes_kernel"]],
     "dequantize_rows": [["_dequantize_rows_kernel"]],
     "score_block": [["_score_kernel"]],
+    "score_encoded": [["_score_encoded_kernel"]],
     "score_topk": [["_score_kernel"]],
     "factor_rows": [["_factor_rows_kernel"]],
     "score_factored": [["_score_factored_kernel"]],
@@ -43,5 +44,5 @@ def test_compiles(arch, dtype):
     assert [line["error"] for line in lines if line["error"]] == []
     for op, launches in KERNELS.items():
         compiled = [line["kernels"] for line in lines if line["case"].partition(",")[0] == op]
-        assert compiled
+        assert compiled or (op == "score_encoded" and dtype != "bfloat16")
         assert all(kernels in launches for kernels in compiled)

@@ -1,6 +1,8 @@
 """score_block: every query against every row of a block.
 
 S[q,n] = sum_d queries[q,d] rows[n,d]        [Q, N], fp32 (fp64 for fp64 input)
+
+Rows may be numbers in a tensor or codes with scales (`EncodedRows`), which are decoded on their way into the registers.
 """
 
 import torch
@@ -8,8 +10,12 @@ from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype, check_tensors
 from logra_kernels.ops._dispatch import LIB, launcher
-from logra_kernels.ops._format import EncodedRows
+from logra_kernels.ops._format import EncodedRows, RowFormat
 from logra_kernels.ops.dequantize_rows import dequantize_rows
+from logra_kernels.ops.quantize_rows import quantize_rows
+
+QUERY_FORMATS = ("int8",)
+MOST_SPAN = 512  # query numbers that share a scale, and no more than share one in the rows
 
 LIB.define("score_block(Tensor queries, Tensor rows, str backend) -> Tensor")
 
@@ -29,6 +35,46 @@ def _fake(queries: Tensor, rows: Tensor, backend: str) -> Tensor:
 
 _op = torch.ops.logra_kernels.score_block.default
 
+LIB.define(
+    "score_block_encoded(Tensor queries, Tensor codes, Tensor scales, str format, int block, str scale,"
+    " bool rounded, str backend) -> Tensor"
+)
+
+
+def _launch_encoded(
+    queries: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    format: str,
+    block: int,
+    scale: str,
+    rounded: bool,
+    backend: str,
+) -> Tensor:
+    rows = EncodedRows(RowFormat(format, block, scale), queries.shape[1], codes, scales)
+    return launcher("score_block", codes.device.type, backend, "launch_encoded")(queries, rows, rounded)
+
+
+LIB.impl("score_block_encoded", _launch_encoded, "CPU")
+LIB.impl("score_block_encoded", _launch_encoded, "CUDA")
+
+
+@torch.library.register_fake("logra_kernels::score_block_encoded", lib=LIB)
+def _fake_encoded(
+    queries: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    format: str,
+    block: int,
+    scale: str,
+    rounded: bool,
+    backend: str,
+) -> Tensor:
+    return queries.new_empty((queries.shape[0], codes.shape[0]), dtype=torch.float32)
+
+
+_op_encoded = torch.ops.logra_kernels.score_block_encoded.default
+
 
 def check_scores(op: str, queries: Tensor, rows: Tensor) -> None:
     check_tensors(op, queries=queries, rows=rows)
@@ -41,12 +87,49 @@ def check_scores(op: str, queries: Tensor, rows: Tensor) -> None:
         )
 
 
-def score_block(queries: Tensor, rows: Tensor | EncodedRows, *, backend: str = "auto") -> Tensor:
+def check_encoded(op: str, queries: Tensor, rows: EncodedRows, query_format: str | None) -> tuple[Tensor, bool]:
+    """(queries as they enter the product, whether they are rounded to int8)."""
+    check_tensors(op, queries=queries)
+    if queries.dim() != 2 or queries.shape[1] != rows.dim:
+        raise ValueError(f"{op}: queries {tuple(queries.shape)} and rows {rows.shape} must be [Q, D] and [N, D]")
+    if queries.device != rows.device:
+        raise ValueError(f"{op}: queries are on {queries.device} and rows on {rows.device}; move one")
+    if queries.dtype == torch.float64:
+        raise ValueError(f"{op}: queries are fp64; for rows in {rows.format} they must be fp32, bf16 or fp16")
+    if query_format is None:
+        return queries, False
+    if query_format not in QUERY_FORMATS:
+        raise ValueError(
+            f"{op}: query_format is {query_format!r}; it must be None or one of {', '.join(QUERY_FORMATS)}"
+        )
+    return round_queries(queries, rows.format), True
+
+
+def round_queries(queries: Tensor, form: RowFormat) -> Tensor:
+    """The numbers that int8 queries stand for, fp32."""
+    return dequantize_rows(quantize_rows(queries, RowFormat.of("int8", min(form.block or MOST_SPAN, MOST_SPAN))))
+
+
+def numbers_of(op: str, rows: Tensor | EncodedRows, query_format: str | None) -> Tensor | EncodedRows:
+    """A tensor in place of encoded rows without scales."""
+    plain = not isinstance(rows, EncodedRows) or not rows.format.scaled
+    if plain and query_format is not None:
+        raise ValueError(f"{op}: query_format {query_format!r} is for rows with scales; leave it out")
+    return rows.codes if isinstance(rows, EncodedRows) and plain else rows
+
+
+def score_block(
+    queries: Tensor, rows: Tensor | EncodedRows, *, query_format: str | None = None, backend: str = "auto"
+) -> Tensor:
     """Score queries against stored rows: a GEMM that converts the rows as it loads them.
 
     Args:
-        queries: [Q, D], fp32 or of the rows' dtype; preconditioned already.
+        queries: [Q, D], fp32 or of the rows' dtype; preconditioned already. For rows with scales fp32, bf16 or fp16:
+            fp32 queries enter with fp32's accuracy, others may be rounded to 16 bits a number and 512 numbers, finer
+            than their own rounding, which is faster.
         rows: [N, D], fp32, bf16, fp16 or fp64, any strides; or rows in a stored format.
+        query_format: "int8" rounds the queries to int8 with a scale for as many numbers as share one in the rows, 512
+            at most: the fastest, for rows with scales. Relative error of a score about 0.7 % of |q| |g| / sqrt(D).
         backend: "auto", "cpp", "triton" or "reference"; an unavailable one raises RuntimeError.
 
     Returns:
@@ -55,7 +138,10 @@ def score_block(queries: Tensor, rows: Tensor | EncodedRows, *, backend: str = "
     Raises:
         ValueError: Sizes, dtypes or devices do not fit.
     """
+    rows = numbers_of("score_block", rows, query_format)
     if isinstance(rows, EncodedRows):
-        rows = dequantize_rows(rows) if rows.format.scaled else rows.codes
+        queries, rounded = check_encoded("score_block", queries, rows, query_format)
+        form = rows.format
+        return _op_encoded(queries, rows.codes, rows.scales, form.name, form.block, form.scale, rounded, backend)
     check_scores("score_block", queries, rows)
     return _op(queries, rows, backend)

@@ -3,8 +3,15 @@
 from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype
+from logra_kernels.ops._format import EncodedRows
+from logra_kernels.ops.dequantize_rows.reference import dequantize_rows
 
 
 def score_block(queries: Tensor, rows: Tensor) -> Tensor:
     dtype = accumulator_dtype(rows.dtype)
     return queries.to(dtype) @ rows.to(dtype).T
+
+
+def launch_encoded(queries: Tensor, rows: EncodedRows, int8_queries: bool) -> Tensor:
+    """`int8_queries` says that the queries hold no other numbers, which this one makes no use of."""
+    return queries.float() @ dequantize_rows(rows).T

@@ -1,9 +1,15 @@
-"""Triton launcher: the shared score kernel without row factors."""
+"""Triton launchers: the shared score kernels without row factors."""
 
 from torch import Tensor
 
-from logra_kernels.ops._score import score
+from logra_kernels.ops._format import EncodedRows
+from logra_kernels.ops._score import score, score_encoded
 
 
 def launch(queries: Tensor, rows: Tensor) -> Tensor:
     return score(queries, rows)
+
+
+def launch_encoded(queries: Tensor, rows: EncodedRows, int8_queries: bool) -> Tensor:
+    """`int8_queries` says that the queries hold no other numbers, which this one makes no use of."""
+    return score_encoded(queries, rows)

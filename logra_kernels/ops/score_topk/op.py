@@ -10,9 +10,8 @@ from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype, check_tensors
 from logra_kernels.ops._dispatch import LIB, launcher
-from logra_kernels.ops._format import EncodedRows
-from logra_kernels.ops.dequantize_rows import dequantize_rows
-from logra_kernels.ops.score_block.op import check_scores
+from logra_kernels.ops._format import EncodedRows, RowFormat
+from logra_kernels.ops.score_block.op import check_encoded, check_scores, numbers_of
 
 LIB.define(
     "score_topk(Tensor queries, Tensor rows, int k, Tensor? row_scale, bool largest, str backend) -> (Tensor, Tensor)"
@@ -39,6 +38,54 @@ def _fake(
 
 _op = torch.ops.logra_kernels.score_topk.default
 
+LIB.define(
+    "score_topk_encoded(Tensor queries, Tensor codes, Tensor scales, str format, int block, str scale, int k,"
+    " Tensor? row_scale, bool largest, bool int8_queries, str backend) -> (Tensor, Tensor)"
+)
+
+
+def _launch_encoded(
+    queries: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    format: str,
+    block: int,
+    scale: str,
+    k: int,
+    row_scale: Tensor | None,
+    largest: bool,
+    int8_queries: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    rows = EncodedRows(RowFormat(format, block, scale), queries.shape[1], codes, scales)
+    launch = launcher("score_topk", codes.device.type, backend, "launch_encoded")
+    return launch(queries, rows, k, row_scale, largest, int8_queries)
+
+
+LIB.impl("score_topk_encoded", _launch_encoded, "CPU")
+LIB.impl("score_topk_encoded", _launch_encoded, "CUDA")
+
+
+@torch.library.register_fake("logra_kernels::score_topk_encoded", lib=LIB)
+def _fake_encoded(
+    queries: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    format: str,
+    block: int,
+    scale: str,
+    k: int,
+    row_scale: Tensor | None,
+    largest: bool,
+    int8_queries: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (queries.shape[0], min(k, codes.shape[0]))
+    return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
+
+
+_op_encoded = torch.ops.logra_kernels.score_topk_encoded.default
+
 
 def score_topk(
     queries: Tensor,
@@ -47,16 +94,18 @@ def score_topk(
     row_scale: Tensor | None = None,
     *,
     largest: bool = True,
+    query_format: str | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The k rows that score highest (or lowest) for each query.
 
     Args:
-        queries: [Q, D], fp32 or of the rows' dtype; preconditioned already.
+        queries: [Q, D], fp32 or of the rows' dtype; preconditioned already. As in `score_block` for rows with scales.
         rows: [N, D], fp32, bf16, fp16 or fp64, any strides; or rows in a stored format.
         k: How many rows to keep, at least 1; min(k, N) are returned.
         row_scale: A factor for each row's score, [N], fp32 (fp64 for fp64 rows); l-RelatIF's 1/sqrt(self-influence).
         largest: False for the lowest scores, ascending.
+        query_format: As in `score_block`.
         backend: "auto", "cpp", "triton" or "reference"; an unavailable one raises RuntimeError.
 
     Returns:
@@ -65,16 +114,24 @@ def score_topk(
     Raises:
         ValueError: Sizes, dtypes or devices do not fit, or k < 1.
     """
+    rows = numbers_of("score_topk", rows, query_format)
+    rounded = False
     if isinstance(rows, EncodedRows):
-        rows = dequantize_rows(rows) if rows.format.scaled else rows.codes
-    check_scores("score_topk", queries, rows)
+        queries, rounded = check_encoded("score_topk", queries, rows, query_format)
+    else:
+        check_scores("score_topk", queries, rows)
     if k < 1:
         raise ValueError(f"score_topk: k is {k}; it must be at least 1")
     if row_scale is not None:
-        check_tensors("score_topk", rows=rows, row_scale=row_scale)
-        if row_scale.shape != rows.shape[:1] or row_scale.dtype != accumulator_dtype(rows.dtype):
+        numbers = rows.scales if isinstance(rows, EncodedRows) else rows
+        dtype = torch.float32 if isinstance(rows, EncodedRows) else accumulator_dtype(rows.dtype)
+        check_tensors("score_topk", rows=numbers, row_scale=row_scale)
+        if row_scale.shape != rows.shape[:1] or row_scale.dtype != dtype:
             raise ValueError(
-                f"score_topk: row_scale {tuple(row_scale.shape)} {row_scale.dtype} must be [{rows.shape[0]}]"
-                f" {accumulator_dtype(rows.dtype)}"
+                f"score_topk: row_scale {tuple(row_scale.shape)} {row_scale.dtype} must be [{rows.shape[0]}] {dtype}"
             )
+    if isinstance(rows, EncodedRows):
+        form = rows.format
+        encoded = rows.codes, rows.scales, form.name, form.block, form.scale
+        return _op_encoded(queries, *encoded, k, row_scale, largest, rounded, backend)
     return _op(queries, rows, k, row_scale, largest, backend)

@@ -1,0 +1,151 @@
+#include <omp.h>
+
+#include <algorithm>
+
+#include "common/block.h"
+#include "common/buffer.h"
+#include "common/kernels.h"
+#include "common/threads.h"
+#include "encoded/kernels.h"
+#include "encoded/product.h"
+
+namespace lgk {
+namespace {
+
+constexpr int64_t kRun = 8192;             // numbers of a row for which b is packed at a time
+constexpr int64_t kStrip = 512;            // numbers of a row that are decoded at a time
+constexpr int64_t kStripLd = kStrip + 16;  // rows a power of 2 apart would share cache sets
+constexpr int64_t kColumns = 256;
+
+struct Run {
+  const Products<float>& products;
+  Rows b;
+  int64_t column, columns, start, depth;
+  float* packed;
+
+  int64_t strips() const { return ceil_div(depth, kStrip); }
+  int64_t length(int64_t strip) const { return std::min(kStrip, depth - strip * kStrip); }
+  Block<float> block(int64_t strip, int64_t depth_start) const {
+    return {products,
+            b,
+            column,
+            columns,
+            depth_start,
+            length(strip),
+            packed + round_up(columns, products.lanes) * strip * kStrip};
+  }
+};
+
+void multiply_wide(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
+                   int n_threads) {
+  const EncodedKernels& kernels = encoded_kernels();
+  const Products<float>& products = lgk::products<float>(Dtype::kF32, Dtype::kF32);
+  n_threads = threads_for(double(m) * n * depth, n_threads);
+  const int64_t tile = round_up(tile_rows(m, products.row_tile, n_threads), products.row_tile);
+  const Run widest = {products, b, 0, std::min(n, kColumns), 0, std::min(depth, kRun), nullptr};
+  const int64_t ld = round_up(widest.columns, products.lanes) + products.lanes;
+  const int64_t sums_size = tile * ld;
+  const int64_t pack_size = std::max(widest.block(0, 0).scratch_size(tile), tile * kStripLd);
+  const int64_t scratch_size = round_up(pack_size + 2 * sums_size, kCacheLine);
+  const Buffer<float> packed(round_up(widest.columns, products.lanes) * round_up(widest.depth, kStrip));
+  const Buffer<float> scratch(scratch_size * n_threads);
+
+#pragma omp parallel num_threads(n_threads)
+  {
+    float* decoded = scratch.data() + scratch_size * omp_get_thread_num();
+    float *sums = decoded + pack_size, *more = sums + sums_size;
+    for (int64_t j = 0; j < n; j += kColumns) {
+      for (int64_t k = 0; k < depth; k += kRun) {
+        const Run run = {products, b, j, std::min(kColumns, n - j), k, std::min(kRun, depth - k), packed.data()};
+#pragma omp for schedule(dynamic)
+        for (int64_t strip = 0; strip < run.strips(); ++strip) {
+          const Block<float> block = run.block(strip, k + strip * kStrip);
+          for (int64_t task = 0; task < block.pack_tasks(); ++task) block.pack(task, decoded);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < m; i += tile) {
+          const int64_t rows = std::min(tile, m - i), padded = round_up(rows, products.row_tile);
+          for (int64_t strip = 0; strip < run.strips(); ++strip) {
+            const int64_t length = run.length(strip);
+            for (int64_t r = 0; r < padded; ++r) {
+              float* to = decoded + r * kStripLd;
+              if (r < rows) {
+                kernels.decode(a, i + r, k + strip * kStrip, length, to);
+              } else {
+                std::fill(to, to + length, 0.0f);
+              }
+            }
+            run.block(strip, 0).multiply(matrix(decoded, Dtype::kF32, kStripLd, 1), 0, padded, nullptr,
+                                         strip == 0 ? sums : more, ld);
+            for (int64_t x = 0; strip > 0 && x < rows * ld; ++x) sums[x] += more[x];
+          }
+          for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t q = 0; q < run.columns; ++q) {
+              float& to = c.data[(i + r) * c.row_stride + (j + q) * c.column_stride];
+              to = k > 0 ? to + sums[r * ld + q] : sums[r * ld + q];
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// For few columns: rows decoded into the cache, a run at a time, and multiplied there.
+void multiply_narrow(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
+                     int n_threads) {
+  const EncodedKernels& decoder = encoded_kernels();
+  const Kernels<float>& kernels = lgk::kernels<float>();
+  n_threads = threads_for(double(m) * depth * kFewColumns, n_threads);
+  int64_t width = 1;
+  while (width < n) width *= 2;
+  const int64_t run = kDotChain * kernels.lanes, ldb = round_up(depth, kernels.lanes), lanes = kernels.lanes;
+  const Buffer<float> packed(round_up(width, kernels.row_tile) * ldb);
+  kernels.pack_rows(b, 0, n, 0, depth, packed.data(), ldb);
+  std::fill(packed.data() + n * ldb, packed.data() + width * ldb, 0.0f);
+  const int64_t ld = run + lanes, size = round_up(kDotRows * (ld + width * lanes), kCacheLine);
+  const Buffer<float> scratch(size * n_threads);
+
+#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
+  for (int64_t i = 0; i < m; i += kDotRows) {
+    float *decoded = scratch.data() + size * omp_get_thread_num(), *sums = decoded + kDotRows * ld;
+    const int64_t rows = std::min(kDotRows, m - i);
+    for (int64_t k = 0; k < depth; k += run) {
+      const int64_t here = std::min(run, depth - k);
+      for (int64_t r = 0; r < rows; ++r) decoder.decode(a, i + r, k, here, decoded + r * ld);
+      kernels.dot(matrix(decoded, Dtype::kF32, ld, 1), 0, rows, 0, here, packed.data() + k, ldb, width, sums, k > 0);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < n; ++j) {
+        float* lane = sums + (r * width + j) * lanes;
+        for (int64_t half = lanes / 2; half > 0; half /= 2) {
+          for (int64_t x = 0; x < half; ++x) lane[x] += lane[x + half];
+        }
+        c.data[(i + r) * c.row_stride + j * c.column_stride] = lane[0];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void multiply_decoded(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
+                      int n_threads) {
+  if (n <= kFewColumns) return multiply_narrow(a, m, b, n, depth, c, n_threads);
+  multiply_wide(a, m, b, n, depth, c, n_threads);
+}
+
+void multiply_encoded(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
+                      int digits, int n_threads) {
+  if (m == 0 || n == 0) return;
+  if (depth == 0) {
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) c.data[i * c.row_stride + j * c.column_stride] = 0;
+    }
+    return;
+  }
+  if (digits > 0 && multiply_integers(a, m, b, n, depth, c, digits, n_threads)) return;
+  multiply_decoded(a, m, b, n, depth, c, n_threads);
+}
+
+}  // namespace lgk

@@ -1,0 +1,254 @@
+// AVX512-VNNI beside x86-64-v4: four products of an unsigned and a signed byte added to each 32-bit lane.
+#include "common/isa.h"
+
+#if LGK_HAS_X86_SETS
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "encoded/integers.h"
+
+#pragma GCC target("avx,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni")
+
+#define LGK_INLINE static inline __attribute__((always_inline))
+
+namespace lgk {
+namespace {
+
+constexpr int64_t kAheadBytes = 2048;
+
+LGK_INLINE int64_t unit_bytes(Code code) {
+  return code == Code::kI8 ? kUnit : code == Code::kI4 ? kUnit / 2 : code == Code::kI2 ? kUnit / 4 : kUnit / 8;
+}
+
+// GCC 12 warns of its own undefined operands in the unmasked intrinsics.
+LGK_INLINE __m512 as_floats(__m512i x) { return _mm512_maskz_cvtepi32_ps(0xffff, x); }
+
+LGK_INLINE float sum_lanes(__m512 x) {
+  alignas(64) float lanes[16];
+  _mm512_store_ps(lanes, x);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// sum + four products in each lane. GCC 12 copies the operands of the intrinsic to and fro.
+LGK_INLINE void add_products(__m512i& sum, __m512i codes, __m512i digits) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(digits));
+}
+
+struct Unit {
+  __m512i low, high;
+};
+
+template <Code kCode>
+LGK_INLINE Unit load_unit(const uint8_t* p) {
+  if constexpr (kCode == Code::kI8) {
+    const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+    return {_mm512_xor_si512(_mm512_loadu_si512(p), flip), _mm512_xor_si512(_mm512_loadu_si512(p + 64), flip)};
+  } else if constexpr (kCode == Code::kI4) {
+    const __m512i all = _mm512_loadu_si512(p), low = _mm512_set1_epi8(15);
+    return {_mm512_and_si512(all, low), _mm512_and_si512(_mm512_srli_epi16(all, 4), low)};
+  } else if constexpr (kCode == Code::kI2) {
+    const __m256i here = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m512i all = _mm512_maskz_broadcast_i64x4(0xff, here), low = _mm512_set1_epi8(3);
+    const __m512i first = _mm512_mask_srli_epi32(all, 0xff00, all, 2);  // the upper half by one more field
+    return {_mm512_and_si512(first, low), _mm512_and_si512(_mm512_srli_epi16(first, 4), low)};
+  } else {
+    uint64_t bits[2];
+    std::memcpy(bits, p, sizeof(bits));
+    const __m512i two = _mm512_set1_epi8(2);
+    return {_mm512_maskz_mov_epi8(bits[0], two), _mm512_maskz_mov_epi8(bits[1], two)};
+  }
+}
+
+template <Code kCode>
+void expand_units(const uint8_t* codes, int64_t units, int64_t ahead, uint8_t* out) {
+  const int64_t bytes = unit_bytes(kCode);
+  for (int64_t u = 0; u < units; ++u) {
+    const Unit unit = load_unit<kCode>(codes + u * bytes);
+    __builtin_prefetch(codes + u * bytes + ahead, 0, 2);
+    if constexpr (kCode == Code::kI8) __builtin_prefetch(codes + u * bytes + 64 + ahead, 0, 2);
+    _mm512_storeu_si512(out + u * kUnit, unit.low);
+    _mm512_storeu_si512(out + u * kUnit + 64, unit.high);
+  }
+}
+
+void expand(Code code, const uint8_t* codes, int64_t units, int64_t ahead, uint8_t* out) {
+  if (code == Code::kI8) return expand_units<Code::kI8>(codes, units, ahead, out);
+  if (code == Code::kI4) return expand_units<Code::kI4>(codes, units, ahead, out);
+  if (code == Code::kI2) return expand_units<Code::kI2>(codes, units, ahead, out);
+  expand_units<Code::kSign>(codes, units, ahead, out);
+}
+
+float largest(const float* x, int64_t n) {
+  const __m512i size = _mm512_set1_epi32(0x7fffffff);
+  __m512i most = _mm512_setzero_si512();  // magnitudes in the order of their bits, NaN above all
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 kept = static_cast<__mmask16>(n - i < 16 ? (1 << (n - i)) - 1 : 0xffff);
+    most = _mm512_maskz_max_epi32(0xffff, most, _mm512_and_si512(_mm512_maskz_loadu_epi32(kept, x + i), size));
+  }
+  alignas(64) int32_t lanes[16];
+  _mm512_store_si512(lanes, most);
+  int32_t found = 0;
+  for (int i = 0; i < 16; ++i) found = lanes[i] > found ? lanes[i] : found;
+  float largest;
+  std::memcpy(&largest, &found, sizeof(largest));
+  return largest;
+}
+
+template <int kEach>
+void whole_numbers(const float* x, float inverse, int32_t* whole) {
+  alignas(64) int32_t found[kUnit];
+  const __m512 factor = _mm512_set1_ps(inverse);
+  for (int64_t i = 0; i < kUnit; i += 16) {
+    const __m512i nearest = _mm512_maskz_cvt_roundps_epi32(0xffff, _mm512_mul_ps(_mm512_loadu_ps(x + i), factor),
+                                                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm512_store_si512((kEach == 1 ? whole : found) + i, nearest);
+  }
+  for (int64_t part = 0; kEach > 1 && part < kEach; ++part) {
+    for (int64_t i = 0; i < kUnit / kEach; ++i) whole[part * (kUnit / kEach) + i] = found[i * kEach + part];
+  }
+}
+
+void to_digits(Code code, const float* x, float inverse, int digits, int8_t* out, int32_t* sums) {
+  alignas(64) int32_t whole[kUnit];
+  if (code == Code::kI4) {
+    whole_numbers<2>(x, inverse, whole);
+  } else if (code == Code::kI2) {
+    whole_numbers<4>(x, inverse, whole);
+  } else {
+    whole_numbers<1>(x, inverse, whole);
+  }
+  for (int digit = 0; digit < digits; ++digit) {
+    int8_t* to = out + digit * kUnit;
+    for (int64_t i = 0; i < kUnit; i += 16) {
+      const __m512i number = _mm512_load_si512(whole + i);
+      const __m512i low = _mm512_maskz_srai_epi32(0xffff, _mm512_maskz_slli_epi32(0xffff, number, 24), 24);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_maskz_cvtepi32_epi8(0xffff, low));
+      _mm512_store_si512(whole + i, _mm512_maskz_srai_epi32(0xffff, _mm512_sub_epi32(number, low), 8));
+    }
+    __m512i sum = _mm512_loadu_si512(sums + digit * kLaneSums);
+    add_products(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(to));
+    add_products(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(to + 64));
+    _mm512_storeu_si512(sums + digit * kLaneSums, sum);
+  }
+}
+
+void tile(const uint8_t* a, int64_t lda, const int8_t* b, int64_t units, const int32_t* start, const float* a_scale,
+          const float* b_scale, float* c, int64_t ldc) {
+  __m512i sum[kTileCodes][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileCodes; ++i) {
+    sum[i][0] = _mm512_loadu_si512(start);
+    sum[i][1] = _mm512_loadu_si512(start + 16);
+  }
+  const uint8_t* third[4] = {a, a + 3 * lda, a + 6 * lda, a + 9 * lda};
+  for (int64_t k = 0; k < units * (kUnit / 4); ++k) {
+    const __m512i left = _mm512_loadu_si512(b), right = _mm512_loadu_si512(b + 64);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileCodes; ++i) {
+      int32_t four;
+      __builtin_memcpy(&four, third[i / 3] + i % 3 * lda, sizeof(four));
+      const __m512i codes = _mm512_set1_epi32(four);
+      add_products(sum[i][0], codes, left);
+      add_products(sum[i][1], codes, right);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) third[i] += 4;
+    b += 4 * kTileQueries;
+  }
+  const __m512 left = _mm512_loadu_ps(b_scale), right = _mm512_loadu_ps(b_scale + 16);
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileCodes; ++i) {
+    const __m512 scale = _mm512_set1_ps(a_scale[i]);
+    float* to = c + i * ldc;
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_mul_ps(as_floats(sum[i][0]), left), scale, _mm512_loadu_ps(to)));
+    _mm512_storeu_ps(to + 16,
+                     _mm512_fmadd_ps(_mm512_mul_ps(as_floats(sum[i][1]), right), scale, _mm512_loadu_ps(to + 16)));
+  }
+}
+
+template <Code kCode, int kColumns>
+void few_columns(const uint8_t* const* rows, const uint8_t* const* last, int64_t units, int64_t units_per_span,
+                 const float* a_scale, const int8_t* b, const int32_t* start, const float* b_scale, float* sums) {
+  constexpr int kRows = kFewRows;
+  const int64_t bytes = unit_bytes(kCode);
+  __m512 total[kRows][kColumns];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 3
+    for (int j = 0; j < kColumns; ++j) total[i][j] = _mm512_setzero_ps();
+  }
+  for (int64_t u = 0; u < units;) {
+    const int64_t end = u + units_per_span < units ? u + units_per_span : units;
+    __m512i sum[kRows][kColumns];
+#pragma GCC unroll 3
+    for (int j = 0; j < kColumns; ++j) {
+      const __m512i first = _mm512_loadu_si512(start + j * kLaneSums);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) sum[i][j] = first;
+    }
+    for (; u < end; ++u, b += kColumns * kUnit) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        const uint8_t* from = u + 1 < units ? rows[i] + u * bytes : last[i];
+        const Unit unit = load_unit<kCode>(from);
+        __builtin_prefetch(from + kAheadBytes);
+        if constexpr (kCode == Code::kI8) __builtin_prefetch(from + kAheadBytes + 64);
+#pragma GCC unroll 3
+        for (int j = 0; j < kColumns; ++j) {
+          add_products(sum[i][j], unit.low, _mm512_loadu_si512(b + j * kUnit));
+          add_products(sum[i][j], unit.high, _mm512_loadu_si512(b + j * kUnit + 64));
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 3
+      for (int j = 0; j < kColumns; ++j) {
+        total[i][j] = _mm512_fmadd_ps(as_floats(sum[i][j]), _mm512_set1_ps(a_scale[i] * b_scale[j]), total[i][j]);
+      }
+    }
+    a_scale += kRows;
+    start += kColumns * kLaneSums;
+    b_scale += kColumns;
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kColumns; ++j) sums[i * kColumns + j] = sum_lanes(total[i][j]);
+  }
+}
+
+template <Code kCode>
+void few_code(const uint8_t* const* rows, const uint8_t* const* last, int64_t units, int64_t units_per_span,
+              const float* a_scale, const int8_t* b, const int32_t* start, const float* b_scale, int64_t columns,
+              float* sums) {
+  if (columns == 1) {
+    few_columns<kCode, 1>(rows, last, units, units_per_span, a_scale, b, start, b_scale, sums);
+  } else if (columns == 2) {
+    few_columns<kCode, 2>(rows, last, units, units_per_span, a_scale, b, start, b_scale, sums);
+  } else {
+    few_columns<kCode, 3>(rows, last, units, units_per_span, a_scale, b, start, b_scale, sums);
+  }
+}
+
+void few(Code code, const uint8_t* const* rows, const uint8_t* const* last, int64_t units, int64_t units_per_span,
+         const float* a_scale, const int8_t* b, const int32_t* start, const float* b_scale, int64_t columns,
+         float* sums) {
+  const auto run = code == Code::kI8   ? few_code<Code::kI8>
+                   : code == Code::kI4 ? few_code<Code::kI4>
+                   : code == Code::kI2 ? few_code<Code::kI2>
+                                       : few_code<Code::kSign>;
+  run(rows, last, units, units_per_span, a_scale, b, start, b_scale, columns, sums);
+}
+
+}  // namespace
+
+extern const IntegerKernels kIntegersV4Vnni;
+const IntegerKernels kIntegersV4Vnni = {expand, largest, to_digits, tile, few};
+
+}  // namespace lgk
+#endif

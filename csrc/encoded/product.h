@@ -1,0 +1,27 @@
+// Products of encoded rows with queries; the numbers are decoded on their way into the registers.
+#pragma once
+#include "common/product.h"
+#include "encoded/rows.h"
+
+namespace lgk {
+
+// The most columns for which the rows are read but once, at the speed of memory.
+constexpr int64_t kFewColumns = 8;
+
+// c[i][j] = sum_k a[i][k] b[j][k] for i < m, j < n, k < depth; sizes 0 are allowed and a sum of nothing is 0.
+//
+// digits 0: fp32 products of the decoded numbers with b. Otherwise, where the machine multiplies bytes, b in fixed
+// point of so many bytes (1 to 3) a number and span of at most kMostSpan numbers (encoded/integers.h): exact sums of a
+// span, added in order. Integer codes in blocks of kUnit numbers and more have this; all else goes the first way.
+// Neither m nor the thread count changes the bits of a result.
+void multiply_encoded(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
+                      int digits, int n_threads);
+
+// The fp32 way, and the fixed-point one, which says whether it could be gone: not with NaN or Inf in b. m, n, depth >
+// 0.
+void multiply_decoded(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
+                      int n_threads);
+bool multiply_integers(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
+                       int digits, int n_threads);
+
+}  // namespace lgk

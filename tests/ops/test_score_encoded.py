@@ -1,0 +1,159 @@
+"""score_block and score_topk on rows with scales."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tolerance import assert_as_good_as_naive
+
+import logra_kernels as lk
+from logra_kernels import _C
+from logra_kernels.ops import FORMATS
+from logra_kernels.ops.score_block import op as block_op
+from logra_kernels.ops.score_topk import op as topk_op
+
+SCALED = [name for name in FORMATS if lk.RowFormat.of(name).scaled]
+SHAPES = [(1, 1, 16), (3, 5, 300), (8, 9, 128), (9, 37, 700), (70, 29, 131)]  # Q N D
+
+
+@pytest.fixture(params=SCALED)
+def name(request):
+    return request.param
+
+
+def case(q, n, d, name, block=128, scale="fp32", dtype=torch.float32, device="cpu"):
+    rows = lk.quantize_rows(torch.randn(n, d, device=device), lk.RowFormat.of(name, block, scale))
+    return torch.randn(q, d, device=device).to(dtype), rows
+
+
+def check(target, queries, rows, **options):
+    numbers = lk.dequantize_rows(rows, backend="reference")
+    naive = queries @ numbers.to(queries.dtype).T
+    got = lk.score_block(queries, rows, backend=target.backend, **options)
+    assert got.dtype == torch.float32
+    assert_as_good_as_naive(got, queries.double() @ numbers.double().T, naive.float())
+    return got
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_matches_fp64(target, name, shape, dtype):
+    check(target, *case(*shape, name, dtype=dtype, device=target.device))
+
+
+@pytest.mark.parametrize(("block", "scale"), [(32, "fp32"), (256, "fp16"), (4096, "fp32")])
+def test_blocks_and_scales(target, name, block, scale):
+    for q in (2, 12):
+        check(target, *case(q, 5, 700, name, block, scale, device=target.device))
+
+
+@pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != _C.isa()])
+def test_every_instruction_set(isa):
+    script = """
+import sys, torch, logra_kernels as lk
+sys.path.insert(0, sys.argv[1])
+from tolerance import assert_as_good_as_naive
+for name in ("fp8", "int8", "int4", "int2", "sign"):
+    for block in (64, 128, 1024):
+        for q, n, d in ((1, 7, 1000), (20, 25, 9000)):
+            queries, rows = torch.randn(q, d), lk.quantize_rows(torch.randn(n, d), lk.RowFormat.of(name, block))
+            numbers = lk.dequantize_rows(rows, backend="reference")
+            got = lk.score_block(queries, rows, backend="cpp")
+            assert_as_good_as_naive(got, queries.double() @ numbers.double().T, queries @ numbers.T)
+"""
+    tests = os.path.dirname(os.path.dirname(__file__))
+    environment = os.environ | {"LOGRA_KERNELS_ISA": isa}
+    subprocess.run([sys.executable, "-c", script, tests], env=environment, check=True)
+
+
+@pytest.mark.parametrize("q", [2, 20])
+def test_int8_queries(target, name, q):
+    queries, rows = case(q, 30, 1200, name, device=target.device)
+    span = lk.RowFormat.of("int8", 128)
+    rounded = lk.dequantize_rows(lk.quantize_rows(queries, span))
+    got = lk.score_block(queries, rows, query_format="int8", backend=target.backend)
+    numbers = lk.dequantize_rows(rows)
+    torch.testing.assert_close(got.double(), rounded.double() @ numbers.double().T, rtol=1e-5, atol=1e-4)
+    error = (got.double() - queries.double() @ numbers.double().T).norm() / got.norm()
+    assert 1e-4 < error < 0.02
+
+
+@pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
+def test_topk_is_the_order_of_the_scores(target, name, largest):
+    queries, rows = case(3, 90, 260, name, device=target.device)
+    scale = torch.rand(90, device=target.device) + 0.5
+    scores = lk.score_block(queries, rows, backend=target.backend) * scale
+    order = torch.sort(scores if largest else -scores, dim=1, descending=True, stable=True).indices[:, :7]
+    values, index = lk.score_topk(queries, rows, 7, scale, largest=largest, backend=target.backend)
+    assert torch.equal(index, order)
+    torch.testing.assert_close(values, scores.gather(1, order), rtol=1e-6, atol=1e-6)
+
+
+def test_equal_rows_come_in_their_order(target, name):
+    queries, rows = case(2, 1, 200, name, device=target.device)
+    same = rows[torch.zeros(40, dtype=torch.int64, device=target.device)]
+    assert torch.equal(
+        lk.score_topk(queries, same, 40, backend=target.backend)[1].cpu(), torch.arange(40).expand(2, 40)
+    )
+
+
+@pytest.mark.parametrize("q", [3, 20])
+def test_same_bits_for_any_thread_count_and_block_of_rows(name, threads, q):
+    queries, rows = case(q, 301, 900, name)
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        found.append(lk.score_block(queries, rows, backend="cpp"))
+    found.append(torch.cat([lk.score_block(queries, rows[i : i + 50], backend="cpp") for i in range(0, 301, 50)], 1))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("q", [3, 20])
+def test_what_is_not_finite_stays_in_its_query(target, name, bad, q):
+    queries, rows = case(q, 15, 200, name, device=target.device)
+    queries[1, 7] = bad
+    got = lk.score_block(queries, rows, backend=target.backend)
+    wrong = ~got.isfinite()
+    numbers = lk.dequantize_rows(rows)[:, 7]
+    assert (wrong[1] == ((numbers != 0) | (bad != bad))).all() or wrong[1].all()
+    wrong[1] = False
+    assert not wrong.any()
+
+
+def test_views_of_rows(target, name):
+    queries, rows = case(4, 30, 200, name, device=target.device)
+    whole = lk.score_block(queries, rows, backend=target.backend)
+    got = lk.score_block(queries, rows[3:29:2], backend=target.backend)
+    torch.testing.assert_close(got, whole[:, 3:29:2], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8), (2, 5, 0)], ids=["Q", "N", "D"])
+def test_empty(target, name, shape):
+    queries, rows = case(*shape, name, device=target.device)
+    got = lk.score_block(queries, rows, backend=target.backend)
+    assert got.shape == shape[:2]
+    assert not got.any()
+
+
+def test_registration(device):
+    queries, rows = case(3, 20, 200, "int4", device=device)
+    encoded = (rows.codes, rows.scales, "int4", 128, "fp32")
+    torch.library.opcheck(block_op._op_encoded, (queries, *encoded, False, "auto"))
+    torch.library.opcheck(topk_op._op_encoded, (queries, *encoded, 5, None, True, False, "auto"))
+
+
+def test_bad_input_raises():
+    queries, rows = case(3, 20, 200, "int4")
+    with pytest.raises(ValueError, match=r"score_block: queries \(3, 199\) and rows \(20, 200\)"):
+        lk.score_block(queries[:, 1:], rows)
+    with pytest.raises(ValueError, match="score_topk: queries are fp64; for rows in int4"):
+        lk.score_topk(queries.double(), rows, 3)
+    with pytest.raises(ValueError, match="query_format is 'int4'; it must be None or one of int8"):
+        lk.score_block(queries, rows, query_format="int4")
+    with pytest.raises(ValueError, match="query_format 'int8' is for rows with scales"):
+        lk.score_block(queries, torch.randn(20, 200), query_format="int8")
+    with pytest.raises(ValueError, match=r"row_scale \(19,\) torch.float32 must be \[20\] torch.float32"):
+        lk.score_topk(queries, rows, 3, torch.ones(19))
