@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from logra_kernels.cli import session
+from logra_kernels.cli.quantize import describe
 
 if TYPE_CHECKING:
     from logra_kernels.store import GradientStore
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_facts(store: GradientStore) -> None:
-    from logra_kernels.store import read_skipped
+    from logra_kernels.store import quantization_loss, read_skipped
 
     shards, per_shard = store.manifest.shards, store.manifest.rows_per_shard
     print(f"store           {store.path}")
@@ -49,6 +50,9 @@ def _print_facts(store: GradientStore) -> None:
     print(f"projection      {', '.join(f'{name} {value}' for name, value in projection.items()) or 'none'}")
     for name, value in sorted(store.fingerprints.items()):
         print(f"{name:<15} {value}")
+    loss = quantization_loss(store)
+    if loss is not None:
+        print(f"quantised       {describe(loss)}")
     print(f"computed        {', '.join(_computed(store)) or 'nothing yet: no curvature, no self-influence'}")
     print(f"layers          {len(store.layers)}")
     for name, (k_out, k_in) in list(store.layers.items())[:SHOWN_LAYERS]:

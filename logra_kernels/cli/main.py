@@ -24,6 +24,7 @@ VERBS = {
     "merge": "make one store of several that were logged in the same way",
     "delete": "take rows out of a store, by their ids or by a column",
     "compact": "write a store's files again without its deleted rows",
+    "quantize": "a store's rows in another number format, and what that costs them",
     "fsck": "whether every byte of a store is as it was written; with --repair, keep what is",
     "import": "make a store of rows that LogIX or Bergson has logged",
     "export": "a store's rows for NumPy, FAISS or Hugging Face datasets",

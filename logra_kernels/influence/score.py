@@ -188,7 +188,7 @@ def _ranked(
     _check(store, solved, k, rows)
     device, scores = solved.device, solved.new_zeros(len(solved), 0)
     best = [(scores, torch.zeros_like(scores, dtype=torch.int64)) for _ in ends]
-    for start, block in store.blocks(block_bytes(store, len(solved))):
+    for start, block in store.encoded_blocks(block_bytes(store, len(solved))):
         part = slice(start, start + len(block))
         index = torch.arange(part.start, part.stop) if rows is None else rows[part].nonzero()[:, 0] + start
         found = score_block(solved, (block if rows is None else block[rows[part]]).to(device))
@@ -214,4 +214,4 @@ def _names(ids: list[str], indices: Tensor) -> list[list[str]]:
 def block_bytes(store: GradientStore, queries: int) -> int:
     """Of rows in a block so that neither they nor their scores [Q, n] fp32 take more than 64 MB."""
     rows = max(1, _BYTES // (4 * max(queries, store.dim)))
-    return rows * store.dim * store.manifest.torch_dtype.itemsize
+    return rows * store.manifest.row_bytes

@@ -5,6 +5,7 @@ from logra_kernels.store.format import shard_bytes
 from logra_kernels.store.fsck import fsck
 from logra_kernels.store.memory import process_bytes
 from logra_kernels.store.merge import merge
+from logra_kernels.store.quantize import quantization_loss, quantize
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
 from logra_kernels.store.writer import writing_bytes
@@ -18,6 +19,8 @@ __all__ = [
     "merge",
     "process_bytes",
     "projection_of",
+    "quantization_loss",
+    "quantize",
     "read_skipped",
     "shard_bytes",
     "sidecars_of",

@@ -282,7 +282,8 @@ class Reader:
                 " as long as the store's rows"
             )
         queries = queries.detach()
-        if queries.dtype != self.manifest.torch_dtype:
+        form = self.manifest.format
+        if queries.dtype != form.value_dtype and not (form.scaled and queries.dtype.itemsize == 2):
             queries = queries.float()
         if row_scale is not None:
             if row_scale.shape != (count,):

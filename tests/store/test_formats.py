@@ -61,6 +61,15 @@ def test_scores_and_topk_are_those_of_the_decoded_rows(tmp_path, name):
     torch.testing.assert_close(values.double(), best.values, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SCALED)
+def test_queries_of_half_precision_are_taken_as_they_are(tmp_path, name):
+    store, rows = wide_store(tmp_path / "s", name)
+    queries = rows_of(12, seed=1, dim=147).bfloat16()
+    exact = queries.double() @ decoded(rows, name).double().T
+    torch.testing.assert_close(store.score(queries).double(), exact, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(store.topk(queries, 1)[0].double(), exact.amax(1, keepdim=True), rtol=1e-3, atol=2e-3)
+
+
 def test_equal_rows_make_equal_bytes_however_they_are_appended(tmp_path, name):
     whole = write(tmp_path / "whole", 20, name)
     with GradientStore.create(tmp_path / "parts", LAYERS, name, rows_per_shard=8) as store:

@@ -1,0 +1,38 @@
+"""`logra quantize`: a store's rows in another number format, and what that costs them."""
+
+from __future__ import annotations
+
+import argparse
+
+from logra_kernels.ops import FORMATS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", metavar="STORE", help="directory written by `logra log`; it stays as it is")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="number format of the new store")
+    parser.add_argument("--out", required=True, metavar="STORE", help="a new directory")
+    parser.add_argument("--block", type=int, help="numbers that share a scale, a power of two (default 128)")
+    parser.add_argument("--scale", choices=["fp32", "fp16"], help="of the scales (default fp32)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantise, and say what came out."""
+    from logra_kernels.store import GradientStore, quantization_loss, quantize
+
+    before = GradientStore.open(args.store)
+    store = quantize(args.store, args.out, args.to, block=args.block, scale=args.scale)
+    print(f"quantised {len(store):,} rows into {args.out}: {store.format}")
+    print(f"size      {store.nbytes / 1e6:,.1f} MB, of {before.nbytes / 1e6:,.1f} MB in {before.format}")
+    print(f"loss      {describe(quantization_loss(store))}")
+    return 0
+
+
+def describe(loss: dict | None) -> str:
+    """One line of what was measured."""
+    if loss is None:
+        return "not measured for the rows as they are"
+    return (
+        f"against {loss['source_format']}: relative L2 {loss['relative_l2']:.2e}, score correlation"
+        f" {loss['score_correlation']:.5f}, top-{loss['top']} agreement {loss['top_agreement']:.3f}"
+        f" ({loss['queries']} rows as queries)"
+    )

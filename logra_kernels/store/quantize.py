@@ -1,0 +1,152 @@
+"""A store's rows in another number format, and how far from the rows they came from that is.
+
+The new store is written beside its place under a temporary name and renamed when it is whole, so that a killed
+quantisation leaves no store; the next one removes what it left.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logra_kernels.errors import StoreError
+from logra_kernels.store.columns import ID
+from logra_kernels.store.create import check_free
+from logra_kernels.store.durable import TEMPORARY, sync_directory
+from logra_kernels.store.format import PROJECTION_SIDECARS
+from logra_kernels.store.lock import WriterLock
+from logra_kernels.store.skipped import add_skipped, read_skipped
+from logra_kernels.store.store import GradientStore
+
+LOSS = "quantization"  # the sidecar
+QUERIES, TOP = 64, 100
+
+
+def quantize(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    dtype: str,
+    *,
+    block: int | None = None,
+    scale: str | None = None,
+    rows_per_shard: int | None = None,
+) -> GradientStore:
+    """Write the rows of a store in another format, with their ids, columns and facts, into a new store.
+
+    What was computed from the rows (curvature, self-influence) is not carried over. The loss is measured and kept, see
+    `quantization_loss`.
+
+    Args:
+        source: Directory of the store; it is only read.
+        out: A new directory.
+        dtype, block, scale, rows_per_shard: As in `GradientStore.create`.
+
+    Raises:
+        StoreError: A store cannot be read or made, an argument is wrong, or the disk refuses.
+    """
+    rows = GradientStore.open(source)
+    target = Path(out)
+    check_free(target)
+    temporary = target.absolute().parent / f"{TEMPORARY}{target.name}"
+    _remove_leftover(temporary)
+    projection = rows.projection or {}
+    kept = {name: rows.sidecar_read(name, key=projection["factors"]) for name in _learned(projection)}
+    store = GradientStore.create(
+        temporary,
+        rows.layers,
+        dtype,
+        block=block,
+        scale=scale,
+        projection=rows.projection,
+        fingerprints=rows.fingerprints,
+        rows_per_shard=rows_per_shard,
+        meta=rows.meta,
+        sidecars={name: (projection["factors"], found[0]) for name, found in kept.items() if found is not None},
+    )
+    with store:
+        _copy(rows, store)
+    whole = GradientStore.open(temporary)
+    add_skipped(temporary, read_skipped(rows.path))
+    whole.sidecar_write(LOSS, {}, _measure(rows, whole))
+    try:
+        os.replace(temporary, target)
+        sync_directory(target.absolute().parent)
+    except OSError as error:
+        raise StoreError(
+            f"{temporary} cannot be renamed to {target}: {error.strerror}; remove what is there"
+        ) from error
+    return GradientStore.open(target)
+
+
+def quantization_loss(store: GradientStore) -> dict[str, Any] | None:
+    """What `quantize` measured against the rows that the store came from; None for a store that was not quantised, or
+    whose rows have changed since.
+
+    Returns:
+        source_format, relative_l2 (of all rows), queries (how many rows were asked with), score_correlation (Pearson's,
+        over all scores) and top_agreement (the share of each query's `top` best rows that is the same, on average).
+
+    Raises:
+        StoreError: The file is damaged.
+    """
+    found = store.sidecar_read(LOSS)
+    return None if found is None else found[1]
+
+
+def _learned(projection: dict[str, Any]) -> tuple[str, ...]:
+    return PROJECTION_SIDECARS if "factors" in projection else ()
+
+
+def _remove_leftover(temporary: Path) -> None:
+    """
+    Raises:
+        StoreError: Another process is writing it.
+    """
+    if not temporary.exists():
+        return
+    WriterLock(temporary).release()
+    shutil.rmtree(temporary)
+
+
+def _copy(rows: GradientStore, store: GradientStore) -> None:
+    for first, block in rows.blocks():
+        table = rows.table.slice(first, len(block))
+        columns = {name: table.column(name) for name in table.column_names if name != ID}
+        store.append(block, table.column(ID).to_pylist(), columns)
+
+
+def _measure(rows: GradientStore, store: GradientStore) -> dict[str, Any]:
+    error = size = 0.0
+    for first, block in rows.blocks():
+        exact = block.double()
+        error += float((store.read(first, first + len(block)).double() - exact).square().sum())
+        size += float(exact.square().sum())
+    count = min(QUERIES, len(rows))
+    chosen = [place * len(rows) // count for place in range(count)]
+    queries = torch.cat([rows.read(i, i + 1) for i in chosen]) if count else torch.zeros(0, rows.dim)
+    exact, found = rows.score(queries).double(), store.score(queries).double()
+    return {
+        "source_format": str(rows.format),
+        "relative_l2": (error / size) ** 0.5 if size else 0.0,
+        "queries": count,
+        "score_correlation": _correlation(exact, found),
+        "top": min(TOP, len(rows)),
+        "top_agreement": _agreement(exact, found),
+    }
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(a.norm() * b.norm())
+    return float((a * b).sum()) / scale if scale else 1.0
+
+
+def _agreement(exact: Tensor, found: Tensor) -> float:
+    top = min(TOP, exact.shape[1])
+    if not exact.numel():
+        return 1.0
+    pairs = zip(exact.topk(top).indices.tolist(), found.topk(top).indices.tolist(), strict=True)
+    return sum(len(set(a) & set(b)) for a, b in pairs) / (top * len(exact))

@@ -1,0 +1,116 @@
+"""A store made of another's rows: what it keeps, what it measures, and what a killed one leaves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from store.samples import columns_of, ids_of, rows_of, tree, write
+
+import logra_kernels as lk
+from logra_kernels.errors import StoreError
+from logra_kernels.ops import FORMATS
+from logra_kernels.store import GradientStore, quantization_loss, quantize
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "source", 40)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_new_store_holds_the_same_in_the_format(source, tmp_path, name):
+    before = tree(source)
+    store = quantize(source, tmp_path / "new", name)
+    assert store.dtype == name
+    assert store.ids == ids_of(40)
+    assert store.columns == columns_of(40)
+    kept = lk.dequantize_rows(lk.quantize_rows(rows_of(40), name))
+    assert torch.equal(store.read(0, 40), kept)
+    assert tree(source) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "source"]
+
+
+def test_the_loss_is_measured_and_kept(source, tmp_path):
+    quantize(source, tmp_path / "new", "int4", block=64)
+    store = GradientStore.open(tmp_path / "new")
+    loss = quantization_loss(store)
+    exact, kept = rows_of(40).double(), store.read(0, 40).double()
+    assert loss["source_format"] == "fp32"
+    assert loss["relative_l2"] == pytest.approx(float((kept - exact).norm() / exact.norm()), rel=1e-6)
+    scores, found = exact @ exact.T, exact @ kept.T
+    pearson = torch.corrcoef(torch.stack((scores.flatten(), found.flatten())))[0, 1]
+    assert (loss["queries"], loss["top"], loss["top_agreement"]) == (40, 40, 1.0)
+    assert loss["score_correlation"] == pytest.approx(float(pearson), abs=1e-5)
+    assert 0.9 < loss["score_correlation"] < 1
+    assert quantization_loss(GradientStore.open(source)) is None
+
+
+def test_agreement_counts_the_rows_that_are_found(tmp_path):
+    source = write(tmp_path / "source", 300)
+    loss = quantization_loss(quantize(source, tmp_path / "new", "sign"))
+    exact = rows_of(300).double()
+    chosen = exact[[place * 300 // 64 for place in range(64)]]
+    found = GradientStore.open(tmp_path / "new").read(0, 300).double()
+    pairs = zip(
+        (chosen @ exact.T).topk(100).indices.tolist(), (chosen @ found.T).topk(100).indices.tolist(), strict=True
+    )
+    share = sum(len(set(a) & set(b)) for a, b in pairs) / 6400
+    assert loss["top_agreement"] == pytest.approx(share, abs=2e-3)
+    assert 0.5 < share < 1
+
+
+def test_deleted_rows_do_not_come_along(source, tmp_path):
+    with GradientStore.open(source, mode="append") as store:
+        store.delete(["row-3", "row-11"])
+    new = quantize(source, tmp_path / "new", "int8")
+    assert new.ids == [name for name in ids_of(40) if name not in ("row-3", "row-11")]
+    assert torch.equal(new.read(3, 4), lk.dequantize_rows(lk.quantize_rows(rows_of(40)[4:5], "int8")))
+
+
+def test_what_cannot_be(source, tmp_path):
+    with pytest.raises(StoreError, match="holds a gradient store"):
+        quantize(source, source, "int8")
+    with pytest.raises(StoreError, match="'int5' is not one of"):
+        quantize(source, tmp_path / "new", "int5")
+    with pytest.raises(StoreError, match="is not a gradient store"):
+        quantize(tmp_path / "none", tmp_path / "new", "int8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_sigkill_before_every_step(source, tmp_path):
+    """No store is there until it is whole, and the next run makes it."""
+    script = """
+import json, sys
+from pathlib import Path
+from store.crash import die_at, forked, lived
+from store.samples import tree
+from logra_kernels.store import GradientStore, quantize
+source, scratch = Path(sys.argv[1]), Path(sys.argv[2])
+assert lived(forked(lambda: quantize(source, scratch / "whole", "int4")))
+whole, step, kills = tree(scratch / "whole"), 0, 0
+while True:
+    path = scratch / str(step)
+    job = lambda: quantize(source, path, "int4")
+    if lived(forked(lambda: die_at(step, job))):
+        break
+    kills += 1
+    assert not GradientStore.exists(path) or tree(path) == whole
+    if not path.exists():
+        assert lived(forked(job))
+    assert tree(path) == whole
+    step += 1
+print(json.dumps({"kills": kills}))
+"""
+    paths = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, source, tmp_path], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["kills"] >= 15
