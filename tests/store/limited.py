@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -34,7 +35,9 @@ def main(path: str, headroom: int, group: Path | None) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
     planned = plan(path, queries=4, k=20)
     reset_peak()
+    begun = time.perf_counter()
     values, index = GradientStore.open(path).topk(queries, 20)
+    seconds = time.perf_counter() - begun
     (cost,) = planned.formats.values()
     print(
         json.dumps(
@@ -45,6 +48,7 @@ def main(path: str, headroom: int, group: Path | None) -> None:
                 "peak": peak_bytes(),
                 "store": cost.disk_bytes,
                 "limit": limit,
+                "seconds": seconds,
             }
         )
     )

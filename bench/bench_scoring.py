@@ -1,0 +1,260 @@
+"""Scoring a store, side by side in one run: numpy, torch, LogIX, Bergson and ours in every format.
+
+    python bench/bench_scoring.py 2048x98304 65536x8192      warm page cache: rows x dims, 1 to 256 queries
+    python bench/bench_scoring.py cold                       page cache dropped, against a plain sequential read
+    python bench/bench_scoring.py limited                    a store three times the memory of its control group
+
+Each part replaces its own rows of the results. Every answer is compared with fp64 before it is timed; providers take
+turns, and medians of the turns are given. Pairs are (row, query).
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from scoring_providers import FORMATS, LOGIX_ROWS, PEERS, RELATIF, TOP, Answer, Rows, ours
+from torch import Tensor
+
+from logra_kernels.store import GradientStore
+
+QUERIES = (1, 8, 64, 256)
+SECONDS = 0.5  # of rounds a provider gets, but at least one and at most ROUNDS
+ROUNDS = 7
+COLD_ROWS, COLD_DIM = 4096, 98304  # fp32, 1.6 GB
+GROUPS = Path("/sys/fs/cgroup/memory")
+CHECKED = 8  # queries compared with fp64
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+
+
+def exact_scores(store: GradientStore, queries: Tensor) -> Tensor:
+    """fp64 scores of the stored numbers, [Q, N]."""
+    return torch.cat([queries.double() @ rows.double().T for _, rows in store.blocks()], dim=1)
+
+
+def check(answer: Answer, exact: Tensor) -> None:
+    """The first queries' scores, or best rows, are those of fp64 up to the rounding of long sums."""
+    slack = 2e-3 * exact.std().item()
+    if isinstance(answer, Tensor):
+        found = answer[: len(exact)]
+        assert (found.double() - exact[:, : found.shape[1]]).abs().max() < slack
+        return
+    values, index = (part[: len(exact)] for part in answer)
+    best = exact.topk(index.shape[1])
+    assert (values.double() - best.values).abs().max() < slack
+    assert (exact.gather(1, index) - best.values).abs().max() < slack
+
+
+def turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each, taken in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            if seconds[name] and sum(seconds[name]) > SECONDS:
+                continue
+            begun = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(own) for name, own in seconds.items()}
+
+
+def read_bandwidth(rows: Rows) -> float:
+    """Bytes a second at which all threads add up memory that holds as much as the rows, at most 1 GB."""
+    memory = torch.ones(min(rows.count * rows.dim, 1 << 28), dtype=torch.float32)
+    return memory.nbytes / turns({"sum": memory.sum})["sum"]
+
+
+def warm(count: int, dim: int, folder: Path) -> list[dict]:
+    rows = Rows(folder, count, dim)
+    queries = torch.randn(max(QUERIES), dim, generator=torch.Generator().manual_seed(1))
+    stores = {form: GradientStore.open(folder / form) for form in FORMATS}
+    exact = {form: exact_scores(store, queries[:CHECKED]) for form, store in stores.items()}
+    bf16_queries = queries[:CHECKED].bfloat16()
+    exact["bf16"] = exact_scores(stores["bf16"], bf16_queries)
+    bandwidth = read_bandwidth(rows)
+    made = []
+    for number in QUERIES:
+        for mode in ("dot", "relatif"):
+            calls = {}
+            for form in FORMATS:
+                call = ours(rows, form, queries[:number], mode)
+                _check(call, exact[form], number, rows.norm if mode == "relatif" else None)
+                calls[f"logra_kernels {form}"] = call
+            for peer, make in PEERS.items():
+                if find_spec(peer) is None or (mode == "relatif" and peer not in RELATIF):
+                    continue
+                call = make(rows, queries[:number], mode)
+                _check(call, exact["fp32"], number, rows.norm if mode == "relatif" else None)
+                calls[peer] = call
+            made += _rows_of(calls, count, dim, number, mode, bandwidth, stores)
+            print(
+                f"{count}x{dim} {number} {mode}", {row["provider"]: row["pairs_per_s"] for row in made[-len(calls) :]}
+            )
+    return made
+
+
+def _check(call: Callable[[], Answer], exact: Tensor, number: int, norm: Tensor | None) -> None:
+    exact = exact[:number]
+    check(call(), exact if norm is None else exact / norm)
+
+
+def _rows_of(
+    calls: dict, count: int, dim: int, number: int, mode: str, bandwidth: float, stores: dict[str, GradientStore]
+) -> list[dict]:
+    made = []
+    for name, seconds in turns(calls).items():
+        scored = min(count, LOGIX_ROWS) if name == "logix" else count
+        row = {"part": f"{count}x{dim}", "provider": name, "queries": number, "mode": mode, "rows": scored}
+        row |= {"median_ms": round(seconds * 1e3, 2), "pairs_per_s": round(scored * number / seconds)}
+        form = name.removeprefix("logra_kernels ")
+        if form in stores:
+            row["share_of_bandwidth"] = round(count * stores[form].manifest.row_bytes / seconds / bandwidth, 3)
+        made.append(row)
+    rates = {row["provider"]: row["pairs_per_s"] for row in made}
+    for row in made:
+        for peer in PEERS.keys() & rates.keys():
+            if row["provider"].startswith("logra_kernels"):
+                row[f"over_{peer}"] = round(row["pairs_per_s"] / rates[peer], 2)
+    return made
+
+
+def drop_pages(files: list[Path]) -> None:
+    """Take the files out of the page cache; raises if they stay."""
+    os.sync()
+    stay = 0
+    for file in files:
+        fd = os.open(file, os.O_RDWR)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        mapped = mmap.mmap(fd, 0)
+        os.close(fd)
+        flags = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), flags) == 0
+        stay += sum(flag & 1 for flag in flags) * mmap.PAGESIZE
+    assert stay < 0.01 * sum(file.stat().st_size for file in files), f"{stay} bytes stay in the page cache"
+
+
+def read_plainly(files: list[Path]) -> None:
+    """Sequential reads of 8 MB with the kernel's read-ahead at its widest."""
+    with mmap.mmap(-1, 8 << 20) as buffer:
+        for file in files:
+            fd = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            while os.readv(fd, [buffer]):
+                pass
+            os.close(fd)
+
+
+def cold(folder: Path) -> list[dict]:
+    """A first query: the disk, the checksums and the scores. Rounds of plain read, query, plain read."""
+    generator = torch.Generator().manual_seed(0)
+    with GradientStore.create(folder / "s", {"layer": (1, COLD_DIM)}) as store:
+        for start in range(0, COLD_ROWS, 64):
+            store.append(torch.randn(64, COLD_DIM, generator=generator), [str(row) for row in range(start, start + 64)])
+    files = sorted((folder / "s").glob("*.safetensors"))
+    nbytes = sum(file.stat().st_size for file in files)
+    made = []
+    for number in (1, 8, 64):
+        queries = torch.randn(number, COLD_DIM)
+        check(
+            GradientStore.open(folder / "s").topk(queries, TOP), exact_scores(GradientStore.open(folder / "s"), queries)
+        )
+        plain, own, ratios = [], [], []
+        for _ in range(3):
+            around = []
+            for call in (read_plainly, None, read_plainly):
+                drop_pages(files)
+                store = GradientStore.open(folder / "s")
+                begun = time.perf_counter()
+                if call is None:
+                    store.topk(queries, TOP)
+                    own.append(time.perf_counter() - begun)
+                else:
+                    call(files)
+                    around.append(time.perf_counter() - begun)
+                del store
+            plain += around
+            ratios.append(statistics.mean(around) / own[-1])
+        row = {"part": "cold", "provider": "logra_kernels fp32", "queries": number, "rows": COLD_ROWS, "dim": COLD_DIM}
+        row |= {"gb_per_s": round(nbytes / statistics.median(own) / 1e9, 2)}
+        row |= {"plain_gb_per_s": round(nbytes / statistics.median(plain) / 1e9, 2)}
+        row |= {
+            "share_of_plain_read": round(statistics.median(ratios), 3),
+            "pairs_per_s": round(number * COLD_ROWS / statistics.median(own)),
+        }
+        made.append(row)
+        print(row)
+    return made
+
+
+def limited(folder: Path) -> list[dict]:
+    """2.1 GB asked in a control group that leaves 0.7 GB to rows, page cache included; elsewhere under RLIMIT_DATA."""
+    dim, count, headroom = 8192, 65536, 680 << 20
+    generator, parts = torch.Generator().manual_seed(0), []
+    asked = torch.randn(4, dim, generator=torch.Generator().manual_seed(1)).double()
+    with GradientStore.create(folder / "s", layers := {"a": (64, 64), "b": (64, 64)}) as store:
+        assert sum(k_out * k_in for k_out, k_in in layers.values()) == dim
+        for start in range(0, count, 1024):
+            rows = torch.randn(1024, dim, generator=generator)
+            store.append(rows, [str(row) for row in range(start, start + 1024)])
+            parts.append(asked @ rows.double().T)
+    group = GROUPS / f"logra-bench-{os.getpid()}"
+    in_group = os.access(GROUPS, os.W_OK)
+    command = [sys.executable, str(TESTS / "store" / "limited.py"), str(folder / "s"), str(headroom)]
+    if in_group:
+        group.mkdir()
+        command.append(str(group))
+    try:
+        environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+        shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    finally:
+        if in_group:
+            group.rmdir()
+    seen = json.loads(shown)
+    best = torch.cat(parts, dim=1).topk(20)
+    assert seen["index"] == best.indices.tolist()
+    row = {"part": "limited", "provider": "logra_kernels fp32", "queries": 4, "rows": count, "dim": dim}
+    row |= {"limit": "control group" if in_group else "RLIMIT_DATA", "headroom_bytes": headroom}
+    row |= {"store_bytes": seen["store"], "peak_bytes": seen["peak"], "planned_bytes": seen["planned"]}
+    row |= {"seconds": round(seen["seconds"], 2)}
+    print(row)
+    return [row]
+
+
+def bench_scoring(benchmark, tmp_path) -> None:
+    benchmark.pedantic(warm, args=(512, 8192, tmp_path), rounds=1)
+
+
+def main(parts: list[str]) -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    from machine import commit, cpu_model
+    from record import RESULTS, slug, text
+
+    path = RESULTS / f"scoring-{slug(cpu_model())}.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    missing = [peer for peer in PEERS if find_spec(peer) is None]
+    if missing:
+        print(f"not installed, and left out: {', '.join(missing)}")
+    for part in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            if part in ("cold", "limited"):
+                rows = {"cold": cold, "limited": limited}[part](Path(folder))
+            else:
+                count, dim = (int(size) for size in part.split("x"))
+                rows = warm(count, dim, Path(folder))
+        kept = [row for row in kept if row["part"] != part] + [{**row, "commit": commit()} for row in rows]
+    facts = {"op": "scoring", "machine": cpu_model(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    path.write_text(text({**facts, "rows": kept}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
