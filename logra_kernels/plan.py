@@ -18,7 +18,7 @@ from logra_kernels.run import Run
 from logra_kernels.store import GradientStore, held_bytes, process_bytes, shard_bytes, writing_bytes
 
 PROBE_STEPS = 3  # after a first one that also pays for what is set up once
-_OP_BYTES = 16 << 20  # what score_topk keeps beside the queries and the best rows
+_OP_BYTES = 8 << 20  # what score_topk keeps beside the queries and the best rows
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Run(Analysis):
         rank_c: Keep so many factors of each layer's G in place of all its numbers (`GradientStore.create`); default as
             the store has it, or all numbers.
         kinds, bias: As in `capture`; default linear and convolution layers without bias, or as the store has them.
-        rows_per_shard: How many rows a shard holds; default about 64 MB worth.
+        rows_per_shard: How many rows a shard holds; default 64 MB worth, more of wide rows.
         fingerprints: More facts that queries must share with the store, as strings (tokenizer, loss, ...).
         freeze: Keep the weights from gathering gradients of their own inside `log` and `query`, which halves the
             backward's work; their `requires_grad` is put back on leaving.

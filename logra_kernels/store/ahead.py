@@ -2,8 +2,9 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -12,13 +13,19 @@ from logra_kernels.store.lane import Lane
 from logra_kernels.store.memory import outgrows_memory
 from logra_kernels.store.shard import MappedShard
 
-AHEAD_BYTES = 64 << 20  # at least this much is on its way while a shard is used
+AHEAD_BYTES = 64 << 20  # at least this much is on its way while a shard is used; at least one shard
 DEVICE_BLOCKS = 2  # on a device at a time: one is used, one arrives
+
+
+class _Waiting(NamedTuple):
+    shard: MappedShard
+    brought: Future
+    verified: Future
 
 
 def held_bytes(nbytes: int, largest_shard: int) -> int:
     """How much of a store's `nbytes` is in memory at most while a pass goes over it."""
-    return min(nbytes, 2 * largest_shard + AHEAD_BYTES) if outgrows_memory(nbytes) else nbytes
+    return min(nbytes, 2 * largest_shard) if outgrows_memory(nbytes) else nbytes
 
 
 def loaded(shards: Iterable[MappedShard], give_back: bool) -> Iterator[MappedShard]:
@@ -32,22 +39,23 @@ def loaded(shards: Iterable[MappedShard], give_back: bool) -> Iterator[MappedSha
     Raises:
         StoreError: A shard is damaged; those before it have been handed out.
     """
-    waiting: deque[tuple[MappedShard, Future]] = deque()
+    waiting: deque[_Waiting] = deque()
+    ahead = 0 if give_back else AHEAD_BYTES
     with Lane("logra-store-read") as read, Lane("logra-store-hash") as verify:
         try:
             nbytes = 0
             for shard in shards:
                 brought = read.submit(shard.bring_in)
-                waiting.append((shard, verify.submit(partial(_verify, shard, brought))))
+                waiting.append(_Waiting(shard, brought, verify.submit(partial(_verify, shard, brought))))
                 nbytes += shard.nbytes
-                while len(waiting) > 1 and nbytes - waiting[0][0].nbytes >= AHEAD_BYTES:
-                    nbytes -= waiting[0][0].nbytes
+                while len(waiting) > 1 and nbytes - waiting[0].shard.nbytes >= ahead:
+                    nbytes -= waiting[0].shard.nbytes
                     yield from _next(waiting, give_back)
             while waiting:
                 yield from _next(waiting, give_back)
         finally:
-            for _, future in waiting:
-                future.cancel()
+            for entry in waiting:
+                entry.verified.cancel()
 
 
 def _verify(shard: MappedShard, brought: Future) -> None:
@@ -55,12 +63,14 @@ def _verify(shard: MappedShard, brought: Future) -> None:
     shard.verify()
 
 
-def _next(waiting: deque[tuple[MappedShard, Future]], give_back: bool) -> Iterator[MappedShard]:
-    shard, future = waiting.popleft()
-    future.result()
-    yield shard
+def _next(waiting: deque[_Waiting], give_back: bool) -> Iterator[MappedShard]:
+    entry = waiting.popleft()
+    entry.verified.result()
+    yield entry.shard
     if give_back:
-        shard.let_go()
+        if waiting:
+            wait([waiting[0].brought])  # two shards are in memory before a third is begun, neither more nor less
+        entry.shard.let_go()
 
 
 def on_device(blocks: Iterable[tuple[int, EncodedRows]], device: torch.device) -> Iterator[tuple[int, EncodedRows]]:

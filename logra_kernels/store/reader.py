@@ -24,6 +24,7 @@ from logra_kernels.store.shard import MappedShard, Piece, damaged, missing, read
 
 BLOCK_BYTES = 64 << 20
 FACTOR_BYTES = 16 << 20  # of factors as fp32, or of their scores, at a time
+SCORED_BYTES = 256 << 20  # at a time; a shard is no longer, unless it was asked for
 MAPPED_SHARDS = 128  # kept mapped between queries; each costs a file descriptor and no memory of its own
 
 
@@ -181,11 +182,11 @@ class Reader:
     def encoded_blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, EncodedRows]]:
         """(first row, rows as they are stored), in order, of at most `max_bytes` but at least one row."""
         manifest = self.manifest
-        yield from self._stream(0, manifest.rows, max_bytes or BLOCK_BYTES, manifest.row_bytes, private=False)
+        yield from self._stream(0, manifest.rows, max_bytes or SCORED_BYTES, manifest.row_bytes, private=False)
 
     def _blocks_to_score(self, queries: int, max_bytes: int | None) -> Iterator[tuple[int, EncodedRows]]:
         """encoded_blocks; those of factors are short, so that their numbers and their scores stay in the cache."""
-        manifest, max_bytes = self.manifest, max_bytes or BLOCK_BYTES
+        manifest, max_bytes = self.manifest, max_bytes or SCORED_BYTES
         if manifest.rank is not None:
             rows = max(1, FACTOR_BYTES // (4 * max(manifest.width, queries)))
             max_bytes = min(max_bytes, rows * manifest.row_bytes)

@@ -65,7 +65,7 @@ class GradientStore:
             scale: Of those scales, "fp32" (the default) or "fp16".
             projection: How the rows were projected, as JSON data.
             fingerprints: What the rows belong to (model, tokenizer, data, loss, ...), for `check`.
-            rows_per_shard: By default about 64 MB a shard.
+            rows_per_shard: By default 64 MB a shard; of wide rows up to 512, or 256 MB.
             meta: Anything else to keep, as JSON data.
             rank_c: Keep of each layer's G [k_out, k_in] the best approximation by so many factors, 1 to 8, which takes
                 rank_c * (k_out + k_in) numbers (LoRIF, arXiv 2601.21929); None keeps all k_out * k_in.
@@ -372,7 +372,7 @@ class GradientStore:
         Args:
             queries: [Q, D], preconditioned already; the result is on their device.
             row_scale: A factor for each row's score, [N].
-            max_bytes: Of rows scored at a time; about 64 MB by default.
+            max_bytes: Of rows scored at a time; a shard, or 256 MB, by default.
 
         Returns:
             [Q, N] fp32.
@@ -398,7 +398,7 @@ class GradientStore:
             k: At least 1.
             row_scale: A factor for each row's score, [N].
             largest: False for the lowest scores, ascending.
-            max_bytes: Of rows scored at a time; about 64 MB by default.
+            max_bytes: Of rows scored at a time; a shard, or 256 MB, by default.
 
         Returns:
             values fp32 and row numbers int64, [Q, min(k, N)]: by score, then by lower row number, NaN first.

@@ -18,11 +18,11 @@ from pathlib import Path
 from logra_kernels.errors import StoreError
 from logra_kernels.store.commit import MOST_SECONDS, Committer
 from logra_kernels.store.disk import SLOT_BYTES, SLOTS, Disk
-from logra_kernels.store.format import SHARD_BYTES, Manifest, shard_names
+from logra_kernels.store.format import Manifest, shard_names
 from logra_kernels.store.lane import Lane
 from logra_kernels.store.shard import Piece, write_shard
 
-QUEUED_SHARDS = 2
+QUEUED_BYTES = 128 << 20  # at least; a whole shard, where that is more
 UNSETTLED_SHARDS = 2  # written and waiting for their fsync
 
 
@@ -65,7 +65,7 @@ class BackgroundWriter:
         self._at = ""  # the file at work, to be named if it fails
         self._queue: deque[_Queued | _Flush | None] = deque()
         self._queued_bytes = 0
-        self._max_bytes = QUEUED_SHARDS * max(SHARD_BYTES, manifest.rows_per_shard * manifest.row_bytes)
+        self._max_bytes = max(QUEUED_BYTES, manifest.rows_per_shard * manifest.row_bytes)
         self._failure: StoreError | None = None
         self._failure_told = False
         self._changed = threading.Condition()
@@ -257,7 +257,7 @@ class BackgroundWriter:
 
 def writing_bytes(shard_bytes: int) -> int:
     """The most memory that rows on their way to the disk take: the queue, a shard that is cut, what `Disk` writes."""
-    return QUEUED_SHARDS * max(SHARD_BYTES, shard_bytes) + shard_bytes + SLOTS * SLOT_BYTES
+    return max(QUEUED_BYTES, shard_bytes) + shard_bytes + SLOTS * SLOT_BYTES
 
 
 def _nbytes(piece: Piece) -> int:

@@ -100,7 +100,7 @@ def test_a_caller_who_waits_for_room_is_told(tmp_path, monkeypatch):
         raise NO_SPACE
 
     monkeypatch.setattr(writer_module, "write_shard", write_shard)
-    monkeypatch.setattr(writer_module, "SHARD_BYTES", 0)
+    monkeypatch.setattr(writer_module, "QUEUED_BYTES", 0)
     store = GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=1)
     threading.Timer(0.2, go.set).start()
     with pytest.raises(StoreError, match="; 0 rows are committed"):
@@ -111,7 +111,7 @@ def test_a_caller_who_waits_for_room_is_told(tmp_path, monkeypatch):
 
 
 def test_the_queue_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer_module, "SHARD_BYTES", 0)
+    monkeypatch.setattr(writer_module, "QUEUED_BYTES", 0)
     longest = []
     real = writer_module.write_shard
 
@@ -123,7 +123,7 @@ def test_the_queue_is_bounded(tmp_path, monkeypatch):
     with GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=4) as store:
         for start in range(0, 200, 2):
             store.append(rows_of(2), [str(start), str(start + 1)])
-    assert max(longest) <= writer_module.QUEUED_SHARDS * 4 * DIM * 4 + 2 * DIM * 4
+    assert max(longest) <= 4 * DIM * 4 + 2 * DIM * 4
 
 
 def test_an_interrupt_while_closing_keeps_the_lock_until_the_rows_are_down(tmp_path, monkeypatch):
