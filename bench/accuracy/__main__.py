@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from . import peers, table
+from . import methods, peers, session, table
 from .data import load
 from .gradients import Case
 from .lds import ceiling
-from .methods import registry
 from .setting import STUDIES
 from .truth import truth
 
@@ -36,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.perf_counter()
     found = truth(setting, data, progress=lambda n: say(f"  {n} models retrained, {time.perf_counter() - began:.0f} s"))
     globs = options.methods.split(",")
-    chosen = [m for m in registry().values() if any(fnmatchcase(m.name, glob) for glob in globs)]
+    known = [*methods.registry().values(), *session.registry(setting.train).values()]
+    chosen = [m for m in known if any(fnmatchcase(m.name, glob) for glob in globs)]
     rows = {method.name: table.Row.of(method) for method in chosen}
     for index in range(options.checkpoints or setting.checkpoints):
         case = Case(setting, data, found.weights, index)

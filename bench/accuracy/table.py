@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .lds import estimate, lds
 from .methods import Method
+from .session import Session
 from .setting import Setting
 from .truth import Truth
 
@@ -31,7 +32,7 @@ class Row:
     seconds: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, method: Method) -> Row:
+    def of(cls, method: Method | Session) -> Row:
         return cls(method.name, asdict(method))
 
     @classmethod
