@@ -147,6 +147,11 @@ class Run(Analysis):
             raise StoreError(f"no store at {self.path}: log training rows first")
         return self._store
 
+    @property
+    def learning(self) -> bool:
+        """Whether the projection is still to be learned: `observe` must see a batch before the first row is logged."""
+        return self._observation.learning
+
     def committed(self, ids: Sequence[str]) -> bool:
         """Whether all these rows are safely in the store or were skipped, so that a rerun may pass over their batch."""
         return self._store is not None and all(self._store.committed(i) for i in set(ids).difference(self._skipped))
@@ -327,6 +332,7 @@ class Run(Analysis):
                 meta={"bias": self._bias},
                 sidecars=sidecars_of(self.taps.projection),
             )
+            self._observation.keep(self._store)  # before the rows, so that a run that is killed and goes on has them
         elif not self._writing:
             self._store = GradientStore.open(self.path, mode="append")
         if not self._writing:

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import subprocess
 import sys
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 import logra_kernels as lk
+from logra_kernels.projection.philox import by_products
 
-RANDOM = ["orthonormal", "gaussian", "rademacher"]
+RANDOM = ["orthonormal", "gaussian", "rademacher", "kaiming", "mask", "sjlt"]
 
 
 @pytest.mark.parametrize("kind", RANDOM)
@@ -39,7 +41,7 @@ def test_orthonormal_rows():
     torch.testing.assert_close(p @ p.T, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "mask", "sjlt"])
 def test_random_factors_keep_norms_on_average(kind):
     x = torch.randn(64, dtype=torch.float64)
     norms = [
@@ -66,6 +68,8 @@ def test_a_narrow_side_keeps_its_width():
 def test_settings_survive_the_manifest():
     projection = lk.Projection(rank=3, kind="gaussian", seed=9)
     assert lk.Projection.from_dict(projection.to_dict()) == projection
+    for other in (lk.Projection(kind=("mask", "sjlt"), nonzeros=3), lk.Projection(kind="sjlt", nonzeros=2)):
+        assert lk.Projection.from_dict(json.loads(json.dumps(other.to_dict()))) == other
     with pytest.raises(ValueError, match="generator 99"):
         lk.Projection.from_dict({**projection.to_dict(), "generator": 99})
 
@@ -79,8 +83,52 @@ def test_known_numbers():
     np.testing.assert_array_equal(r, [[1, -1, -1, 1, -1, -1, 1, 1]])
 
 
+def test_the_generator_gives_numpys_bits_by_torchs_products():
+    for name, count in (("a", 1), ("0/h.1.mlp/in", 1003)):
+        key = np.frombuffer(hashlib.sha256(name.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
+        expected = torch.from_numpy(np.random.Philox(key=key).random_raw(count).view(np.int64))
+        assert torch.equal(by_products(key, count, torch.device("cpu")), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", RANDOM)
+def test_factors_are_the_same_bits_on_a_gpu(kind):
+    projection = lk.Projection(rank=16, kind=kind, nonzeros=4)
+    assert torch.equal(projection.factor("a", "in", 300, "cuda").cpu(), projection.factor("a", "in", 300))
+
+
+def test_a_mask_picks_different_features():
+    p = lk.Projection(rank=16, kind="mask").factor("a", "in", 50)
+    assert (p != 0).sum(1).tolist() == [1] * 16
+    assert (p != 0).sum(0).max() == 1
+    assert p.unique().tolist() == pytest.approx([0.0, (50 / 16) ** 0.5])
+    assert torch.equal(lk.Projection(rank=16, kind="mask").factor("a", "in", 9), torch.eye(9))
+
+
+@pytest.mark.parametrize(("k", "s"), [(16, 1), (16, 4), (10, 3), (8, 8)])
+def test_sjlt_has_its_nonzeros_in_every_column(k, s):
+    p = lk.Projection(rank=k, kind="sjlt", nonzeros=s).factor("a", "in", 4000)
+    assert (p != 0).sum(0).unique().tolist() == [s]
+    torch.testing.assert_close(p.abs().unique(), torch.tensor([0.0, s**-0.5]) if s < k else torch.tensor([s**-0.5]))
+    expected = 4000 * s / k  # entries a row, and as many signs of either kind
+    assert ((p != 0).sum(1) - expected).abs().max() < 6 * expected**0.5 + expected / 4 * (k % s > 0)
+    assert p.sign().sum(1).abs().max() < 6 * expected**0.5
+
+
+def test_kaiming_is_logixs():
+    for side, bound in (("in", 300**-0.5), ("out", 16**-0.5)):
+        p = lk.Projection(rank=16, kind="kaiming").factor("a", side, 300).double()
+        assert p.abs().max() <= bound
+        assert p.abs().max() > 0.99 * bound
+        assert p.std() == pytest.approx(bound / 3**0.5, rel=0.03)
+
+
 def test_bad_settings():
     with pytest.raises(ValueError, match="kind is 'pca2'"):
         lk.Projection(kind="pca2")
     with pytest.raises(ValueError, match="rank is 0"):
         lk.Projection(rank=0)
+    with pytest.raises(ValueError, match="nonzeros is 9"):
+        lk.Projection(rank=8, kind="sjlt", nonzeros=9)
+    with pytest.raises(ValueError, match="one kind, or those of P_in and P_out"):
+        lk.Projection(kind=("mask", "mask", "mask"))

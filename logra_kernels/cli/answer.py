@@ -96,6 +96,8 @@ def write_report(args: argparse.Namespace, store: GradientStore, answers: list[A
 
 def _as_report(args: argparse.Namespace, store: GradientStore, answers: list[Answer], worth: Worth) -> Report:
     from logra_kernels import report
+    from logra_kernels.curvature import Damping
+    from logra_kernels.store import spread_of
 
     def rows(answer: Answer) -> list[report.Row]:
         return [report.Row(row.id, row.source or "", row.text or "", row.score) for row in answer.rows]
@@ -113,12 +115,12 @@ def _as_report(args: argparse.Namespace, store: GradientStore, answers: list[Ans
         )
         for answer in answers
     ]
-    damping = "0.1 x each layer's mean eigenvalue" if args.damping is None else f"{args.damping:g}"
     facts = [
         ("model", args.model),
         ("store", f"{args.store}: {len(store):,} rows of {store.dim:,} numbers, {store.dtype}"),
         ("layers", f"{len(store.layers)}"),
-        ("damping", damping),
+        ("curvature", args.curvature),
+        ("damping", str(Damping.of(args.damping, spread_of(store)))),
     ]
     return report.Report(
         title="Where the words come from",

@@ -26,8 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="STORE", help="directory of the store; an existing one goes on")
     gradients = parser.add_argument_group("gradients")
     gradients.add_argument("--rank", type=int, default=64, help="k_in and k_out of every layer (default 64)")
-    gradients.add_argument("--projection", default="orthonormal", metavar="KIND")
-    gradients.add_argument("--seed", type=int, default=0, help="of the projection (default 0)")
+    gradients.add_argument(
+        "--projection",
+        default="pca",
+        metavar="KIND",
+        help="pca (default), learned from a sample of the rows first, or at random: orthonormal, gaussian, rademacher,"
+        " kaiming, mask, sjlt; or two with a comma between, of a layer's input and output",
+    )
+    gradients.add_argument("--observe", type=int, default=512, metavar="N", help="rows of the sample (default 512)")
+    gradients.add_argument("--seed", type=int, default=0, help="of the projection and the sample (default 0)")
+    session.add_curvature_argument(gradients)
     gradients.add_argument("--include", nargs="+", action="extend", metavar="GLOB", help='layers, such as "*.mlp.*"')
     gradients.add_argument("--exclude", nargs="+", action="extend", metavar="GLOB", help="layers to leave out")
     data = parser.add_argument_group("data")
@@ -55,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Log, finalize, print a summary; 130 after Ctrl-C."""
-    for name in ("batch_size", "limit", "rows_per_shard"):
+    for name in ("batch_size", "limit", "observe", "rows_per_shard"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -87,13 +95,16 @@ def _run(args: argparse.Namespace, rows: list[TextRow], model: nn.Module, tokeni
         model,
         include=args.include,
         exclude=args.exclude,
-        projection=Projection(args.rank, args.projection, args.seed),
+        projection=Projection(args.rank, session.kinds(args.projection), args.seed),
         dtype=args.dtype,
         rank_c=args.rank_c,
         rows_per_shard=args.rows_per_shard,
         fingerprints=session.fingerprints(tokenizer, longest),
+        curvature=args.curvature,
     ) as logging:
         there = _rows_there(logging, rows)
+        if logging.learning or args.curvature in ("kfac", "ekfac"):
+            _observe(logging, rows, model, tokenizer, longest, args)
         if not _log(logging, rows, model, tokenizer, longest, args):
             logging.close()
             return _interrupted(args)
@@ -102,6 +113,27 @@ def _run(args: argparse.Namespace, rows: list[TextRow], model: nn.Module, tokeni
             logging.finalize(bar.update)
         _summarize(logging, len(logging.store) - there, logged - started, time.monotonic() - logged, args.out)
     return 0
+
+
+def _observe(
+    logging: Run, rows: list[TextRow], model: nn.Module, tokenizer: Any, longest: int, args: argparse.Namespace
+) -> None:
+    """Forward and backward of a sample of the rows, the same one in every rerun."""
+    import numpy as np
+
+    from logra_kernels.integrations import causal_lm
+
+    device = next(model.parameters()).device
+    order = np.random.Generator(np.random.PCG64(args.seed)).permutation(len(rows))[: args.observe]
+    sample = [rows[i] for i in sorted(order.tolist())]
+    with session.progress_bar(len(sample), 0, "observe") as bar:
+        for start in range(0, len(sample), args.batch_size):
+            batch = sample[start : start + args.batch_size]
+            ids = [row.id for row in batch]
+            encoded = causal_lm.encode(tokenizer, [row.text for row in batch], max_length=longest, ids=ids).to(device)
+            with logging.observe(weights=encoded.attention_mask):
+                causal_lm.loss_sum(model, encoded).backward()
+            bar.update(len(batch))
 
 
 def _log(

@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", type=int, default=10, help="rows shown for each query (default 10)")
     parser.add_argument("--bottom", action="store_true", help="the lowest scores: rows that taught it otherwise")
     parser.add_argument("--mode", choices=["relatif", "dot"], default="relatif", help="of scoring (default relatif)")
-    parser.add_argument("--damping", type=float, help="lambda; default 0.1 x each layer's mean eigenvalue")
+    parser.add_argument("--damping", type=float, help="lambda; default as the projection needs")
+    session.add_curvature_argument(parser)
     parser.add_argument("--batch-size", type=int, default=8, help="queries in one forward and backward (default 8)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--report", metavar="HTML", help="also write a self-contained HTML page")
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     known = {name: value for name, value in facts.items() if name in store.fingerprints}
     answers: list[Answer] = []
     worth = Worth(store)
-    with Run(args.store, model, fingerprints=known) as asking:
+    with Run(args.store, model, fingerprints=known, curvature=args.curvature) as asking:
         for start in range(0, len(questions), args.batch_size):
             batch = questions[start : start + args.batch_size]
             query, asked = _ask(asking, model, tokenizer, batch, longest, args)

@@ -24,6 +24,21 @@ def add_device_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU where there is one")
 
 
+def add_curvature_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--curvature",
+        default="shrunk",
+        metavar="KIND",
+        help="H: shrunk (default), raw, diagonal, kronecker, corrected-kronecker, kfac, ekfac or identity",
+    )
+
+
+def kinds(text: str) -> str | tuple[str, str]:
+    """A projection's kind, or those of its two sides."""
+    first, comma, second = text.partition(",")
+    return (first, second) if comma else text
+
+
 def device(name: str) -> str:
     """The torch device that the user asked for.
 

@@ -52,6 +52,13 @@ class Damping:
             damping = cls(absolute=float(damping))
         return replace(damping, spread=spread or {})
 
+    def __str__(self) -> str:
+        if self.absolute is not None:
+            return f"{self.absolute:g}"
+        if self.whole is not None:
+            return f"{self.whole:g} x the whole layer's mean eigenvalue"
+        return f"{self.relative:g} x each layer's mean eigenvalue"
+
     def value(self, layer: str, mean_eigenvalue: float) -> float:
         """lambda for a layer whose block has this mean eigenvalue.
 

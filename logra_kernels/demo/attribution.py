@@ -1,7 +1,7 @@
 """Log every training passage, then ask which of them taught the model what the queries say."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from logra_kernels.projection import Projection
 from logra_kernels.run import Run
 
 _BATCH = 16
+_SAMPLE = 256  # passages that the projection is learned from
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,15 @@ def log(
     run = Run(path, model, projection=projection)
     # Passages of like length share a batch, which keeps the padding small; the store's order is free.
     order = sorted(passages, key=lambda passage: (len(passage.text), passage.id))
-    bar = progress(total=len(order), unit="row") if progress else None
-    for start in range(0, len(order), _BATCH):
-        rows = order[start : start + _BATCH]
+    sample = order[:: max(1, len(order) // _SAMPLE)]
+    bar = progress(total=len(sample) + len(order), unit="row") if progress else None
+    for rows, batch in _batches(sample, tokenizer, max_length):
+        with run.observe(weights=batch.attention_mask):
+            causal_lm.loss_sum(model, batch).backward()
+        if bar is not None:
+            bar.update(len(rows))
+    for rows, batch in _batches(order, tokenizer, max_length):
         ids = [row.id for row in rows]
-        # The loss of training: the mark of the end was predicted as well.
-        batch = causal_lm.encode(tokenizer, [row.text + END for row in rows], max_length=max_length, ids=ids)
         columns = {"text": [row.text for row in rows], "source": [row.source for row in rows]}
         with run.log(ids=ids, columns=columns):
             causal_lm.loss_sum(model, batch).backward()
@@ -83,6 +87,16 @@ def log(
         bar.close()
     run.finalize()
     return run
+
+
+def _batches(
+    order: Sequence[Passage], tokenizer: Any, max_length: int
+) -> Iterator[tuple[Sequence[Passage], causal_lm.Batch]]:
+    for start in range(0, len(order), _BATCH):
+        rows = order[start : start + _BATCH]
+        # The loss of training: the mark of the end was predicted as well.
+        texts = [row.text + END for row in rows]
+        yield rows, causal_lm.encode(tokenizer, texts, max_length=max_length, ids=[row.id for row in rows])
 
 
 def ask(run: Run, model: nn.Module, asked: causal_lm.Batch, passages: Sequence[Passage]) -> Found:

@@ -125,7 +125,7 @@ def _seed(
             model,
             tokenizer,
             corpus.train,
-            Projection(rank=args.rank, seed=settings.seed),
+            Projection(rank=args.rank, kind="pca", seed=settings.seed),
             settings.max_length,
             console.progress("logging" + name),
         )

@@ -9,6 +9,7 @@ import transformers
 
 import logra_kernels
 from logra_kernels import report
+from logra_kernels.curvature import Damping
 from logra_kernels.demo import attribution, proof, queries
 from logra_kernels.demo.corpus import Corpus
 from logra_kernels.demo.model import Settings
@@ -135,10 +136,10 @@ def _facts(
             [
                 ("rows", f"{len(corpus.train):,}"),
                 ("layers", str(found.layers)),
-                ("rank", f"{rank} x {rank} a layer, orthonormal"),
+                ("rank", f"{rank} x {rank} a layer, PCA"),
                 ("row length", f"{found.dim:,}"),
-                ("curvature", "raw projected Fisher"),
-                ("damping", "0.1 x mean eigenvalue"),
+                ("curvature", "half raw Fisher, half its Kronecker product"),
+                ("damping", str(Damping(whole=1.0))),
                 ("order of rows", "l-RelatIF"),
                 ("value of modules", "influence a token (dot)"),
                 ("rows removed a query", str(removed)),

@@ -125,7 +125,7 @@ class Taps:
 
     @contextmanager
     def covariances(
-        self, into: Covariances | None = None, whole: Collection[str] = (), sharing: str = "expand"
+        self, into: Covariances | None = None, whole: Collection[str] = (), sharing: str = "expand", rank: int = 64
     ) -> Iterator[Covariances]:
         """Gather, instead of gradients, the covariances over positions (for KFAC and PCA); eager models only.
 
@@ -133,8 +133,9 @@ class Taps:
             into: Earlier ones to go on adding to; the other arguments are then theirs.
             whole: The sides, of "in" and "out", that are not projected.
             sharing: How positions count that share a weight, "expand" or "reduce".
+            rank: How many of their leading directions will be wanted.
         """
-        self.mode = covariances = into or Covariances(self.layers, whole, sharing)
+        self.mode = covariances = into or Covariances(self.layers, whole, sharing, rank)
         try:
             yield covariances
         finally:

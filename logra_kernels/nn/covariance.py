@@ -16,7 +16,7 @@ from torch import Tensor
 from logra_kernels.errors import LograError
 from logra_kernels.nn.adapters import Adapter
 from logra_kernels.nn.tap import alias, check_heard
-from logra_kernels.projection import Moment, SecondMoment, SideSpectrum
+from logra_kernels.projection import Moment, SecondMoment, SideSpectrum, moment
 
 SHARING = ("expand", "reduce")
 
@@ -104,18 +104,21 @@ class Covariances:
 
     Args:
         layers: Layer names.
-        whole: The sides, of "in" and "out", that are taken whole, for `spectra`.
+        whole: The sides, of "in" and "out", that are taken whole, for `spectra`; wide ones as a sketch.
         sharing: "expand" or "reduce".
+        rank: The most directions that `spectra` will be asked for.
 
     Attributes:
         samples: How many samples were seen.
     """
 
-    def __init__(self, layers: Collection[str], whole: Collection[str] = (), sharing: str = "expand") -> None:
+    def __init__(
+        self, layers: Collection[str], whole: Collection[str] = (), sharing: str = "expand", rank: int = 64
+    ) -> None:
         if sharing not in SHARING:
             raise ValueError(f"covariances: sharing is {sharing!r}; it must be one of {', '.join(SHARING)}")
         self._names = list(layers)
-        self.whole, self.sharing = tuple(whole), sharing
+        self.whole, self.sharing, self.rank = tuple(whole), sharing, rank
         self._sums: dict[str, LayerCovariance] = {}
         self.samples = 0
 
@@ -141,8 +144,10 @@ class Covariances:
         if name not in self._sums:
             dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
             right, left = (
-                SecondMoment.zeros(dim if p is None else len(p), y.device, dtype)
-                for dim, p in ((adapter.d_in, p_in), (adapter.d_out, p_out))
+                moment(dim, self.rank, y.device, dtype)
+                if side in self.whole
+                else SecondMoment.zeros(dim if p is None else len(p), y.device, dtype)
+                for side, dim, p in (("in", adapter.d_in, p_in), ("out", adapter.d_out, p_out))
             )
             self._sums[name] = LayerCovariance(right, left)
         probe = torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
@@ -162,16 +167,16 @@ class Covariances:
                 raise LograError(f"covariances: those of layer {name!r} are NaN or infinite; check the model's loss")
         return {name: self._sums[name] for name in self._names}
 
-    def spectra(self, rank: int) -> dict[tuple[str, str], SideSpectrum]:
+    def spectra(self) -> dict[tuple[str, str], SideSpectrum]:
         """(layer name, side) -> the `rank` leading directions of every side that was taken whole (all of a narrow one).
 
         Raises:
             LograError: As `layers`.
         """
         return {
-            (name, side): SideSpectrum.of(moment, min(rank, moment.dim))
+            (name, side): SideSpectrum.of(side_moment, min(self.rank, side_moment.dim))
             for name, sums in self.layers.items()
-            for side, moment in (("in", sums.right), ("out", sums.left))
+            for side, side_moment in (("in", sums.right), ("out", sums.left))
             if side in self.whole
         }
 
@@ -180,11 +185,10 @@ class Covariances:
         found = Covariances(self._names, sharing=self.sharing)
         found.samples = self.samples
         for name, sums in self.layers.items():
-            moments = []
-            for side, moment in (("in", sums.right), ("out", sums.left)):
+            sides = [("in", sums.right), ("out", sums.left)]
+            for at, (side, whole) in enumerate(sides):
                 if (name, side) in spectra:
-                    matrix = spectra[name, side].values.diag()
-                    moment = SecondMoment(matrix.to(moment.device, moment.dtype))
-                moments.append(moment)
-            found._sums[name] = LayerCovariance(moments[0], moments[1], sums.positions)
+                    values = spectra[name, side].values
+                    sides[at] = side, SecondMoment(values.diag().to(whole.device, whole.dtype))
+            found._sums[name] = LayerCovariance(sides[0][1], sides[1][1], sums.positions)
         return found

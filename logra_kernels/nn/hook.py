@@ -26,7 +26,8 @@ class Probe:
         self.project(layer, projection)
 
     def project(self, layer: Layer, projection: Projection) -> None:
-        factors = projection.factor(layer.name, "in", layer.d_in), projection.factor(layer.name, "out", layer.d_out)
+        sides = (("in", layer.d_in), ("out", layer.d_out))
+        factors = (projection.factor(layer.name, side, d, self.device) for side, d in sides)
         self.p_in, self.p_out = (None if p is None else p.to(self.device, self._weight_dtype) for p in factors)
         self.k = projection.width(layer.d_out, "out"), projection.width(layer.d_in, "in")
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -35,10 +36,10 @@ class SideSpectrum:
     def of(cls, moment: Moment, k: int) -> "SideSpectrum":
         """The k leading directions of what was observed."""
         vectors, values = moment.leading(k)
-        largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+        vectors *= torch.where(vectors.amax(1) >= -vectors.amin(1), 1, -1)[:, None]
         kept, whole = float(values.sum()) / k, moment.trace() / moment.dim
         spread = whole / kept if kept > 0 else 1.0
-        return cls((vectors * largest.sign()).float().contiguous(), values, spread)
+        return cls(vectors.float().contiguous(), values, spread)
 
 
 class Learned(Mapping[tuple[str, str], Tensor]):

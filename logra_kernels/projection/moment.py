@@ -30,7 +30,7 @@ class Moment(ABC):
 
     @abstractmethod
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
-        """(eigenvectors [k, dim], orthonormal rows, largest first; their eigenvalues [k]), fp64 on the CPU."""
+        """(eigenvectors [k, dim], orthonormal rows, largest first; their eigenvalues [k] fp64), on the CPU."""
 
     @abstractmethod
     def isfinite(self) -> bool:

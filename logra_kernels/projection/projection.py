@@ -8,6 +8,7 @@ is kept with the store, which knows it by its hash.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from logra_kernels.errors import LograError
@@ -23,20 +24,23 @@ class Projection:
 
     Args:
         rank: k_in and k_out of every layer; a side narrower than this keeps its full width.
-        kind: "orthonormal" (rows orthonormal, P P^T = I), "gaussian" (N(0, 1/k)), "rademacher" (+-1/sqrt(k)); the last
-            two have E[P^T P] = I. "pca": the leading eigenvectors of the side's uncentred covariance over positions
-            (section 3.2), which `Run.observe` learns from a sample of the data. "identity" projects nothing, for small
-            models and oracles; it ignores `rank`. A pair gives each side its own: (kind of P_in, kind of P_out).
+        kind: A random one, "orthonormal" (P P^T = I), "gaussian", "rademacher", "kaiming" (LogIX's), "mask" or "sjlt"
+            (FactGraSS's), as `projection.draw` defines them. "pca": the leading eigenvectors of the side's uncentred
+            covariance over positions (section 3.2), which `Run.observe` learns from a sample of the data. "identity"
+            projects nothing, for small models and oracles; it ignores `rank`. A pair gives each side its own: (kind of
+            P_in, kind of P_out).
         seed: Another seed gives independent random factors.
+        nonzeros: Entries of every column of an "sjlt" factor.
         learned: The factors of "pca" sides, once they are known.
 
     Raises:
-        ValueError: Unknown kind, or rank < 1.
+        ValueError: Unknown kind, rank < 1, or nonzeros not in 1 .. rank.
     """
 
     rank: int = 64
     kind: str | tuple[str, str] = "orthonormal"
     seed: int = 0
+    nonzeros: int = 1
     learned: Learned | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +56,8 @@ class Projection:
                 raise ValueError(f"Projection: kind is {kind!r}; it must be one of {', '.join(KINDS)}")
         if self.rank < 1:
             raise ValueError(f"Projection: rank is {self.rank}; it must be at least 1")
+        if not 1 <= self.nonzeros <= self.rank:
+            raise ValueError(f"Projection: nonzeros is {self.nonzeros}; it must be from 1 to the rank, {self.rank}")
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -78,13 +84,14 @@ class Projection:
         """k for a side of `dim` features."""
         return dim if self.kinds[side] == "identity" else min(self.rank, dim)
 
-    def factor(self, name: str, side: str, dim: int) -> Tensor | None:
-        """The factor [k, dim] in fp32 on the CPU for the layer `name`; None for the identity.
+    def factor(self, name: str, side: str, dim: int, device: torch.device | str = "cpu") -> Tensor | None:
+        """The factor [k, dim] in fp32 for the layer `name`; None for the identity.
 
         Args:
             name: The layer's name in the model.
             side: "in" or "out".
             dim: d_in or d_out.
+            device: Where it is wanted, and made where that gives the same bits.
 
         Raises:
             LograError: It is learned from data, and was not, or not for this layer.
@@ -93,7 +100,8 @@ class Projection:
         if kind == "identity":
             return None
         if kind != "pca":
-            return draw(kind, self.seed, name, side, self.width(dim, side), dim)
+            k = self.width(dim, side)
+            return draw(kind, self.seed, name, side, k, dim, self.nonzeros, torch.device(device))
         if self.learned is None:
             raise LograError(
                 "Projection: kind 'pca' is learned from data: run forward and backward of some training batches inside"
@@ -106,12 +114,14 @@ class Projection:
                 f"Projection: the factors were learned for other layers: {name!r} needs P_{side}"
                 f" {(self.width(dim, side), dim)} and there is {has}; observe this model's layers"
             )
-        return found
+        return found.to(device)
 
     def to_dict(self) -> dict[str, object]:
         """What a store records; `from_dict` gives the projection again."""
         kind = list(self.kind) if isinstance(self.kind, tuple) else self.kind
         spec: dict[str, object] = {"rank": self.rank, "kind": kind, "seed": self.seed, "generator": GENERATOR}
+        if "sjlt" in self.kinds.values():
+            spec["nonzeros"] = self.nonzeros
         return spec if self.learned is None else {**spec, "factors": self.learned.digest}
 
     @classmethod
@@ -132,4 +142,4 @@ class Projection:
             )
         if spec.get("factors") != (None if learned is None else learned.digest):
             raise ValueError("Projection: the learned factors are not those that the store was logged with")
-        return cls(rank=spec["rank"], kind=spec["kind"], seed=spec["seed"], learned=learned)
+        return cls(spec["rank"], spec["kind"], spec["seed"], spec.get("nonzeros", 1), learned)

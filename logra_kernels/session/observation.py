@@ -37,7 +37,7 @@ class Observation:
                 " use one of them for all"
             )
         whole = () if not self._open else ("in", "out") if self._wanted is None else self._wanted.learns
-        with self._taps.covariances(self._seen, whole, sharing) as seen:
+        with self._taps.covariances(self._seen, whole, sharing, self._taps.projection.rank) as seen:
             yield
             seen.samples += next(iter(self._taps.probes.values())).shape[0] if self._taps.probes else 0
         _ = seen.layers
@@ -53,11 +53,16 @@ class Observation:
             return
         projection = self._wanted or Projection(kind="orthonormal" if self._seen is None else "pca")
         if projection.learns and self._seen is not None:
-            spectra = self._seen.spectra(projection.rank)
+            spectra = self._seen.spectra()
             projection = projection.learn(spectra)
             self._seen = self._seen.projected(spectra)
         self._taps.project(projection)
         self._open = False
+
+    @property
+    def learning(self) -> bool:
+        """Whether the factors are still to be learned."""
+        return self._open and self._wanted is not None and self._seen is None
 
     def keep(self, store: GradientStore) -> None:
         """Keep the covariances beside the store."""

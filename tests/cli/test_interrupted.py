@@ -71,6 +71,19 @@ def test_ctrl_c_leaves_a_store_that_the_shown_command_completes(commands, log, s
     assert contents(store) == contents(whole)
 
 
+def test_a_learned_projection_is_the_same_after_ctrl_c(commands, model_dir, data, memory_dir):
+    paths = [memory_dir / name for name in ("whole", "cut")]
+    argv = ["log", model_dir, data, "--rank", "4", "--batch-size", "2", "--rows-per-shard", "16", "--observe", "30"]
+    assert commands.run(*argv, "--out", paths[0]) == (0, [])
+    pid = commands.start(*argv, "--out", paths[1])
+    _await_rows(paths[1], 16)
+    os.kill(pid, signal.SIGINT)
+    assert commands.wait()[0] == 130
+    assert commands.run(*argv, "--out", paths[1]) == (0, [])
+    assert GradientStore.open(paths[0]).projection["kind"] == "pca"
+    assert contents(paths[1]) == contents(paths[0])
+
+
 def test_ctrl_c_while_the_curvature_is_computed(log, store, whole, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -1,0 +1,145 @@
+"""PCA of wide sides: what one pass captures of the exact eigenvectors' energy, and what it holds in memory."""
+
+import weakref
+
+import pytest
+import torch
+from stories260k import data_dir, load, stories
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from logra_kernels.nn import capture
+from logra_kernels.projection import Projection, SecondMoment, SideSpectrum, SketchedMoment, moment
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small eigendecompositions wait for each other's threads longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are still alive, and the most of them at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {
+            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs or {})) if isinstance(t, torch.Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known | self.known:
+                storage = t.untyped_storage()
+                self.known.add(storage.data_ptr())
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage.data_ptr(), storage.nbytes())
+        return out
+
+    def _gone(self, address, nbytes):
+        self.known.discard(address)
+        self.now -= nbytes
+
+
+def captured(rows, k, batch=256):
+    """Energy of the sketch's k directions over that of the exact ones, and the moment."""
+    sketch = SketchedMoment(rows.shape[1], k, CPU, torch.float32)
+    for part in rows.split(batch):
+        sketch.add(part)
+    vectors, values = sketch.leading(k)
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(k), rtol=0, atol=1e-5)
+    c = rows.double().T @ rows.double()
+    exact = torch.linalg.eigvalsh(c).flip(0)[:k]
+    assert bool((values <= exact * (1 + 1e-4)).all())
+    assert sketch.trace() == pytest.approx(float(c.trace()), rel=1e-5)
+    return float((vectors.double() @ c * vectors.double()).sum() / exact.sum())
+
+
+@pytest.mark.skipif(data_dir() is None, reason="needs the stories260K model (LOGRA_DATA)")
+def test_real_activations_keep_99_percent_of_the_exact_energy():
+    pytest.importorskip("transformers")
+    model, tokenizer = load(data_dir())
+    seen = {}
+    for name, module in model.named_modules():
+        if name in ("model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"):  # of the flattest spectra
+            module.register_forward_hook(
+                lambda m, x, y, name=name: seen.setdefault(name, []).append(x[0].flatten(0, 1))
+            )
+    with torch.no_grad():
+        for story in stories(data_dir())[:20]:
+            model(torch.tensor([[1, *tokenizer.encode(story)[:255]]]))
+    assert len(seen) == 2
+    for name, parts in seen.items():
+        for k in (8, 32):
+            assert captured(torch.cat(parts), k) >= 0.99, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_wide_side_needs_at_most_five_k_d_numbers(dtype):
+    d, k, batch = 14336, 32, 64
+    scale = torch.arange(1, d + 1, dtype=dtype) ** -0.7
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(batch, d, dtype=dtype, generator=generator) * scale for _ in range(6)]
+    with Held() as held:
+        wide = moment(d, k, CPU, dtype)
+        for rows in batches:
+            wide.add(rows)
+        side = SideSpectrum.of(wide, k)
+    assert side.factor.shape == (k, d)
+    assert held.most <= 5 * k * d * dtype.itemsize
+    assert held.most >= 3 * k * d * dtype.itemsize  # it did see the sketch
+
+
+def test_narrow_sides_are_exact_and_wide_ones_sketched():
+    assert isinstance(moment(1024, 64, CPU, torch.float32), SecondMoment)
+    assert isinstance(moment(1025, 64, CPU, torch.float32), SketchedMoment)
+    assert isinstance(moment(1500, 512, CPU, torch.float32), SecondMoment)
+
+
+def test_fewer_directions_than_asked_for_are_filled_with_others():
+    rows = torch.randn(20, 2000, generator=torch.Generator().manual_seed(1))
+    assert captured(rows, 32) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_sketch_of_a_sketch_joins_two():
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(600, 1200, generator=generator) * torch.arange(1, 1201) ** -0.5
+    whole, first, second = (SketchedMoment(1200, 16, CPU, torch.float32) for _ in range(3))
+    whole.add(rows)
+    first.add(rows[:300])
+    second.add(rows[300:])
+    first.add(second.rows)
+    c = rows.double().T @ rows.double()
+    mine, other = (float((v @ c * v).sum()) for v in (m.leading(16)[0].double() for m in (first, whole)))
+    assert mine == pytest.approx(other, rel=0.01)
+
+
+def test_nan_is_said():
+    sketch = SketchedMoment(1200, 4, CPU, torch.float32)
+    sketch.add(torch.full((3, 1200), torch.nan))
+    assert not sketch.isfinite()
+    with pytest.raises(ValueError, match="made for 4 eigenvectors"):
+        sketch.leading(5)
+
+
+def test_a_wide_layer_is_observed_by_its_sketch():
+    torch.manual_seed(3)
+    layer = nn.Linear(1300, 6)
+    x = torch.randn(50, 3, 1300) * torch.arange(1, 1301) ** -0.8
+    with capture(nn.Sequential(layer), Projection(4)) as taps, taps.covariances(whole=("in", "out"), rank=4) as seen:
+        nn.functional.mse_loss(layer(x), torch.zeros(50, 3, 6), reduction="sum").backward()
+    spectra = seen.spectra()
+    flat = x.flatten(0, 1).double()
+    p = spectra["0", "in"].factor.double()
+    exact = torch.linalg.eigvalsh(flat @ flat.T).flip(0)[:4].sum()
+    assert float((flat @ p.T).square().sum()) >= 0.99 * float(exact)
