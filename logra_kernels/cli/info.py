@@ -37,7 +37,9 @@ def _print_facts(store: GradientStore) -> None:
 
     shards, per_shard = store.manifest.shards, store.manifest.rows_per_shard
     print(f"store           {store.path}")
-    print(f"rows            {len(store):,}")
+    hidden = sum(shard.hidden for shard in shards)
+    deleted = f", and {hidden:,} deleted ones that `logra compact` takes out of the files" if hidden else ""
+    print(f"rows            {len(store):,}{deleted}")
     kept = "" if store.rank_c is None else f" as {store.rank_c} factors a layer"
     print(f"row             {store.dim:,} numbers{kept}, {store.format}: {store.manifest.row_bytes:,} bytes")
     print(f"size            {store.nbytes / 1e6:,.1f} MB in {session.shards(len(shards))} of up to {per_shard:,} rows")
@@ -54,6 +56,13 @@ def _print_facts(store: GradientStore) -> None:
     if loss is not None:
         print(f"quantised       {describe(loss)}")
     print(f"computed        {', '.join(_computed(store)) or 'nothing yet: no curvature, no self-influence'}")
+    if "index" in _computed(store):
+        index = store.index
+        share = index.recall[index.shortlist]
+        print(
+            f"search index    {index.dims:,} numbers a row, {index.dtype}; of the {index.k} best rows of"
+            f" {index.queries} queries {share:.1%} were among {index.shortlist:,}"
+        )
     print(f"layers          {len(store.layers)}")
     for name, (k_out, k_in) in list(store.layers.items())[:SHOWN_LAYERS]:
         print(f"  {k_out:>4} x {k_in:<4}  {name}")

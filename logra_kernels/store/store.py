@@ -9,20 +9,21 @@ import pyarrow as pa
 from torch import Tensor
 
 from logra_kernels.errors import StoreError
-from logra_kernels.ops import EncodedRows, RowFormat
-from logra_kernels.store import coarse, sidecar
+from logra_kernels.ops import EncodedRows
+from logra_kernels.store import coarse
 from logra_kernels.store.append import Appender
 from logra_kernels.store.compact import remove_retired
 from logra_kernels.store.create import check_free, new_manifest, remove_leftovers, store_exists
 from logra_kernels.store.durable import TEMPORARY, remove_files, sync_directory
 from logra_kernels.store.export import export
-from logra_kernels.store.fingerprint import check_fingerprints
+from logra_kernels.store.facts import Facts
 from logra_kernels.store.format import ORIGIN, Manifest, read_manifest, write_manifest, write_origin
 from logra_kernels.store.lock import ReaderLease, WriterLock
 from logra_kernels.store.reader import Reader
+from logra_kernels.store.sidecar import write_sidecar
 
 
-class GradientStore:
+class GradientStore(Facts):
     """A directory of rows. Made by `create` and `open`; a context manager.
 
     Opened for reading it shows the rows that were committed at that moment. Opened for appending it is the one writer,
@@ -89,7 +90,7 @@ class GradientStore:
             check_free(directory)  # again, now that no other process can create it
             remove_files(directory, [entry.name for entry in directory.glob(f"{TEMPORARY}*")])
             for name, (key, tensors) in (sidecars or {}).items():
-                sidecar.write_sidecar(directory, name, key, tensors, {})
+                write_sidecar(directory, name, key, tensors, {})
             remove_files(directory, [ORIGIN])  # of a creation that was interrupted
             write_origin(directory, manifest)
             write_manifest(directory, manifest)
@@ -248,65 +249,6 @@ class GradientStore:
     def manifest(self) -> Manifest:
         """The manifest whose rows are shown."""
         return self._appender.writer.manifest if self._appender is not None else self._reader.manifest
-
-    @property
-    def layers(self) -> dict[str, tuple[int, int]]:
-        """name -> (k_out, k_in), in row order."""
-        return {layer.name: (layer.k_out, layer.k_in) for layer in self._reader.manifest.layers}
-
-    @property
-    def slices(self) -> dict[str, slice]:
-        """name -> the layer's part of a row."""
-        return {layer.name: layer.part for layer in self._reader.manifest.layers}
-
-    @property
-    def dim(self) -> int:
-        """D, numbers in a row."""
-        return self._reader.manifest.dim
-
-    @property
-    def dtype(self) -> str:
-        return self._reader.manifest.dtype
-
-    @property
-    def format(self) -> RowFormat:
-        """The number format of the stored rows."""
-        return self._reader.manifest.format
-
-    @property
-    def rank_c(self) -> int | None:
-        """Factors of each layer that a row is kept as; None where rows are kept as they are."""
-        return self._reader.manifest.rank
-
-    @property
-    def projection(self) -> dict[str, Any] | None:
-        return self._reader.manifest.projection
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        return dict(self._reader.manifest.fingerprints)
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        return dict(self._reader.manifest.meta)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the committed shards on disk."""
-        return sum(shard.rows.nbytes + shard.columns.nbytes for shard in self.manifest.shards)
-
-    @property
-    def content_hash(self) -> str:
-        """Hash of layers, dtype and every committed row and column; what is computed from the rows is named by it."""
-        return self.manifest.content_hash
-
-    def check(self, fingerprints: Mapping[str, str]) -> None:
-        """Refuse to be used for something else than what the rows were made from.
-
-        Raises:
-            StoreMismatch: Lists every entry that differs or is missing on either side.
-        """
-        check_fingerprints(str(self._directory), self.fingerprints, fingerprints)
 
     # --- reading ---
 
@@ -490,37 +432,6 @@ class GradientStore:
             StoreError: An unknown format, its package is missing, something is at the path, or the disk refuses.
         """
         return export(self, path, format)
-
-    # --- sidecars ---
-
-    def sidecar_write(
-        self,
-        name: str,
-        tensors: Mapping[str, Tensor],
-        metadata: Mapping[str, Any] | None = None,
-        *,
-        key: str | None = None,
-    ) -> Path:
-        """Keep tensors that were computed from the rows, in place of older ones of that name.
-
-        Args:
-            name: Letters, digits, '_' and '-'.
-            tensors: Any devices; fp64 to bf16, int64, int32, int8, uint8 or bool.
-            metadata: JSON data.
-            key: The hash (hex) of what they were computed from; `content_hash` by default.
-
-        Raises:
-            StoreError: An argument is wrong, or the disk refuses.
-        """
-        return sidecar.write_sidecar(self._directory, name, key or self.content_hash, tensors, metadata or {})
-
-    def sidecar_read(self, name: str, *, key: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """(tensors, metadata) of a sidecar, or None when there is none or it was computed from other rows.
-
-        Raises:
-            StoreError: The file is damaged.
-        """
-        return sidecar.read_sidecar(self._directory, name, key or self.content_hash)
 
     def _load(self) -> Manifest:
         return self._appender.writer.manifest if self._appender is not None else read_manifest(self._directory)

@@ -42,6 +42,16 @@ def test_what_delete_refuses(store, fails, memory_dir):
     assert len(GradientStore.open(store)) == 20
 
 
+def test_info_says_what_is_deleted_and_how_well_the_index_finds(store, capsys):
+    printed(capsys, "delete", store, "--ids", "row-5", "row-6")
+    assert "rows            18, and 2 deleted ones" in printed(capsys, "info", store)
+    GradientStore.open(store).build_index(22, k=3)
+    printed(capsys, "compact", store)
+    out = printed(capsys, "info", store)
+    assert "rows            18\n" in out
+    assert "search index    22 numbers a row, bf16; of the 3 best rows of 18 queries" in out
+
+
 def test_compact(store, capsys, fails):
     printed(capsys, "delete", store, "--ids", "row-5")
     reader = GradientStore.open(store)

@@ -9,7 +9,7 @@ import torch
 from store.samples import LAYERS, columns_of, ids_of, part_of, rows_of, tree
 
 from logra_kernels.errors import StoreError, StoreMismatch
-from logra_kernels.store import GradientStore, fsck, merge
+from logra_kernels.store import GradientStore, add_skipped, fsck, merge, read_skipped
 
 COUNT = 40
 
@@ -75,6 +75,12 @@ def test_encoded_rows_keep_their_codes(tmp_path):
     parts = [GradientStore.open(tmp_path / name) for name in ("a", "b")]
     store = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     assert torch.equal(store.read(0, 29), torch.cat([part.read(0, len(part)) for part in parts]))
+
+
+def test_ids_of_skipped_rows_are_kept(parts, tmp_path):
+    add_skipped(parts[0], ["bad-1"])
+    add_skipped(parts[2], ["bad-2", "bad-1"])
+    assert read_skipped(merge(parts, tmp_path / "out").path) == ["bad-1", "bad-2"]
 
 
 def test_every_difference_is_named(tmp_path):
