@@ -21,6 +21,7 @@ VERBS = {
     "log": "write one projected gradient for each row of a data set into a store",
     "query": "find the stored rows that taught a model what it says",
     "info": "what a store holds; with --verify, whether it is intact",
+    "index": "let queries find their best rows without reading the others",
     "merge": "make one store of several that were logged in the same way",
     "delete": "take rows out of a store, by their ids or by a column",
     "compact": "write a store's files again without its deleted rows",

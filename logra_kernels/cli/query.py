@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--completion", help="what follows --prompt; without it the model continues greedily")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of the model's own continuation (default 32)")
     parser.add_argument("-k", type=int, default=10, help="rows shown for each query (default 10)")
+    parser.add_argument(
+        "--search", choices=["exact", "index"], default="exact", help="index reads only what `logra index` shortlists"
+    )
     parser.add_argument("--bottom", action="store_true", help="the lowest scores: rows that taught it otherwise")
     parser.add_argument("--mode", choices=["relatif", "dot"], default="relatif", help="of scoring (default relatif)")
     parser.add_argument("--damping", type=float, help="lambda; default as the projection needs")
@@ -106,7 +109,9 @@ def _ask(
     with asking.query(ids=ids) as query:
         nll, tokens = causal_lm.losses(model, batch.to(next(model.parameters()).device))
         nll.sum().backward()
-    top = asking.topk(query, k=args.k, mode=args.mode, damping=args.damping, largest=not args.bottom)
+    top = asking.topk(
+        query, k=args.k, mode=args.mode, damping=args.damping, largest=not args.bottom, search=args.search
+    )
     answers = [
         Answer(
             id=question.id,

@@ -135,7 +135,7 @@ def load(store: "GradientStore") -> CoarseIndex:
     if kept is None:
         older = any((store.path / SIDECARS).glob(f"{SIDECAR}.*.safetensors"))
         state = "was built over other rows than it has now" if older else "was not built"
-        raise StoreError(f"the search index of {store.path} {state}; call store.build_index()")
+        raise StoreError(f"the search index of {store.path} {state}; call store.build_index(), or `logra index`")
     tensors, facts = kept
     spread = Spread(store.dim, facts["dims"], facts["seed"])
     if spread.digest != facts["generator"]:

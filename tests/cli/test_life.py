@@ -1,5 +1,8 @@
 """merge, delete, compact and fsck from the command line."""
 
+import json
+import shutil
+
 import pytest
 from cli.conftest import call
 from store.samples import LAYERS, part_of, write
@@ -50,6 +53,26 @@ def test_info_says_what_is_deleted_and_how_well_the_index_finds(store, capsys):
     out = printed(capsys, "info", store)
     assert "rows            18\n" in out
     assert "search index    22 numbers a row, bf16; of the 3 best rows of 18 queries" in out
+
+
+def test_index(store, capsys, fails):
+    out = printed(capsys, "index", store, "--dims", "22", "--k", "3")
+    assert "22 numbers for each of 20 rows, bf16" in out
+    assert out.count("<- used") == 1
+    assert GradientStore.open(store).index.k == 3
+    assert "dims is 23" in fails("index", store, "--dims", "23")
+
+
+def test_a_query_by_the_index(whole, model_dir, memory_dir, capsys, fails):
+    copy = shutil.copytree(whole, memory_dir / "copy")
+    ask = ["query", copy, "--model", model_dir, "--text", "some words", "--mode", "dot", "--json"]
+    assert "was not built" in fails(*ask, "--search", "index")
+    printed(capsys, "index", copy, "--k", "20")
+    exact = json.loads(printed(capsys, *ask, "-k", "160"))["queries"][0]["rows"]
+    found = json.loads(printed(capsys, *ask, "-k", "3", "--search", "index"))["queries"][0]["rows"]
+    scores = {row["id"]: row["score"] for row in exact}
+    assert len(found) == 3
+    assert all(row["score"] == pytest.approx(scores[row["id"]], rel=1e-4) for row in found)
 
 
 def test_compact(store, capsys, fails):
