@@ -206,7 +206,8 @@ def capture(
     over samples (a batch mean would divide every gradient by the batch size).
 
     Args:
-        model: Any module; its inputs must hold the samples in dimension 0 of every tapped layer.
+        model: Any module; its inputs must hold the samples in dimension 0 of every tapped layer, unless
+            `Taps.reset(offsets=)` says where they lie (packed documents, flattened positions).
         projection: Kind, rank and seed of the factors; default `Projection()`.
         include: Glob patterns on layer names ("*.mlp.*"); default every layer of the kinds.
         exclude: Glob patterns taken away from these.
