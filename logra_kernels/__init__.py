@@ -1,6 +1,7 @@
 """Fused kernels for gradient-projection data attribution."""
 
 from logra_kernels.curvature import Damping
+from logra_kernels.distributed import DistributedRun
 from logra_kernels.errors import LograError, StoreError, StoreMismatch
 from logra_kernels.nn import Taps, capture
 from logra_kernels.ops import (
@@ -26,6 +27,7 @@ from logra_kernels.store import GradientStore
 
 __all__ = [
     "Damping",
+    "DistributedRun",
     "EncodedRows",
     "GradientStore",
     "LograError",

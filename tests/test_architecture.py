@@ -16,7 +16,7 @@ FLOORS = [
     {"influence"},
     {"session"},
     {"run"},
-    {"compat", "integrations", "plan", "report", "selftest"},
+    {"compat", "distributed", "integrations", "plan", "report", "selftest"},
     {"demo"},
     {"cli"},
 ]

@@ -11,7 +11,7 @@ from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.gram import GramSums
 from logra_kernels.curvature.solver import CholeskySolver, Solver, SpectralSolver
 from logra_kernels.curvature.statistics import Curvature, Progress
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, Share, sum_over_ranks
 
 
 class RawFisher(Curvature):
@@ -50,6 +50,12 @@ class RawFisher(Curvature):
     ) -> GramSums:
         """The sums over all rows of the store, of these layers or all; from those kept, as far as they go, and kept."""
         parts = {name: part for name, part in store.slices.items() if names is None or name in names}
+        if isinstance(store, Share):  # only this rank's rows, which nobody else could go on from
+            widths = {name: part.stop - part.start for name, part in parts.items()}
+            sums = GramSums(parts, cls.dtype, {name: torch.zeros(d, d, dtype=cls.dtype) for name, d in widths.items()})
+            for _, rows in store.blocks():
+                sums.add(rows)
+            return sums
         sums, current = kept_sums.load(store, f"fisher-{cls.kind}", parts, cls.dtype)
         if len(store) and parts:
             kept_sums.advance(store, sums, None if current else progress)
@@ -88,11 +94,14 @@ class RawFisher(Curvature):
 
     @classmethod
     def _from_sums(cls, store: GradientStore, sums: GramSums, progress: Progress | None) -> Self:
-        blocks = {name: total.div_(len(store)) for name, total in sums.total().items()}
+        blocks = sums.total()
+        sum_over_ranks(store, blocks.values())
+        for block in blocks.values():
+            block /= len(store)
         missing = [name for name in store.layers if name not in blocks]
         parts: dict[str, list[Tensor]] = {name: [] for name in missing}
         if missing:
-            for _, rows in store.blocks():
+            for _, rows in store.every_block() if isinstance(store, Share) else store.blocks():
                 for name in missing:
                     parts[name].append(rows[:, store.slices[name]].float())
                 if progress is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.solver import KroneckerSolver, Solver
 from logra_kernels.curvature.statistics import KeptCurvature, Progress, blocks_of
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, sum_over_ranks
 
 
 class Kronecker(KeptCurvature):
@@ -88,6 +88,7 @@ def _from_rows(
             g = rows.double().unflatten(1, store.layers[name])
             left[name] += torch.einsum("noi,npi->op", g, g) / len(store)
             right[name] += torch.einsum("noi,noj->ij", g, g) / len(store)
+    sum_over_ranks(store, [*left.values(), *right.values()])
     bases, values = {}, {}
     for name in store.layers:
         (s_out, u_out), (s_in, u_in) = torch.linalg.eigh(left[name]), torch.linalg.eigh(right[name])
@@ -107,4 +108,5 @@ def corrected_values(
             u_out, u_in = bases[name]
             turned = u_out.T @ rows.double().unflatten(1, store.layers[name]) @ u_in
             values[name] += turned.square().sum(0) / len(store)
+    sum_over_ranks(store, values.values())
     return values

@@ -16,7 +16,7 @@ from torch import Tensor
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.solver import Solver, SpectralSolver
 from logra_kernels.curvature.statistics import KeptCurvature, Progress, blocks_of
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, sum_over_ranks
 
 _MORE = 16  # columns beside the r that are asked for, which the iteration needs to find those well
 
@@ -70,12 +70,14 @@ class LowRank(KeptCurvature):
                     images[name].addmm_(wide.T, wide @ bases[name])
                     if turn == 0:
                         means[name] += wide.square().sum() / (len(store) * len(bases[name]))
+            sum_over_ranks(store, [*images.values(), *(means.values() if turn == 0 else ())])
             bases = {name: torch.linalg.qr(image).Q for name, image in images.items()}
         inside = {name: basis.new_zeros(basis.shape[1], basis.shape[1]) for name, basis in bases.items()}
         for layers in blocks_of(store, None):
             for name, rows in layers.items():
                 turned = rows.double() @ bases[name]
                 inside[name].addmm_(turned.T, turned, alpha=1 / len(store))
+        sum_over_ranks(store, inside.values())
         tensors: dict[str, Tensor] = {}
         for name, basis in bases.items():
             values, vectors = torch.linalg.eigh(inside[name])

@@ -8,7 +8,7 @@ from torch import Tensor
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.solver import Solver, SpectralSolver
 from logra_kernels.curvature.statistics import KeptCurvature, Progress, blocks_of
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, sum_over_ranks
 
 
 class Identity(KeptCurvature):
@@ -51,6 +51,7 @@ class Diagonal(KeptCurvature):
         for layers in blocks_of(store, progress):
             for name, rows in layers.items():
                 squares[name] += rows.double().square().sum(0) / len(store)
+        sum_over_ranks(store, squares.values())
         return cls(store.layers, len(store), squares)
 
     @classmethod

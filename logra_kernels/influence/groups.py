@@ -13,7 +13,7 @@ from logra_kernels.curvature import Factor
 from logra_kernels.influence.score import adjustment, block_bytes, check_solved
 from logra_kernels.influence.statistics import check_mask
 from logra_kernels.ops import score_block
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, sum_over_ranks
 
 Groups = Mapping[str, Sequence[str]] | Sequence[str]
 REST = "other layers"
@@ -88,6 +88,7 @@ def group_scores(
                 found[group][:, part] += score_block(solved[:, span], block[:, span].to(device))
                 if own is not None:
                     found[group][:, part] -= 0.5 * own[:, span].sum(1).to(device)
+    sum_over_ranks(store, found.values())
     for value in found.values():
         if scale is not None:
             value *= scale.to(device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from logra_kernels.influence.statistics import check_mask, needed
 from logra_kernels.ops import score_block
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, gather_from_ranks
 
 MODES = ("dot", "relatif", "theta-relatif", "l2")
 NEEDS = {"dot": (), "relatif": ("self_influence",), "theta-relatif": ("solved_norm",), "l2": ("self_influence",)}
@@ -198,7 +198,13 @@ def _ranked(
             values, order = _first(torch.cat([best[i][0], found], dim=1), k, largest)
             numbers = torch.cat([best[i][1], index.to(device).expand(len(solved), -1)], dim=1)
             best[i] = values, numbers.gather(1, order)
-    return [TopK(values, numbers, [store.ids_of(row) for row in numbers]) for values, numbers in best]
+    tops = []
+    for (values, numbers), largest in zip(best, ends, strict=True):
+        values, numbers = gather_from_ranks(store, values, numbers)
+        values, order = _first(values, k, largest)
+        numbers = numbers.gather(1, order)
+        tops.append(TopK(values, numbers, [store.ids_of(row) for row in numbers]))
+    return tops
 
 
 def _first(scores: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:

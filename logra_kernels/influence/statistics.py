@@ -15,7 +15,7 @@ from torch import Tensor
 
 from logra_kernels.curvature import Factor
 from logra_kernels.curvature.damping import Damping
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, sum_over_ranks
 
 Progress = Callable[[int], None]
 NORMS = ("l2", "l1")
@@ -109,7 +109,7 @@ def _sidecar(name: str, suffix: str) -> str:
 def _stream(
     store: GradientStore, factor: Factor | None, curved: list[str], progress: Progress | None
 ) -> dict[str, Tensor]:
-    found = {name: torch.empty(len(store)) for name in [*NORMS, *curved]}
+    found = {name: torch.zeros(len(store)) for name in [*NORMS, *curved]}
     for start, rows in store.blocks():
         part = slice(start, start + len(rows))
         wide = rows.float()
@@ -121,6 +121,7 @@ def _stream(
             found["solved_norm"][part] = torch.linalg.vector_norm(factor.solve(rows), dim=1, dtype=torch.float64)
         if progress is not None:
             progress(len(rows))
+    sum_over_ranks(store, found.values())
     return found
 
 

@@ -6,6 +6,7 @@ from logra_kernels.store.fsck import fsck
 from logra_kernels.store.memory import process_bytes
 from logra_kernels.store.merge import merge
 from logra_kernels.store.quantize import quantization_loss, quantize
+from logra_kernels.store.share import Share, gather_from_ranks, sum_over_ranks
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
 from logra_kernels.store.writer import writing_bytes
@@ -13,8 +14,10 @@ from logra_kernels.store.writer import writing_bytes
 __all__ = [
     "GradientStore",
     "IndexInfo",
+    "Share",
     "add_skipped",
     "fsck",
+    "gather_from_ranks",
     "held_bytes",
     "merge",
     "process_bytes",
@@ -25,5 +28,6 @@ __all__ = [
     "shard_bytes",
     "sidecars_of",
     "spread_of",
+    "sum_over_ranks",
     "writing_bytes",
 ]

@@ -179,10 +179,13 @@ class Reader:
         for first, rows in self._stream(0, self.manifest.rows, max_bytes or BLOCK_BYTES, row_bytes, private):
             yield first, decode(self.manifest, rows)
 
-    def encoded_blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, EncodedRows]]:
-        """(first row, rows as they are stored), in order, of at most `max_bytes` but at least one row."""
+    def encoded_blocks(
+        self, max_bytes: int | None = None, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, EncodedRows]]:
+        """(first row, rows [start, stop) as they are stored), in order, of at most `max_bytes` but at least one row."""
         manifest = self.manifest
-        yield from self._stream(0, manifest.rows, max_bytes or SCORED_BYTES, manifest.row_bytes, private=False)
+        stop = manifest.rows if stop is None else stop
+        yield from self._stream(start, stop, max_bytes or SCORED_BYTES, manifest.row_bytes, private=False)
 
     def _blocks_to_score(self, queries: int, max_bytes: int | None) -> Iterator[tuple[int, EncodedRows]]:
         """encoded_blocks; those of factors are short, so that their numbers and their scores stay in the cache."""
