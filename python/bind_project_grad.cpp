@@ -12,7 +12,10 @@ project_grad::Side side_of(const char* op, const Positions& positions, const std
                            int64_t d, int64_t k) {
   LGK_CHECK(projection || d == k, "project_grad: d " + std::to_string(d) + " and k " + std::to_string(k) +
                                       " must be equal for a side without a projection");
-  return {rows_of(op, positions), projection ? rows_of(op, *projection) : Rows{}, projection.has_value()};
+  const Rows rows = rows_of(op, positions);
+  if (!projection) return {rows, Rows{}, false};
+  const Rows p = rows_of(op, *projection);
+  return {beside(rows, p), p, true};
 }
 
 void check_side(const char* op, const project_grad::Side& side, bool wide) {

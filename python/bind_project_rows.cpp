@@ -14,7 +14,7 @@ void bind_project_rows(py::module_& m) {
         check_sizes(op, {k, d});
         check_sizes(op, {rows, k});
         check_threads(op, n_threads);
-        const Rows x = rows_of(op, x_tensor), p = rows_of(op, p_tensor);
+        const Rows p = rows_of(op, p_tensor), x = beside(rows_of(op, x_tensor), p);
         const bool wide = is_double(op, {x.dtype, p.dtype});
         const project_rows::Shape shape = {rows, d, k};
         py::gil_scoped_release unlocked;

@@ -71,6 +71,16 @@ every_half = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16
 every_half = every_half[every_half.isfinite().all(1)]
 one = torch.ones(1, 1, dtype=torch.float16)
 assert torch.equal(lk.project_rows(every_half, one, backend="cpp"), every_half.float())
+
+bits = torch.randint(-(2**31), 2**31, (4096, 1), dtype=torch.int32)
+bits[:2048] = bits[:2048] & -(2**16) | 0x8000  # ties
+numbers = bits.view(torch.float32)
+numbers = numbers[(numbers.abs() > 1e-30) | (numbers == 0) | numbers.isnan()].unsqueeze(-1)
+for columns in (1, 9):  # few and many
+    rounded = lk.project_rows(numbers, torch.ones(columns, 1).bfloat16(), backend="cpp")
+    want = numbers.bfloat16().float().expand(-1, columns)
+    assert torch.equal(rounded.isnan(), want.isnan())
+    assert torch.equal(rounded[~want.isnan()], want[~want.isnan()])
 """
 
 # Sizes on both sides of every edge: lanes, pairs, register tiles, panels, strips, few columns and many.
@@ -120,10 +130,14 @@ for _ in range(80):
     p = queries.to(dtype)
     projected = threads_agree(lambda: lk.project_rows(rows, p, backend="cpp"))
     assert_as_good_as_naive(projected, rows.double() @ p.double().T, rows.to(wide) @ p.to(wide).T)
+    if dtype == torch.float32:
+        half = p.bfloat16()
+        rounded = threads_agree(lambda: lk.project_rows(rows, half, backend="cpp"))
+        assert torch.equal(rounded, lk.project_rows(rows.bfloat16(), half, backend="cpp")), "rounded as it is read"
 
     samples, t = random.choice((1, 3)), random.choice((1, 7, 130, 520))
     d_in, d_out = min(d, 2049), random.choice((3, 513))
-    k_in, k_out = random.choice((1, 8, 17, 64)), random.choice((2, 16, 33))
+    k_in, k_out = min(d_in, random.choice((1, 8, 17, 64))), min(d_out, random.choice((2, 16, 33)))
     x, dy = (draw(samples * t, size, dtype).unflatten(0, (samples, t)) for size in (d_in, d_out))
     args = [x, dy, draw(k_in, d_in, dtype), draw(k_out, d_out, dtype)]
     weights = torch.rand(samples, t, dtype=wide).sub(0.3).clamp_min(0) if random.random() < 0.5 else None

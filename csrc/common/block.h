@@ -79,7 +79,7 @@ struct Block {
   int64_t strip_panel(int64_t rows) const { return round_up(rows, products.row_tile) * kTileLd; }
 
   bool lies_packed(const Rows& a, int64_t row, int64_t rows, int64_t width) const {
-    return a.dtype == products.dtype && a.column_stride == 1 && rows % products.row_tile == 0 &&
+    return a.dtype == products.dtype && !a.rounded && a.column_stride == 1 && rows % products.row_tile == 0 &&
            width % products.terms == 0 && a.even(row, rows);
   }
 

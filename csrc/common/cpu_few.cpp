@@ -38,7 +38,7 @@ struct Few {
 
   // What is used again for each row stays in the L2 cache.
   int64_t run() const { return kDotRun * std::max<int64_t>(1, kDotRunsOfOne / width); }
-  bool in_place() const { return a.column_stride == 1; }
+  bool in_place() const { return a.column_stride == 1 && !a.rounded; }
   int64_t sums_size() const { return kMostRows * width * kernels.lanes; }
   int64_t scratch_size() const { return sums_size() + (in_place() ? 0 : kMostRows * std::min(ldb, run())); }
 

@@ -36,7 +36,7 @@ void add_tile(const T* tile, int64_t ld, int64_t rows, int64_t columns, Output<T
 
 template <typename T>
 void multiply_tiles(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<T> c, int n_threads) {
-  const Products<T>& products = lgk::products<T>(a.dtype, b.dtype);
+  const Products<T>& products = lgk::products<T>(a.number(), b.number());
   n_threads = threads_for(double(m) * n * depth, n_threads);
   const int64_t tile = tile_rows(m, products.row_tile, n_threads), run = kRun * products.terms;
   const Block<T> widest = {products, b, 0, std::min(n, kColumns), 0, std::min(depth, run), nullptr};
@@ -80,7 +80,7 @@ void multiply_rows(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t d
     }
     return;
   }
-  if (n <= products<T>(a.dtype, b.dtype).few) return multiply_few(a, m, b, n, depth, c, n_threads);
+  if (n <= products<T>(a.number(), b.number()).few) return multiply_few(a, m, b, n, depth, c, n_threads);
   if (n <= m) return multiply_tiles(a, m, b, n, depth, c, n_threads);
   multiply_tiles<T>(b, n, a, m, depth, {c.data, c.column_stride, c.row_stride}, n_threads);
 }

@@ -40,9 +40,22 @@ struct PairProducts {
   }
 };
 
+// The same as `widen`, but for subnormal numbers, which become 0 in either product.
+LGK_INLINE void widen_run(const RoundedFloat* src, int64_t n, Half* dst) {
+  for (int64_t i = 0; i < n; i += kLanes<float>) {
+    const __mmask16 kept = n - i < kLanes<float> ? (1u << (n - i)) - 1 : 0xffff;
+    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(kept, src + i));
+    _mm256_mask_storeu_epi16(dst + i, kept, (__m256i)rounded);
+  }
+}
+
 void pack_pairs(const Rows& src, int64_t row, int64_t rows, int64_t column, int64_t columns, float* dst, int64_t ld) {
   Half* pairs = reinterpret_cast<Half*>(dst);
-  copy_either<Half, 2>(src, row, rows, column, columns, pairs, 2 * ld);
+  if (src.rounded) {
+    copy_either<RoundedFloat, 2>(src, row, rows, column, columns, pairs, 2 * ld);
+  } else {
+    copy_either<Half, 2>(src, row, rows, column, columns, pairs, 2 * ld);
+  }
   const int64_t padded = round_to(columns, 2 * kLanes<float>);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = columns; c < padded; ++c) pairs[r * 2 * ld + c] = Half{0};

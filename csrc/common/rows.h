@@ -14,7 +14,9 @@ struct Rows {
   Dtype dtype;
   int64_t inner;
   int64_t outer_stride, row_stride, column_stride;
+  bool rounded = false;  // fp32 that counts as bf16: every number is rounded to nearest even as it is read
 
+  Dtype number() const { return rounded ? Dtype::kBF16 : dtype; }
   int64_t offset(int64_t r) const { return inner > 0 ? r / inner * outer_stride + r % inner * row_stride : 0; }
 
   // Whether rows row .. row + rows - 1 all lie row_stride apart.
@@ -32,6 +34,12 @@ struct Rows {
 
 inline Rows matrix(const void* data, Dtype dtype, int64_t row_stride, int64_t column_stride) {
   return {data, dtype, INT64_MAX, 0, row_stride, column_stride};
+}
+
+// `a` as the left operand of p: numbers wider than p's are rounded to them.
+inline Rows beside(Rows a, const Rows& p) {
+  a.rounded = a.dtype == Dtype::kF32 && p.dtype == Dtype::kBF16;
+  return a;
 }
 
 }  // namespace lgk

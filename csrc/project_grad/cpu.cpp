@@ -38,7 +38,7 @@ struct Projector {
         side(side),
         d(d),
         k(k),
-        projection{products<T>(side.positions.dtype, side.projection.dtype), side.projection, 0, k, 0, d, nullptr} {}
+        projection{products<T>(side.positions.number(), side.projection.dtype), side.projection, 0, k, 0, d, nullptr} {}
 
   int64_t ld() const { return round_up(k, kernels.lanes) + kernels.lanes; }
   int64_t packed_size() const { return side.has_projection ? projection.packed_size() : 0; }

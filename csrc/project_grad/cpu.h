@@ -18,7 +18,8 @@ struct Shape {
   int64_t start(int64_t n) const { return offsets != nullptr ? offsets[n] : n * length; }
 };
 
-// A side: positions [R, d] and its projection [k, d]; without one, d is k and the positions are taken as they are.
+// A side: positions [R, d] and its projection [k, d], beside which fp32 positions may be `rounded`; without one, d is k
+// and the positions are taken as they are.
 struct Side {
   Rows positions;
   Rows projection;

@@ -8,7 +8,8 @@ struct Shape {
   int64_t rows, d, k;
 };
 
-// x [rows, d], p [k, d]; out [rows, k] contiguous. T is float, or double when x and p are fp64.
+// x [rows, d], maybe `rounded` beside a p in bf16; p [k, d]; out [rows, k] contiguous. T is float, or double when x and
+// p are fp64.
 template <typename T>
 void project_rows(const Rows& x, const Rows& p, T* out, Shape shape, int n_threads);
 

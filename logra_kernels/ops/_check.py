@@ -20,9 +20,17 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is on {tensor.device} and the first argument on {first.device}; move one")
 
 
-def check_same_dtype(op: str, a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
-    if a.dtype != b.dtype:
-        raise ValueError(f"{op}: {a_name} is {a.dtype} and {b_name} is {b.dtype}; they must have one dtype")
+def check_factor(op: str, a_name: str, a: Tensor, p_name: str, p: Tensor) -> None:
+    """Operands are multiplied in p's dtype: a's own, bf16 beside fp32 (rounded), or fp32 beside 16 bits."""
+    if p.dtype == a.dtype:
+        return
+    halves = (torch.bfloat16, torch.float16)
+    if (a.dtype, p.dtype) == (torch.float32, torch.bfloat16) or (p.dtype == torch.float32 and a.dtype in halves):
+        return
+    raise ValueError(
+        f"{op}: {a_name} is {a.dtype} and {p_name} is {p.dtype}; {p_name} must have {a_name}'s dtype, or be bf16 beside"
+        f" fp32 or fp32 beside 16 bits"
+    )
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,11 +10,24 @@ from triton.runtime.interpreter import InterpretedFunction
 
 
 @triton.jit
+def _in_dtype(tile, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """The tile in DTYPE, rounded to nearest even; the interpreter, which upcasts, would cut bf16 off instead."""
+    if UPCAST and DTYPE == tl.bfloat16:
+        bits = tile.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        converted = bits.to(tl.float32, bitcast=True)
+    else:
+        converted = tile.to(DTYPE)
+    return converted
+
+
+@triton.jit
 def dot_tile(
     a, b, a_ok, b_ok, stride_a, stride_b, D,
     ACC: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    IN_B: tl.constexpr = False,
 ):  # fmt: skip
-    """C[m,n] = sum_d A[m,d] B[n,d]
+    """C[m,n] = sum_d A[m,d] B[n,d], A rounded to B's dtype where IN_B
 
     a [M] and b [N] point at each row's first element; a row that is not ok is never read and counts as zeros.
     """
@@ -25,6 +38,8 @@ def dot_tile(
         step = d.to(tl.int64)
         left = tl.load(a[:, None] + (step * stride_a)[None, :], mask=a_ok[:, None] & ok[None, :], other=0.0)
         right = tl.load(b[None, :] + (step * stride_b)[:, None], mask=b_ok[None, :] & ok[:, None], other=0.0)
+        if IN_B:
+            left = _in_dtype(left, right.dtype, UPCAST)
         if UPCAST:
             left, right = left.to(ACC), right.to(ACC)
         acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -35,12 +50,15 @@ def dot_tile(
 def dot_tile_described(
     a, b, row_a, row_b, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, D,
     ACC: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    IN_B: tl.constexpr = False,
 ):  # fmt: skip
     """C[m,n] = sum_d A[row_a + m, d] B[row_b + n, d], both through tensor descriptors: beyond their ends are zeros."""
     acc = tl.zeros([ROWS_A, ROWS_B], ACC)
     for start in range(0, D, BLOCK_D):
         left = a.load([row_a.to(tl.int32), start])
         right = b.load([row_b, start]).T
+        if IN_B:
+            left = _in_dtype(left, right.dtype, UPCAST)
         if UPCAST:
             left, right = left.to(ACC), right.to(ACC)
         acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=ACC)

@@ -13,8 +13,13 @@ SHAPES = [  # N T d_in d_out k_in k_out
     (3, 37, 40, 24, 16, 32),
     (2, 70, 131, 96, 33, 17),
     (2, 9, 24, 33, 1, 1),
-    (1, 5, 1, 1, 3, 5),
-    (2, 6, 20, 16, 140, 130),
+    (1, 5, 1, 1, 1, 1),
+    (2, 6, 145, 133, 140, 130),
+]
+MIXED = [  # dtype of the rows, and of the projections that they are multiplied with
+    pytest.param(torch.float32, torch.bfloat16, id="rounded"),
+    pytest.param(torch.bfloat16, torch.float32, id="bf16-wide"),
+    pytest.param(torch.float16, torch.float32, id="fp16-wide"),
 ]
 CUTS = [0, 0, 5, 5, 42, 70, 73]  # samples of 0, 5, 0, 37, 28, 3 positions
 
@@ -59,6 +64,26 @@ def test_matches_fp64(target, dtype, shape):
 def test_projected_already(target, dtype, given):
     x, dy, p_in, p_out = case(3, 37, 21, 13, 10, 7, dtype, target.device)
     check(target, x, dy, p_in if given == "p_in" else None, p_out if given == "p_out" else None)
+
+
+@pytest.mark.parametrize("rows, p", MIXED)
+@pytest.mark.parametrize("cut", [False, True], ids=["dense", "ragged"])
+def test_multiplies_in_the_dtype_of_the_projections(target, rows, p, cut):
+    x, dy, p_in, p_out = case(3, 37, 40, 300, 16, 10, device=target.device)
+    x, dy, p_in, p_out = x.to(rows), dy.to(rows), p_in.to(p), p_out.to(p)
+    weights = position_weights(3, 37, device=target.device)
+    rest = (None, weights)
+    if cut:
+        x, dy = x.flatten(0, 1), dy.flatten(0, 1)
+        rest = (torch.tensor([0, 9, 9, 111], device=target.device), weights.flatten())
+    got = lk.project_grad(x, dy, p_in, p_out, *rest, backend=target.backend)
+    assert_as_good_as_naive(
+        got, exactly(x.to(p), dy.to(p), p_in, p_out, *rest), reference.project_grad(x, dy, p_in, p_out, *rest)
+    )
+    rounded = lk.project_grad(x.to(p), dy.to(p), p_in, p_out, *rest, backend=target.backend)
+    torch.testing.assert_close(got, rounded, rtol=1e-5, atol=1e-5)
+    one, other = (lk.project_grad(x.float(), v, None, p_out, *rest, backend=target.backend) for v in (dy, dy.to(p)))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -205,6 +230,10 @@ BAD = {  # what to change in (x, dy, p_in, p_out, offsets, weights), and what th
     "p_in dtype": (lambda a: a | {"p_in": a["p_in"].half()}, "x is torch.float32 and p_in is torch.float16"),
     "p_out dtype": (lambda a: a | {"p_out": a["p_out"].half()}, "dy is torch.float32 and p_out is torch.float16"),
     "x dtype": (lambda a: a | {"x": a["x"].half(), "p_in": None}, "x is torch.float16 and dy is torch.float32"),
+    "k_in": (lambda a: a | {"p_in": torch.ones(9, 8)}, r"p_in \(9, 8\) .* x \(2, 3, 8\) .* k_in <= d"),
+    "k_out": (lambda a: a | {"p_out": torch.ones(7, 6)}, r"p_out \(7, 6\) .* dy \(2, 3, 6\) .* k_out <= d"),
+    "complex": (lambda a: a | {"x": a["x"].to(torch.complex64)}, "x is torch.complex64"),
+    "devices of the projection": (lambda a: a | {"p_out": a["p_out"].to("meta")}, "p_out is on meta"),
     "integer": (lambda a: a | {"dy": a["dy"].long()}, "dy is torch.int64"),
     "device": (lambda a: a | {"dy": a["dy"].to("meta")}, "dy is on meta"),
     "weights": (lambda a: a | {"weights": torch.ones(2, 4)}, r"weights \(2, 4\) must be \(2, 3\)"),
@@ -216,7 +245,9 @@ BAD_CUTS = {
     "beyond": (torch.tensor([0, 4]), "stay within 0..3"),
     "none": (torch.tensor([], dtype=torch.int64), r"offsets \(0,\)"),
     "two-dimensional": (torch.tensor([[0, 3]]), r"offsets \(1, 2\)"),
-    "float": (torch.tensor([0.0, 3.0]), r"torch.float32 must be \[N\+1\] integers"),
+    "float": (torch.tensor([0.0, 3.0]), r"torch.float32 must be \[N\+1\] int32 or int64"),
+    "complex": (torch.tensor([0j, 3]), r"torch.complex64 must be \[N\+1\] int32 or int64"),
+    "bool": (torch.tensor([False, True]), r"torch.bool must be \[N\+1\] int32 or int64"),
     "device": (torch.tensor([0, 3], device="meta"), "offsets is on meta"),
 }
 

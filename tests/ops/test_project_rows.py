@@ -26,6 +26,22 @@ def test_matches_fp64(target, dtype, shape):
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+@pytest.mark.parametrize(
+    "rows, factor",
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+    ids=["rounded", "bf16-wide", "fp16-wide"],
+)
+@pytest.mark.parametrize("view", VIEWS)
+def test_multiplies_in_the_dtype_of_p(target, rows, factor, view):
+    x, p = (VIEWS[view](v) for v in case(3, 19, 137, 11, device=target.device))
+    x, p = x.to(rows), p.to(factor)
+    got = lk.project_rows(x, p, backend=target.backend)
+    exact = reference.project_rows(x.to(factor).double(), p.double())
+    assert_as_good_as_naive(got, exact, reference.project_rows(x, p))
+    converted = lk.project_rows(x.to(factor), p, backend=target.backend)
+    torch.testing.assert_close(got, converted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_strides(target, dtype, view):
     check(target, *map(VIEWS[view], case(3, 19, 37, 11, dtype, target.device)))
@@ -104,8 +120,10 @@ def test_bad_input_raises():
         lk.project_rows(x, p[:, 1:])
     with pytest.raises(ValueError, match=r"project_rows: x .* p"):
         lk.project_rows(x, p[0])
-    with pytest.raises(ValueError, match=r"project_rows: x is torch.float32 and p is torch.bfloat16"):
-        lk.project_rows(x, p.bfloat16())
+    with pytest.raises(ValueError, match=r"project_rows: x is torch.float32 and p is torch.float16"):
+        lk.project_rows(x, p.half())
+    with pytest.raises(ValueError, match=r"project_rows: x is torch.float64 and p is torch.bfloat16"):
+        lk.project_rows(x.double(), p.bfloat16())
     with pytest.raises(ValueError, match=r"project_rows: x is torch.int64"):
         lk.project_rows(x.long(), p)
     with pytest.raises(ValueError, match="project_rows: p is on meta"):

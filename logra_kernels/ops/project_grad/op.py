@@ -11,8 +11,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from logra_kernels.ops._check import accumulator_dtype, check_same_dtype, check_tensors
+from logra_kernels.ops._check import accumulator_dtype, check_factor, check_tensors
 from logra_kernels.ops._dispatch import LIB, launcher
+
+INTEGERS = (torch.int32, torch.int64)
 
 LIB.define(
     "project_grad(Tensor x, Tensor dy, Tensor? p_in, Tensor? p_out, Tensor? offsets, Tensor? weights, str backend)"
@@ -71,6 +73,17 @@ def _fake(
 _op = torch.ops.logra_kernels.project_grad.default
 
 
+def _check_shape(name: str, p: Tensor, k: str, positions: str, v: Tensor) -> None:
+    d = v.shape[-1]
+    if p.dim() != 2 or p.shape[1] != d:
+        raise ValueError(f"project_grad: {name} {tuple(p.shape)} must be [{k}, {d}] to fit {positions}")
+    if p.shape[0] > d:
+        raise ValueError(
+            f"project_grad: {name} {tuple(p.shape)} has more rows than {positions} {tuple(v.shape)} has features; a"
+            f" projection must have {k} <= d"
+        )
+
+
 def project_grad(
     x: Tensor,
     dy: Tensor,
@@ -86,9 +99,10 @@ def project_grad(
     Args:
         x: Layer inputs, [N, T, d_in], or [R, d_in] with `offsets`. Any strides.
         dy: Gradients of the loss by the layer's outputs, [N, T, d_out] or [R, d_out].
-        p_in: Input-side projection, [k_in, d_in], of x's dtype; None where x is projected already, and then x may be
-            fp32 beside a bf16 or fp16 `dy`.
-        p_out: Output-side projection, [k_out, d_out], of dy's dtype; None where dy is projected already.
+        p_in: Input-side projection, [k_in, d_in]. Products are taken in its dtype: x's own, bf16 beside an fp32 x, which
+            is rounded as it is read, or fp32 beside an x of 16 bits. None where x is projected already, and then x may
+            be fp32 beside a bf16 or fp16 `dy`.
+        p_out: Output-side projection, [k_out, d_out], likewise beside dy; None where dy is projected already.
         offsets: Sample n is positions offsets[n] .. offsets[n+1]-1; [N+1], int32 or int64. A sample may be empty.
         weights: A factor for each position, [N, T] or [R], fp32 (fp64 for fp64 dy). A position of weight 0 contributes
             nothing, whatever x and dy hold there.
@@ -98,7 +112,7 @@ def project_grad(
         [N, k_out, k_in] in fp32; fp64 for fp64 input.
 
     Raises:
-        ValueError: Sizes, dtypes, devices or offsets do not fit.
+        ValueError: Sizes, dtypes, devices or offsets do not fit, or a projection has more rows than features.
     """
     check_tensors("project_grad", x=x, dy=dy, p_in=p_in, p_out=p_out, weights=weights)
     dims = 3 if offsets is None else 2
@@ -108,17 +122,15 @@ def project_grad(
             f"project_grad: x {tuple(x.shape)} and dy {tuple(dy.shape)} must both be {layout} and agree but in d"
         )
     if p_in is not None:
-        check_same_dtype("project_grad", "x", x, "p_in", p_in)
-        if p_in.dim() != 2 or p_in.shape[1] != x.shape[-1]:
-            raise ValueError(f"project_grad: p_in {tuple(p_in.shape)} must be [k_in, {x.shape[-1]}] to fit x")
+        check_factor("project_grad", "x", x, "p_in", p_in)
+        _check_shape("p_in", p_in, "k_in", "x", x)
     if p_out is not None:
-        check_same_dtype("project_grad", "dy", dy, "p_out", p_out)
-        if p_out.dim() != 2 or p_out.shape[1] != dy.shape[-1]:
-            raise ValueError(f"project_grad: p_out {tuple(p_out.shape)} must be [k_out, {dy.shape[-1]}] to fit dy")
+        check_factor("project_grad", "dy", dy, "p_out", p_out)
+        _check_shape("p_out", p_out, "k_out", "dy", dy)
     if x.dtype != dy.dtype and not (p_in is None and x.dtype == accumulator_dtype(dy.dtype)):
         raise ValueError(f"project_grad: x is {x.dtype} and dy is {dy.dtype}; only an x that is projected may differ")
-    if offsets is not None and (offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.is_floating_point()):
-        raise ValueError(f"project_grad: offsets {tuple(offsets.shape)} {offsets.dtype} must be [N+1] integers")
+    if offsets is not None and (offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype not in INTEGERS):
+        raise ValueError(f"project_grad: offsets {tuple(offsets.shape)} {offsets.dtype} must be [N+1] int32 or int64")
     if offsets is not None and offsets.device != x.device:
         raise ValueError(f"project_grad: offsets is on {offsets.device} and x on {x.device}; move one")
     if weights is not None:

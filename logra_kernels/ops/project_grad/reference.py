@@ -23,8 +23,8 @@ def project_grad(
         parts = [project_grad(x[None, s], dy[None, s], p_in, p_out, None, v) for s, v in zip(spans, w, strict=True)]
         k_out, k_in = (v.shape[-1] if p is None else p.shape[0] for v, p in ((dy, p_out), (x, p_in)))
         return torch.cat(parts) if parts else dy.new_zeros((0, k_out, k_in), dtype=accumulator_dtype(dy.dtype))
-    a = x if p_in is None else torch.einsum("nti,ki->ntk", x, p_in)
-    b = dy if p_out is None else torch.einsum("nto,ko->ntk", dy, p_out)
+    a = x if p_in is None else torch.einsum("nti,ki->ntk", x.to(p_in.dtype), p_in)
+    b = dy if p_out is None else torch.einsum("nto,ko->ntk", dy.to(p_out.dtype), p_out)
     if weights is not None:
         kept = (weights != 0)[..., None]
         a, b = torch.where(kept, a, 0), torch.where(kept, b * weights[..., None], 0)

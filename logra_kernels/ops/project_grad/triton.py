@@ -68,11 +68,12 @@ def _chunk_of(
 @triton.jit
 def _projected(
     v, p, row, ok, stride_vt, stride_vd, stride_pk, stride_pd, k, k0, D, K,
-    ACC: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, DESCRIBED: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, IN_P: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """[T, K] = v p^T, or v itself where there is no p; zeros where not ok."""
     if DESCRIBED:
-        tile = dot_tile_described(v, p, row, k0, ok.shape[0], k.shape[0], D, ACC, BLOCK_D, PRECISION, UPCAST)
+        tile = dot_tile_described(v, p, row, k0, ok.shape[0], k.shape[0], D, ACC, BLOCK_D, PRECISION, UPCAST, IN_P)
         tile = tl.where(ok[:, None], tile, 0.0)  # a block of rows may run on into the next sample
     elif p is None:
         rows = v + (row + tl.arange(0, ok.shape[0])).to(tl.int64) * stride_vt
@@ -80,7 +81,9 @@ def _projected(
         tile = tl.load(rows[:, None] + (k * stride_vd)[None, :], mask=there, other=0.0).to(ACC)
     else:
         rows = v + (row + tl.arange(0, ok.shape[0])).to(tl.int64) * stride_vt
-        tile = dot_tile(rows, p + k * stride_pk, ok, k < K, stride_vd, stride_pd, D, ACC, BLOCK_D, PRECISION, UPCAST)
+        tile = dot_tile(
+            rows, p + k * stride_pk, ok, k < K, stride_vd, stride_pd, D, ACC, BLOCK_D, PRECISION, UPCAST, IN_P
+        )
     return tile
 
 
@@ -93,7 +96,7 @@ def _project_grad_kernel(
     ACC: tl.constexpr, CHUNK: tl.constexpr, MOST: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, OUTER: tl.constexpr, UPCAST: tl.constexpr,
-    X_DESCRIBED: tl.constexpr, DY_DESCRIBED: tl.constexpr,
+    X_IN_P: tl.constexpr, DY_IN_P: tl.constexpr, X_DESCRIBED: tl.constexpr, DY_DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """g[n] or partial[chunk] = sum_{t of the chunk} w[t] (p_out dy[t]) (p_in x[t])^T"""
     tiles_i = tl.cdiv(K_IN, BLOCK_I)
@@ -114,21 +117,23 @@ def _project_grad_kernel(
             ok = ok & (w != 0)  # what has no weight does not count, so that NaN there stays there
         if X_DESCRIBED:
             a = _projected(
-                x, p_in, row + start, ok, 0, 0, 0, 0, i, i0, D_IN, K_IN, ACC, BLOCK_D, PRECISION, UPCAST, True
-            )
+                x, p_in, row + start, ok, 0, 0, 0, 0, i, i0, D_IN, K_IN,
+                ACC, BLOCK_D, PRECISION, UPCAST, X_IN_P, True,
+            )  # fmt: skip
         else:
             a = _projected(
                 x + n * stride_xn, p_in, start, ok, stride_xt, stride_xd, stride_ik, stride_id, i, i0, D_IN, K_IN,
-                ACC, BLOCK_D, PRECISION, UPCAST, False,
+                ACC, BLOCK_D, PRECISION, UPCAST, X_IN_P, False,
             )  # fmt: skip
         if DY_DESCRIBED:
             b = _projected(
-                dy, p_out, row + start, ok, 0, 0, 0, 0, o, o0, D_OUT, K_OUT, ACC, BLOCK_D, PRECISION, UPCAST, True
-            )
+                dy, p_out, row + start, ok, 0, 0, 0, 0, o, o0, D_OUT, K_OUT,
+                ACC, BLOCK_D, PRECISION, UPCAST, DY_IN_P, True,
+            )  # fmt: skip
         else:
             b = _projected(
                 dy + n * stride_yn, p_out, start, ok, stride_yt, stride_yd, stride_ok, stride_od, o, o0, D_OUT, K_OUT,
-                ACC, BLOCK_D, PRECISION, UPCAST, False,
+                ACC, BLOCK_D, PRECISION, UPCAST, DY_IN_P, False,
             )  # fmt: skip
         if weights is not None:
             b = b * w[:, None]
@@ -242,6 +247,7 @@ def launch_tile(
         # half operands give fp32 factors: three tf32 products keep their precision on the tensor cores
         PRECISION=precision, OUTER="tf32x3" if dy.element_size() == 2 else precision,
         UPCAST=must_upcast(dy.dtype, dy.dtype),
+        X_IN_P=p_in is not None and p_in.dtype != x.dtype, DY_IN_P=p_out is not None and p_out.dtype != dy.dtype,
         X_DESCRIBED=isinstance(x_arg, TensorDescriptor), DY_DESCRIBED=isinstance(dy_arg, TensorDescriptor),
         num_warps=tile.warps, **(OPTIONS | {"num_stages": tile.stages}),
     )  # fmt: skip

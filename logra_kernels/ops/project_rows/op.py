@@ -6,7 +6,7 @@ A[n,t] = P x[n,t]        [N, T, k], fp32 (fp64 for fp64 input)
 import torch
 from torch import Tensor
 
-from logra_kernels.ops._check import accumulator_dtype, check_same_dtype, check_tensors
+from logra_kernels.ops._check import accumulator_dtype, check_factor, check_tensors
 from logra_kernels.ops._dispatch import LIB, launcher
 
 LIB.define("project_rows(Tensor x, Tensor p, str backend) -> Tensor")
@@ -33,7 +33,8 @@ def project_rows(x: Tensor, p: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         x: Rows, [..., d], any strides.
-        p: Projection, [k, d], of x's dtype.
+        p: Projection, [k, d]. Products are taken in its dtype: x's own, bf16 beside fp32 rows, which are rounded as they
+            are read, or fp32 beside rows of 16 bits.
         backend: "auto", "cpp", "triton" or "reference"; an unavailable one raises RuntimeError.
 
     Returns:
@@ -43,7 +44,7 @@ def project_rows(x: Tensor, p: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError: Sizes, dtypes or devices do not fit.
     """
     check_tensors("project_rows", x=x, p=p)
-    check_same_dtype("project_rows", "x", x, "p", p)
+    check_factor("project_rows", "x", x, "p", p)
     if x.dim() < 1 or p.dim() != 2 or x.shape[-1] != p.shape[1]:
         raise ValueError(f"project_rows: x {tuple(x.shape)} must be [..., d] and p {tuple(p.shape)} [k, d] with one d")
     if x.dim() == 3:

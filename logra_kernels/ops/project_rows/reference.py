@@ -7,4 +7,4 @@ from logra_kernels.ops._check import accumulator_dtype
 
 
 def project_rows(x: Tensor, p: Tensor) -> Tensor:
-    return torch.einsum("ntd,kd->ntk", x, p).to(accumulator_dtype(x.dtype))
+    return torch.einsum("ntd,kd->ntk", x.to(p.dtype), p).to(accumulator_dtype(x.dtype))

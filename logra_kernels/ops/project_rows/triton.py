@@ -14,13 +14,15 @@ def _project_rows_kernel(
     x, p, a,
     R, T, D, K, stride_xn, stride_xt, stride_xd, stride_pk, stride_pd,
     ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, IN_P: tl.constexpr,
 ):  # fmt: skip
     """a[r,k] = sum_d x[n,t,d] p[k,d] for row r = n T + t"""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
     x_rows = x + (r // T) * stride_xn + (r % T) * stride_xt
-    tile = dot_tile(x_rows, p + k * stride_pk, r < R, k < K, stride_xd, stride_pd, D, ACC, BLOCK_D, PRECISION, UPCAST)
+    tile = dot_tile(
+        x_rows, p + k * stride_pk, r < R, k < K, stride_xd, stride_pd, D, ACC, BLOCK_D, PRECISION, UPCAST, IN_P
+    )
     tl.store(a + r[:, None] * K + k[None, :], tile, mask=(r < R)[:, None] & (k < K)[None, :])
 
 
@@ -36,7 +38,7 @@ def launch(x: Tensor, p: Tensor) -> Tensor:
         _project_rows_kernel[triton.cdiv(n * t, block_r), triton.cdiv(k, block_k)](
             x, p, a, n * t, t, d, k, *x.stride(), *p.stride(),
             ACC=accumulator(x.dtype), BLOCK_R=block_r, BLOCK_K=block_k, BLOCK_D=block(d, 32 if wide else 64),
-            PRECISION=fp32_precision(), UPCAST=must_upcast(x.dtype, p.dtype),
+            PRECISION=fp32_precision(), UPCAST=must_upcast(p.dtype, p.dtype), IN_P=x.dtype != p.dtype,
             num_warps=4, **OPTIONS,
         )  # fmt: skip
     return a
