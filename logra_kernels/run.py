@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from logra_kernels import influence
@@ -18,6 +19,7 @@ from logra_kernels.session import Analysis, FisherSums, Observation, Query
 from logra_kernels.store import GradientStore, add_skipped, projection_of, read_skipped, sidecars_of
 
 Progress = Callable[[int], None]
+_PROJECTION_DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Run(Analysis):
@@ -34,7 +36,8 @@ class Run(Analysis):
         block: Numbers of a row that share a scale, for fp8 and below; default 128, or as the store has it.
         rank_c: Keep so many factors of each layer's G in place of all its numbers (`GradientStore.create`); default as
             the store has it, or all numbers.
-        kinds, bias: As in `capture`; default linear and convolution layers without bias, or as the store has them.
+        kinds, bias, projection_dtype: As in `capture`; default linear and convolution layers without bias, projected in
+            the model's dtype, or as the store has them.
         rows_per_shard: How many rows a shard holds; default 64 MB worth, more of wide rows.
         fingerprints: More facts that queries must share with the store, as strings (tokenizer, loss, ...).
         freeze: Keep the weights from gathering gradients of their own inside `log` and `query`, which halves the
@@ -66,6 +69,7 @@ class Run(Analysis):
         rank_c: int | None = None,
         kinds: Sequence[str] | None = None,
         bias: bool | None = None,
+        projection_dtype: torch.dtype | None = None,
         rows_per_shard: int | None = None,
         fingerprints: dict[str, str] | None = None,
         freeze: bool = True,
@@ -86,6 +90,7 @@ class Run(Analysis):
         if self._store is not None:
             projection = _agreed(projection, projection_of(self._store))
             bias = self._store.meta.get("bias", False) if bias is None else bias
+            projection_dtype = projection_dtype or _PROJECTION_DTYPES[self._store.meta.get("projection_dtype")]
             stored = self._layers_of(self._store)
             if include is None and exclude is None and kinds is None:
                 include, kinds = stored, list(KINDS)
@@ -98,7 +103,18 @@ class Run(Analysis):
         self._rank_c = self._store.rank_c if rank_c is None and self._store is not None else rank_c
         self._bias = bool(bias)
         drawn = (projection or Projection()).drawn()
-        self.taps: Taps = capture(model, drawn, include, exclude, kinds=kinds or DEFAULT_KINDS, bias=self._bias)
+        self.taps: Taps = capture(
+            model,
+            drawn,
+            include,
+            exclude,
+            kinds=kinds or DEFAULT_KINDS,
+            bias=self._bias,
+            projection_dtype=projection_dtype,
+        )
+        self._meta: dict[str, object] = {"bias": self._bias}
+        if projection_dtype is not None:
+            self._meta["projection_dtype"] = next(n for n, d in _PROJECTION_DTYPES.items() if d == projection_dtype)
         self.fingerprints = {"model": model_fingerprint(model), **(fingerprints or {})}
         if self._store is not None:
             self._check(self._store, projection)
@@ -130,6 +146,9 @@ class Run(Analysis):
             differs.append(f"bias ({not self._bias} there, {self._bias} here)")
         if store.rank_c != self._rank_c:
             differs.append(f"rank_c ({store.rank_c} there, {self._rank_c} here)")
+        there, here = (meta.get("projection_dtype", "the model's") for meta in (store.meta, self._meta))
+        if there != here:
+            differs.append(f"projection_dtype ({there} there, {here} here)")
         if store.format != self._format:
             differs.append(f"dtype ({store.format} there, {self._format} here)")
         if differs:
@@ -329,7 +348,7 @@ class Run(Analysis):
                 projection=self.taps.projection.to_dict(),
                 fingerprints=self.fingerprints,
                 rows_per_shard=self._rows_per_shard,
-                meta={"bias": self._bias},
+                meta=self._meta,
                 sidecars=sidecars_of(self.taps.projection),
             )
             self._observation.keep(self._store)  # before the rows, so that a run that is killed and goes on has them

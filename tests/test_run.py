@@ -192,6 +192,17 @@ def test_a_model_without_the_stored_layers_is_refused(tmp_path):
         lk.Run(tmp_path / "s", nn.Sequential(nn.Linear(6, 8), nn.Tanh()))
 
 
+def test_the_projection_dtype_is_found_again(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    with lk.Run(tmp_path / "s", model, projection_dtype=torch.bfloat16) as run:
+        log_all(run, model)
+    with lk.Run(tmp_path / "s", model) as run:
+        assert run.taps.factors["0"][0].dtype == torch.bfloat16
+        run.topk(ask(run, model)[0], k=2)
+    with pytest.raises(StoreMismatch, match="projection_dtype .bf16 there, fp32 here"):
+        lk.Run(tmp_path / "s", model, projection_dtype=torch.float32)
+
+
 def test_other_kinds_of_layers_and_biases_are_found_again(tmp_path):
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     with lk.Run(tmp_path / "s", model, kinds=["linear", "norm"], bias=True) as run:

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 class Probe:
     """What one tapped weight needs: its factors, and the zero leaf that receives its gradient."""
 
-    def __init__(self, layer: Layer, projection: Projection) -> None:
+    def __init__(self, layer: Layer, projection: Projection, projection_dtype: torch.dtype | None) -> None:
         dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.float32
+        mixes = all(adapter.mixes_dtypes for _, adapter in layer.holders)
+        self._asked = projection_dtype if mixes else None
+        self._cast: dict[tuple[torch.dtype, torch.dtype], tuple[Tensor | None, Tensor | None]] = {}
         self.device, self.dtype = layer.weight.device, torch.float64 if dtype == torch.float64 else torch.float32
         self._weight_dtype = dtype
         self.leaf: Tensor | None = None
@@ -28,8 +31,28 @@ class Probe:
     def project(self, layer: Layer, projection: Projection) -> None:
         sides = (("in", layer.d_in), ("out", layer.d_out))
         factors = (projection.factor(layer.name, side, d, self.device) for side, d in sides)
-        self.p_in, self.p_out = (None if p is None else p.to(self.device, self._weight_dtype) for p in factors)
+        dtype = self._beside(self._weight_dtype)
+        self.p_in, self.p_out = (None if p is None else p.to(self.device, dtype) for p in factors)
+        self._cast.clear()
         self.k = projection.width(layer.d_out, "out"), projection.width(layer.d_in, "in")
+
+    def _beside(self, dtype: torch.dtype) -> torch.dtype:
+        """A factor's dtype where it meets numbers of `dtype`: what was asked for, where that changes their width."""
+        if self._asked == torch.bfloat16 and dtype == torch.float32:
+            return torch.bfloat16
+        if self._asked == torch.float32 and dtype in (torch.bfloat16, torch.float16):
+            return torch.float32
+        return dtype
+
+    def factors(self, x: torch.dtype, y: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """(p_in, p_out) to meet numbers of these dtypes: under autocast x and y may differ from the weight."""
+        cast = self._cast.get((x, y))
+        if cast is None:
+            p_in = None if self.p_in is None else self.p_in.to(self._beside(x))
+            cast = p_in, None if self.p_out is None else self.p_out.to(self._beside(y))
+            if not torch.compiler.is_compiling():
+                self._cast[x, y] = cast
+        return cast
 
     def renew(self, samples: int) -> None:
         # 4 bytes seen as [N, k_out, k_in]: only the gradient's shape counts
@@ -91,9 +114,8 @@ class Hook:
     def tap(self, adapter: Adapter, y: Tensor, x: Tensor, weights: Tensor | None, offsets: Tensor | None) -> Tensor:
         """y with the tap behind it; everything fits, and there is a leaf."""
         probe = self.probe
-        # under autocast x and y may differ from the weight; ids and norms are projected beside dy
-        p_in = None if probe.p_in is None else probe.p_in.to(x.dtype if adapter.projects_x else y.dtype)
-        p_out = None if probe.p_out is None else probe.p_out.to(y.dtype)
+        # ids and norms are projected beside dy
+        p_in, p_out = probe.factors(x.dtype if adapter.projects_x else y.dtype, y.dtype)
         if self.taps.mode is not None:
             return self.taps.mode.tap(self.name, adapter, y, x, p_in, p_out, weights)
         return Tap.apply(y, x, probe.leaf, p_in, p_out, weights, offsets, adapter)

@@ -84,6 +84,28 @@ def _order(op: str, device: str) -> tuple[str, ...]:
     return tuple(name for name in _ORDER.get(device, ("reference",)) if name != "cuda" or op in _CUDA_OPS)
 
 
+def eager(tensor: torch.Tensor) -> bool:
+    """Whether an op may call its launcher itself and save the dispatcher's microseconds, which tiny layers feel.
+
+    Only for a plain tensor on the CPU, and while nothing traces, transforms or watches operators.
+    """
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and not _dispatch_modes()
+        and _transforms() is None
+        and _trace() is None
+        and not _profiled()
+    )
+
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_trace = torch._C._get_tracing_state
+_profiled = torch.autograd._profiler_enabled
+
+
 def _missing(name: str, device: str) -> str | None:
     if name == "cpp":
         return native_error()

@@ -12,7 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction
 @triton.jit
 def _in_dtype(tile, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """The tile in DTYPE, rounded to nearest even; the interpreter, which upcasts, would cut bf16 off instead."""
-    if UPCAST and DTYPE == tl.bfloat16:
+    if UPCAST and tl.bfloat16 == DTYPE:
         bits = tile.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         converted = bits.to(tl.float32, bitcast=True)

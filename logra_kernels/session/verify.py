@@ -288,7 +288,9 @@ def _alone(taps: Taps, loss: Loss, samples: int, learning: dict[str, list[list[T
 def _tolerance(taps: Taps) -> float:
     """Batched and single products round differently; 16-bit ones to 2^-8 each."""
     held = [pair for holders in taps.holders.values() for pair in holders]
-    narrow = any(p.dtype.itemsize < 4 for module, adapter in held for p in adapter.parameters(module))
+    weights = (p for module, adapter in held for p in adapter.parameters(module))
+    factors = (p for pair in taps.factors.values() for p in pair if p is not None)
+    narrow = any(p.dtype.itemsize < 4 for p in (*weights, *factors))
     return 0.1 if narrow or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 1e-3
 
 

@@ -218,6 +218,58 @@ def test_autocast_bf16():
     check(model, x, target, f=autocast_loss, rtol=2e-2)
 
 
+def test_bf16_projection_of_an_fp32_model_is_as_good_as_bf16_matrix_products():
+    torch.manual_seed(0)
+    model, (x, target) = Net(), data(4, 40)
+    with lk.capture(model, SMALL, projection_dtype=torch.bfloat16, bias=True, kinds=["linear", "norm"]) as taps:
+        loss_of(model, x, target).backward()
+    with lk.capture(model, SMALL, bias=True, kinds=["linear", "norm"]) as wide:
+        loss_of(model, x, target).backward()
+    dtypes = {name: {p.dtype for p in pair} for name, pair in taps.factors.items()}
+    assert dtypes["first.up"] == {torch.bfloat16}
+    assert dtypes["first.norm"] == {torch.float32}  # norms and the like keep the model's
+    for name, (p_in, _) in taps.factors.items():
+        rounded, exact = taps.grads[name], wide.grads[name]
+        assert rounded.dtype == torch.float32
+        error = (rounded - exact).norm() / exact.norm()
+        assert error < (1e-6 if p_in.dtype == torch.float32 else 2e-2), name
+        assert p_in.dtype == torch.float32 or error > 1e-5, "nothing was rounded"
+
+
+def test_fp32_projection_of_a_bf16_model_keeps_the_factors_exact():
+    model, (x, target) = Net().bfloat16(), data()
+    x, target = x.bfloat16(), target.bfloat16()
+    with lk.capture(model, SMALL, projection_dtype=torch.float32) as taps:
+        loss_of(model, x, target).backward()
+    assert {p.dtype for pair in taps.factors.values() for p in pair} == {torch.float32}
+    exact = projected_autograd(model, taps, per_sample(model, x, target))
+    assert_equal_rows(taps.grads, exact, 5e-2)
+
+
+def test_projection_in_another_dtype_is_refused():
+    with pytest.raises(ValueError, match="projection_dtype is torch.float16; it must be"):
+        lk.capture(Net(), SMALL, projection_dtype=torch.float16)
+
+
+def test_bf16_projection_under_autocast_and_compile():
+    torch.manual_seed(0)
+    model, (x, target) = Net(), data()
+    taps = lk.capture(model, SMALL, projection_dtype=torch.bfloat16)
+    taps.attach()
+    taps.active = True
+    loss_of(model, x, target).backward()
+    eager = taps.rows()
+    taps.reset(len(x))
+    torch.compile(loss_of, fullgraph=True, backend="aot_eager")(model, x, target).backward()
+    torch.testing.assert_close(taps.rows(), eager, rtol=1e-3, atol=1e-3 * eager.abs().max().item())
+    taps.reset()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model, x, target)
+    loss.backward()
+    assert (taps.rows() - eager).norm() < 5e-2 * eager.norm()
+    taps.detach()
+
+
 def test_bf16_model():
     model, (x, target) = Net().bfloat16(), data(t=33)
     check(model, x.bfloat16(), target.bfloat16(), rtol=3e-2)

@@ -84,3 +84,27 @@ def test_environment_with_an_unknown_backend_raises():
     ran = python(USE + "lk.score_block(one, one)", LOGRA_KERNELS_BACKEND="fastest")
     assert ran.returncode != 0
     assert "RuntimeError: score_block: backend 'fastest' is not available here: no such implementation" in ran.stderr
+
+
+def test_the_dispatcher_is_left_out_only_where_nobody_listens():
+    x, p = torch.randn(2, 3, 8), torch.randn(4, 8)
+
+    def call():
+        lk.project_rows(x, p)
+        lk.project_grad(x, x, None, p)
+
+    with torch.profiler.profile() as profile:
+        call()
+    assert {"logra_kernels::project_rows", "logra_kernels::project_grad"} <= {e.key for e in profile.key_averages()}
+    seen = []
+
+    class Listen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    with Listen():
+        call()
+    assert seen == ["logra_kernels.project_rows.default", "logra_kernels.project_grad.default"]
+    with pytest.raises(RuntimeError):  # not the numbers of some other tensor
+        torch.func.vmap(lambda row: lk.project_rows(row[None], p))(x)

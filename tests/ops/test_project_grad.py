@@ -66,7 +66,7 @@ def test_projected_already(target, dtype, given):
     check(target, x, dy, p_in if given == "p_in" else None, p_out if given == "p_out" else None)
 
 
-@pytest.mark.parametrize("rows, p", MIXED)
+@pytest.mark.parametrize(("rows", "p"), MIXED)
 @pytest.mark.parametrize("cut", [False, True], ids=["dense", "ragged"])
 def test_multiplies_in_the_dtype_of_the_projections(target, rows, p, cut):
     x, dy, p_in, p_out = case(3, 37, 40, 300, 16, 10, device=target.device)

@@ -27,7 +27,7 @@ def test_matches_fp64(target, dtype, shape):
 
 
 @pytest.mark.parametrize(
-    "rows, factor",
+    ("rows", "factor"),
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
     ids=["rounded", "bf16-wide", "fp16-wide"],
 )

@@ -23,6 +23,7 @@ class Adapter(ABC):
         projects_x: Whether P_in meets x itself, in x's dtype; else it meets what stands beside dy, in dy's.
         part: Which part of the module the layer is, where it has several.
         samples_first: Whether dimension 0 of the module's input holds the samples.
+        mixes_dtypes: Whether factors may have another dtype than what they meet, because nothing but the ops sees them.
         repeats: How many rows of `sides` stand for one position (a convolution's groups), as [repeats, T] flattened.
     """
 
@@ -31,6 +32,7 @@ class Adapter(ABC):
     projects_x = False
     part = ""
     samples_first = True
+    mixes_dtypes = False
     repeats = 1
 
     def __init__(self, d_in: int, d_out: int) -> None:
@@ -81,6 +83,8 @@ class Adapter(ABC):
 
 def positions_flat(x: Tensor) -> Tensor:
     """[N, ..., d] -> [N, T, d]."""
+    if x.dim() == 3:
+        return x
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 

@@ -14,6 +14,7 @@ class LinearAdapter(Adapter):
 
     kind = "linear"
     projects_x = True
+    mixes_dtypes = True
 
     def __init__(
         self, d_in: int, d_out: int, argument: str = "input", bias: bool = False, transposed: bool = False

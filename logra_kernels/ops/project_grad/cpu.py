@@ -16,10 +16,14 @@ def launch(
     offsets: Tensor | None,
     weights: Tensor | None,
 ) -> Tensor:
-    rows = x.shape[:-1].numel()
-    n, t = x.shape[:2] if offsets is None else (offsets.shape[0] - 1, 0)
-    cuts = None if offsets is None else offsets.to(torch.int64).contiguous()
-    d_in, d_out = x.shape[-1], dy.shape[-1]
+    *_, d_in = x.shape
+    if offsets is None:
+        n, t, d_out = dy.shape
+        rows, cuts = n * t, None
+    else:
+        rows, d_out = dy.shape
+        n, t = offsets.shape[0] - 1, 0
+        cuts = offsets.to(torch.int64).contiguous()
     k_in = d_in if p_in is None else p_in.shape[0]
     k_out = d_out if p_out is None else p_out.shape[0]
     out = torch.empty(n, k_out, k_in, dtype=accumulator_dtype(dy.dtype))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype, check_factor, check_tensors
-from logra_kernels.ops._dispatch import LIB, launcher
+from logra_kernels.ops._dispatch import LIB, eager, launcher
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -99,9 +99,9 @@ def project_grad(
     Args:
         x: Layer inputs, [N, T, d_in], or [R, d_in] with `offsets`. Any strides.
         dy: Gradients of the loss by the layer's outputs, [N, T, d_out] or [R, d_out].
-        p_in: Input-side projection, [k_in, d_in]. Products are taken in its dtype: x's own, bf16 beside an fp32 x, which
-            is rounded as it is read, or fp32 beside an x of 16 bits. None where x is projected already, and then x may
-            be fp32 beside a bf16 or fp16 `dy`.
+        p_in: Input-side projection, [k_in, d_in]. Products are taken in its dtype: x's own, bf16 beside an fp32 x,
+            which is rounded as it is read, or fp32 beside an x of 16 bits. None where x is projected already, and then
+            x may be fp32 beside a bf16 or fp16 `dy`.
         p_out: Output-side projection, [k_out, d_out], likewise beside dy; None where dy is projected already.
         offsets: Sample n is positions offsets[n] .. offsets[n+1]-1; [N+1], int32 or int64. A sample may be empty.
         weights: A factor for each position, [N, T] or [R], fp32 (fp64 for fp64 dy). A position of weight 0 contributes
@@ -138,4 +138,5 @@ def project_grad(
             raise ValueError(f"project_grad: weights {tuple(weights.shape)} must be {tuple(dy.shape[:-1])}, as dy")
         if weights.dtype != accumulator_dtype(dy.dtype):
             raise ValueError(f"project_grad: weights is {weights.dtype}; it must be {accumulator_dtype(dy.dtype)}")
-    return _op(x, dy, p_in, p_out, offsets, weights, backend)
+    call = _launch if eager(dy) else _op
+    return call(x, dy, p_in, p_out, offsets, weights, backend)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype, check_factor, check_tensors
-from logra_kernels.ops._dispatch import LIB, launcher
+from logra_kernels.ops._dispatch import LIB, eager, launcher
 
 LIB.define("project_rows(Tensor x, Tensor p, str backend) -> Tensor")
 
@@ -33,8 +33,8 @@ def project_rows(x: Tensor, p: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         x: Rows, [..., d], any strides.
-        p: Projection, [k, d]. Products are taken in its dtype: x's own, bf16 beside fp32 rows, which are rounded as they
-            are read, or fp32 beside rows of 16 bits.
+        p: Projection, [k, d]. Products are taken in its dtype: x's own, bf16 beside fp32 rows, which are rounded as
+            they are read, or fp32 beside rows of 16 bits.
         backend: "auto", "cpp", "triton" or "reference"; an unavailable one raises RuntimeError.
 
     Returns:
@@ -48,6 +48,6 @@ def project_rows(x: Tensor, p: Tensor, *, backend: str = "auto") -> Tensor:
     if x.dim() < 1 or p.dim() != 2 or x.shape[-1] != p.shape[1]:
         raise ValueError(f"project_rows: x {tuple(x.shape)} must be [..., d] and p {tuple(p.shape)} [k, d] with one d")
     if x.dim() == 3:
-        return _op(x, p, backend)
+        return _launch(x, p, backend) if eager(x) else _op(x, p, backend)
     rows = x.unsqueeze(0) if x.dim() == 2 else x.reshape(1, x.shape[:-1].numel(), x.shape[-1])
     return _op(rows, p, backend).reshape(*x.shape[:-1], p.shape[0])
