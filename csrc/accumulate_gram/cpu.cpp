@@ -12,6 +12,7 @@ namespace lgk::accumulate_gram {
 namespace {
 
 constexpr int64_t kMostBlock = 192;  // side of a block of out: two packed panels and their product fit the L2 cache
+constexpr int64_t kFewRows = 64;     // of one panel: so many cost less than mirroring what they add
 constexpr int64_t kLeastBlock = 48;  // below this, packing costs more than a second thread gains
 
 // The upper triangle of out in square blocks, in row-major order.
@@ -66,6 +67,25 @@ struct Tile {
   }
 };
 
+// A few rows: writing out is what takes time, so that each number of it is computed where it lies and none is mirrored.
+template <typename T>
+void add_in_place(const Kernels<T>& kernels, const Rows& g, T* out, Shape shape, int n_threads) {
+  const int64_t ld = Tile<T>::row_length(kernels, shape.d), step = kernels.row_block;
+  const Buffer<T> packed(round_up(shape.rows, kernels.row_tile) * ld);
+#pragma omp parallel num_threads(n_threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < shape.rows; r += kernels.row_tile) {
+      kernels.pack_rows(g, r, std::min(kernels.row_tile, shape.rows - r), 0, shape.d, packed.data() + r * ld, ld);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < shape.d; i += step) {
+      kernels.outer(packed.data() + i, ld, std::min(step, shape.d - i), packed.data(), ld, shape.d, shape.rows,
+                    out + i * shape.d, shape.d, true);
+    }
+  }
+}
+
 }  // namespace
 
 template <typename T>
@@ -73,6 +93,7 @@ void accumulate_gram(const Rows& g, T* out, Shape shape, int n_threads) {
   if (shape.rows == 0 || shape.d == 0) return;
   const Kernels<T>& kernels = lgk::kernels<T>();
   n_threads = threads_for(double(shape.rows) * shape.d * shape.d / 2, n_threads);
+  if (shape.rows <= kFewRows && shape.d % kernels.lanes == 0) return add_in_place(kernels, g, out, shape, n_threads);
   const Triangle triangle = cut(shape.d, n_threads);
   const int64_t ld = Tile<T>::row_length(kernels, triangle.block), size = Tile<T>::size(ld, triangle.block);
   const Buffer<T> scratch(size * n_threads);
