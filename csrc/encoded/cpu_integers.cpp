@@ -113,9 +113,16 @@ struct Product {
   int64_t m;
   Output<float> c;
 
-  // The scale of a row's span; rows beyond the last have none.
-  float scale(int64_t row, int64_t s) const {
-    return row < m ? scale_at(a, row, s * plan.span / a.encoding.block) : 0.0f;
+  // The scales of a row's spans from `first` on, `step` apart; rows beyond the last have none.
+  void copy_scales(int64_t row, int64_t first, int64_t count, float* to, int64_t step) const {
+    const int shift = __builtin_ctzll(a.encoding.block / plan.span);  // spans may share a scale
+    const int64_t at = row * a.scale_stride;
+    const auto* halves = static_cast<const uint16_t*>(a.scales) + at;
+    const auto* floats = static_cast<const float*>(a.scales) + at;
+    for (int64_t s = 0; s < count; ++s) {
+      const int64_t block = (first + s) >> shift;
+      to[s * step] = row >= m ? 0.0f : a.encoding.half_scales ? float_of_half(halves[block]) : floats[block];
+    }
   }
   // A row's last unit, filled up so that it can be read whole.
   void copy_last(int64_t row, uint8_t* to) const {
@@ -174,8 +181,7 @@ void Product::multiply_wide(int64_t row, int64_t rows, float* scratch) const {
     for (int64_t i = 0; i < padded; i += kTileCodes) {
       for (int64_t r = 0; r < kTileCodes; ++r) {
         expand(row + i + r, unit, units, codes + r * kLd);
-        for (int64_t s = 0; s * plan.span_units() < units; ++s)
-          a_scale[s * kTileCodes + r] = scale(row + i + r, first + s);
+        copy_scales(row + i + r, first, ceil_div(units, plan.span_units()), a_scale + r, kTileCodes);
       }
       for (int64_t g = 0; g < b.groups(); ++g) {
         for (int64_t s = 0; s * plan.span_units() < units; ++s) {
@@ -198,7 +204,7 @@ void Product::multiply_narrow(int64_t row, float* scratch) const {
     rows[r] = a.codes + std::min(row + r, m - 1) * a.code_stride;
     ends[r] = last + r * kUnit;
     copy_last(row + r, last + r * kUnit);
-    for (int64_t s = 0; s < plan.spans(); ++s) a_scale[s * kFewRows + r] = scale(row + r, s);
+    copy_scales(row + r, 0, plan.spans(), a_scale + r, kFewRows);
   }
   float sums[kFewRows * kFewColumns * kMostDigits];
   const int64_t ld = kFewColumns * kMostDigits;
