@@ -14,9 +14,9 @@ import logra_kernels as lk
 
 pytestmark = TIMED
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LAYERS = [(64, 64)] * 8
+LAYERS = [(64, 64)] * 4
 DIM = 4096 * len(LAYERS)
-COUNTS = {1: 4096, 8: 4096, 64: 2048, 256: 2048}  # queries -> rows
+COUNTS = {1: 4096, 8: 4096, 64: 2048, 256: 1024}  # queries -> rows
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
