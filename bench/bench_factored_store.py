@@ -12,7 +12,6 @@ the top-100 agreement over held-out queries (needs LOGRA_DATA). Prints tables an
 
 import argparse
 import os
-import random
 import shutil
 import statistics
 import sys
@@ -26,18 +25,16 @@ from torch import Tensor
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
+from bench_formats import TOP, rows_and_queries  # noqa: E402
 from machine import commit, cpu_model  # noqa: E402
 from record import RESULTS, slug, text  # noqa: E402
 
 import logra_kernels as lk  # noqa: E402
-from logra_kernels.curvature import CURVATURES  # noqa: E402
-from logra_kernels.integrations.causal_lm import encode, loss_sum  # noqa: E402
 
-TOP, ROUNDS = 100, 5
+ROUNDS = 5
 LAYERS = {f"layer{i}": (64, 64) for i in range(24)}
 DIM = 24 * 4096
 COLD = {"dense fp32": (None, "fp32", 2048), "c=1 fp32": (1, "fp32", 16384), "c=1 int8": (1, "int8", 32768)}
-QUERIES, LONGEST = 100, 256  # held-out stories, and the tokens kept of a story
 RANKS, NUMBERS = (1, 2, 4, 8), ("fp32", "bf16", "int8", "int4")
 
 
@@ -105,7 +102,8 @@ def seconds(call) -> float:
 def accuracy(k: int) -> list[dict]:
     """Each rank and number format against the fp32 rows, for the same preconditioned queries."""
     with tempfile.TemporaryDirectory() as scratch:
-        layers, rows, queries = rows_and_queries(Path(scratch), k)
+        rows, queries = rows_and_queries(Path(scratch), k)
+        layers = list(lk.GradientStore.open(Path(scratch) / "store").layers.values())
     exact = queries.double() @ rows.double().T
     best = exact.topk(TOP).indices
     found = []
@@ -138,35 +136,6 @@ def measured(factors, name, rank, layers, rows, queries, exact, best) -> dict:
         "score_correlation": round(torch.corrcoef(pairs)[0, 1].item(), 5),
         "top100": round(sum(shared) / best.numel(), 4),
     }  # fmt: skip
-
-
-def rows_and_queries(scratch: Path, k: int) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
-    """Gradients of the stories on every linear layer, and those of 100 others, preconditioned."""
-    import stories260k
-
-    folder = stories260k.data_dir()
-    if folder is None:
-        raise SystemExit("LOGRA_DATA is unset; it must name the folder of the stories260K model and the texts")
-    model, tokenizer = stories260k.load(folder)
-    texts = stories260k.stories(folder)
-    held_out = random.Random(0).sample(range(len(texts)), QUERIES)
-    logged = sorted(set(range(len(texts))) - set(held_out), key=lambda i: len(texts[i]))  # padding is work
-    with lk.Run(scratch / "store", model, projection=lk.Projection(rank=k)) as run:
-        for part in cut(logged, 16):
-            with run.log(ids=[str(i) for i in part]):
-                loss_sum(model, encode(tokenizer, [texts[i] for i in part], max_length=LONGEST)).backward()
-        factor = CURVATURES["shrunk"].of(run.commit()).factorize()
-        solved = []
-        for part in cut(held_out, 20):
-            with run.query(ids=[f"q{i}" for i in part]) as query:
-                loss_sum(model, encode(tokenizer, [texts[i] for i in part], max_length=LONGEST)).backward()
-            solved.append(factor.solve_toward_stored(query.rows))
-        store = run.store
-        return list(store.layers.values()), store.read(0, len(store)), torch.cat(solved)
-
-
-def cut(numbers: list[int], size: int) -> list[list[int]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
 def keep(op: str, rows: list[dict], **facts: object) -> None:

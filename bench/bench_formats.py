@@ -45,8 +45,8 @@ def accuracy() -> list[dict]:
     return [measured(form, rows, queries, exact, best) for form in formats()]
 
 
-def rows_and_queries(scratch: Path) -> tuple[Tensor, Tensor]:
-    """Gradients of the stories at k = 16 on every linear layer [2216, 9216]; those of 100 others, preconditioned."""
+def rows_and_queries(scratch: Path, k: int = 16) -> tuple[Tensor, Tensor]:
+    """Gradients of the stories on every linear layer [2216, 9216 at k = 16]; those of 100 others, preconditioned."""
     import stories260k
 
     folder = stories260k.data_dir()
@@ -56,7 +56,7 @@ def rows_and_queries(scratch: Path) -> tuple[Tensor, Tensor]:
     texts = stories260k.stories(folder)
     held_out = random.Random(0).sample(range(len(texts)), QUERIES)
     logged = sorted(set(range(len(texts))) - set(held_out), key=lambda i: len(texts[i]))  # padding is work
-    with lk.Run(scratch / "store", model, projection=lk.Projection(rank=16)) as run:
+    with lk.Run(scratch / "store", model, projection=lk.Projection(rank=k)) as run:
         for start in range(0, len(logged), 16):
             part = logged[start : start + 16]
             with run.log(ids=[str(i) for i in part]):

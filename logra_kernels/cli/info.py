@@ -40,8 +40,7 @@ def _print_facts(store: GradientStore) -> None:
     hidden = sum(shard.hidden for shard in shards)
     deleted = f", and {hidden:,} deleted ones that `logra compact` takes out of the files" if hidden else ""
     print(f"rows            {len(store):,}{deleted}")
-    kept = "" if store.rank_c is None else f" as {store.rank_c} factors a layer"
-    print(f"row             {store.dim:,} numbers{kept}, {store.format}: {store.manifest.row_bytes:,} bytes")
+    print(f"row             {store.dim:,} numbers, {store.manifest.kept_as}: {store.manifest.row_bytes:,} bytes")
     print(f"size            {store.nbytes / 1e6:,.1f} MB in {session.shards(len(shards))} of up to {per_shard:,} rows")
     skipped = read_skipped(store.path)
     if skipped:

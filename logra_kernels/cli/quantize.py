@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="STORE", help="a new directory")
     parser.add_argument("--block", type=int, help="numbers that share a scale, a power of two (default 128)")
     parser.add_argument("--scale", choices=["fp32", "fp16"], help="of the scales (default fp32)")
+    parser.add_argument("--rank-c", type=int, help="keep so many factors of each layer, 1 to 8 (default as the store)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,9 +21,9 @@ def run(args: argparse.Namespace) -> int:
     from logra_kernels.store import GradientStore, quantization_loss, quantize
 
     before = GradientStore.open(args.store)
-    store = quantize(args.store, args.out, args.to, block=args.block, scale=args.scale)
-    print(f"quantised {len(store):,} rows into {args.out}: {store.format}")
-    print(f"size      {store.nbytes / 1e6:,.1f} MB, of {before.nbytes / 1e6:,.1f} MB in {before.format}")
+    store = quantize(args.store, args.out, args.to, block=args.block, scale=args.scale, rank_c=args.rank_c)
+    print(f"quantised {len(store):,} rows into {args.out}: {store.manifest.kept_as}")
+    print(f"size      {store.nbytes / 1e6:,.1f} MB, of {before.nbytes / 1e6:,.1f} MB in {before.manifest.kept_as}")
     print(f"loss      {describe(quantization_loss(store))}")
     return 0
 
@@ -31,8 +32,9 @@ def describe(loss: dict | None) -> str:
     """One line of what was measured."""
     if loss is None:
         return "not measured for the rows as they are"
+    least = min(loss["energy_kept"], key=loss["energy_kept"].get)
     return (
         f"against {loss['source_format']}: relative L2 {loss['relative_l2']:.2e}, score correlation"
         f" {loss['score_correlation']:.5f}, top-{loss['top']} agreement {loss['top_agreement']:.3f}"
-        f" ({loss['queries']} rows as queries)"
+        f" ({loss['queries']} rows as queries); least energy kept {loss['energy_kept'][least]:.4f}, of {least}"
     )

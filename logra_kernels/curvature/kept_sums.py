@@ -58,8 +58,7 @@ def save(store: GradientStore, name: str, sums: GramSums) -> None:
 
 
 def _setting(store: GradientStore, dtype: torch.dtype) -> str:
-    kept = str(store.format) if store.rank_c is None else f"{store.format}, rank {store.rank_c}"
-    facts = [list(store.layers.items()), kept, str(dtype)]
+    facts = [list(store.layers.items()), store.manifest.kept_as, str(dtype)]
     return xxhash.xxh3_128(json.dumps(facts).encode()).hexdigest()
 
 

@@ -233,6 +233,11 @@ class Manifest:
         """Of decoded rows; those that factors stand for are fp32."""
         return self.format.value_dtype if self.rank is None else torch.float32
 
+    @property
+    def kept_as(self) -> str:
+        """The number format, and of what."""
+        return str(self.format) if self.rank is None else f"{self.format}, {self.rank} factors a layer"
+
     def tensors(self, count: int) -> dict[str, Spec]:
         """What a shard of `count` rows holds, in the file's order: wider numbers first, which keeps all aligned."""
         rows = {"rows": Spec(self.format.code_dtype, (count, self.format.code_width(self.width)))}
@@ -252,8 +257,7 @@ class Manifest:
             return self.content
         layers = json.dumps([[layer.name, layer.k_out, layer.k_in] for layer in self.layers])
         checksums = ["".join(file.checksum for file in shard.files) for shard in self.shards]
-        kept = str(self.format) if self.rank is None else f"{self.format}, rank {self.rank}"
-        return digest("\n".join([layers, kept, *checksums]).encode())
+        return digest("\n".join([layers, self.kept_as, *checksums]).encode())
 
     def to_bytes(self) -> bytes:
         table: dict[str, Any] = {

@@ -32,6 +32,7 @@ def quantize(
     *,
     block: int | None = None,
     scale: str | None = None,
+    rank_c: int | None = None,
     rows_per_shard: int | None = None,
 ) -> GradientStore:
     """Write the rows of a store in another format, with their ids, columns and facts, into a new store.
@@ -43,6 +44,7 @@ def quantize(
         source: Directory of the store; it is only read.
         out: A new directory.
         dtype, block, scale, rows_per_shard: As in `GradientStore.create`.
+        rank_c: Factors of each layer to keep, as there; by default as the source has it.
 
     Raises:
         StoreError: A store cannot be read or made, an argument is wrong, or the disk refuses.
@@ -64,6 +66,7 @@ def quantize(
         fingerprints=rows.fingerprints,
         rows_per_shard=rows_per_shard,
         meta=rows.meta,
+        rank_c=rows.rank_c if rank_c is None else rank_c,
         sidecars={name: (projection["factors"], found[0]) for name, found in kept.items() if found is not None},
     )
     with store:
@@ -86,8 +89,9 @@ def quantization_loss(store: GradientStore) -> dict[str, Any] | None:
     whose rows have changed since.
 
     Returns:
-        source_format, relative_l2 (of all rows), queries (how many rows were asked with), score_correlation (Pearson's,
-        over all scores) and top_agreement (the share of each query's `top` best rows that is the same, on average).
+        source_format, relative_l2 (of all rows), energy_kept (layer -> 1 less its squared relative error), queries (how
+        many rows were asked with), score_correlation (Pearson's, over all scores) and top_agreement (the share of each
+        query's `top` best rows that is the same, on average).
 
     Raises:
         StoreError: The file is damaged.
@@ -119,18 +123,23 @@ def _copy(rows: GradientStore, store: GradientStore) -> None:
 
 
 def _measure(rows: GradientStore, store: GradientStore) -> dict[str, Any]:
-    error = size = 0.0
+    errors, sizes = torch.zeros(2, len(rows.layers), dtype=torch.float64)
     for first, block in rows.blocks():
         exact = block.double()
-        error += float((store.read(first, first + len(block)).double() - exact).square().sum())
-        size += float(exact.square().sum())
+        lost = store.read(first, first + len(block)).double() - exact
+        for i, part in enumerate(rows.slices.values()):
+            errors[i] += lost[:, part].square().sum()
+            sizes[i] += exact[:, part].square().sum()
+    error, size = float(errors.sum()), float(sizes.sum())
+    kept = 1 - torch.where(sizes > 0, errors / sizes, 0.0)
     count = min(QUERIES, len(rows))
     chosen = [place * len(rows) // count for place in range(count)]
     queries = torch.cat([rows.read(i, i + 1) for i in chosen]) if count else torch.zeros(0, rows.dim)
     exact, found = rows.score(queries).double(), store.score(queries).double()
     return {
-        "source_format": str(rows.format),
+        "source_format": rows.manifest.kept_as,
         "relative_l2": (error / size) ** 0.5 if size else 0.0,
+        "energy_kept": dict(zip(rows.layers, kept.tolist(), strict=True)),
         "queries": count,
         "score_correlation": _correlation(exact, found),
         "top": min(TOP, len(rows)),

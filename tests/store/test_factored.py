@@ -5,7 +5,7 @@ import torch
 
 import logra_kernels as lk
 from logra_kernels.errors import StoreError, StoreMismatch
-from logra_kernels.store import merge
+from logra_kernels.store import merge, quantization_loss, quantize
 
 LAYERS = {"a": (20, 33), "b": (16, 16)}
 DIM, N = 20 * 33 + 16 * 16, 90
@@ -113,6 +113,21 @@ def test_rank_is_part_of_what_a_store_is(tmp_path):
     assert dense.rank_c is None
     with pytest.raises(StoreMismatch, match=r"rank_c \(1 in .*, 2 in .*\)"):
         merge([tmp_path / "1", tmp_path / "2"], tmp_path / "m")
+
+
+def test_quantize_to_factors_records_what_it_keeps(tmp_path):
+    rows = rows_of()
+    made(tmp_path / "dense", rows, rank_c=None)
+    store = quantize(tmp_path / "dense", tmp_path / "q", "int8", rank_c=2)
+    loss, kept = quantization_loss(store), store.read(0, N).double()
+    assert (store.rank_c, store.dtype, store.ids) == (2, "int8", names())
+    assert loss["relative_l2"] == pytest.approx(((kept - rows).norm() / rows.double().norm()).item())
+    for name, part in store.slices.items():
+        lost = (kept - rows)[:, part].square().sum() / rows[:, part].double().square().sum()
+        assert loss["energy_kept"][name] == pytest.approx(1 - lost.item())
+    again = quantize(tmp_path / "q", tmp_path / "again", "fp32")
+    assert again.rank_c == 2
+    torch.testing.assert_close(again.read(0, N), store.read(0, N), rtol=1e-3, atol=1e-4)
 
 
 def test_run_keeps_factors_and_goes_on_with_them(tmp_path):
