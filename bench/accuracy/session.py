@@ -92,7 +92,7 @@ def registry(rows: int) -> dict[str, Session]:
     """Every session of a study with this many training rows, by name, those that share a store side by side."""
     found = [Session(), Session("raw", "orthonormal", damping="0.1")]  # without a look at the data; the paper's
     found += [Session("shrunk", "orthonormal", damping=d) for d in ("0.3", "1")]
-    found += [Session("shrunk", "orthonormal", 16)]
+    found += [Session("shrunk", kind, 16) for kind in ("orthonormal", "gaussian", "kaiming", "mask", "sjlt")]
     found += [Session(observed=seen) for seen in (64, 256, rows)]
     found += [Session(observed=rows, mode="relatif")]
     found += [Session(observed=rows, rows=f) for f in ("l2<0.99", "l2<0.95", "l2/l1<0.99", "l2/l1<0.95")]
