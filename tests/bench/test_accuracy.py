@@ -14,6 +14,7 @@ from accuracy.curvature import influence
 from accuracy.data import Data
 from accuracy.gradients import Case
 from accuracy.lds import ceiling, estimate, lds, ranks, spearman
+from accuracy.session import Session
 from accuracy.truth import Truth, truth
 
 TINY = setting.Setting(
@@ -183,6 +184,28 @@ def test_relatif_divides_by_the_root_of_self_influence_over_all_layers(case):
     own = sum(influence(block, "raw", 0.1, False, own=True)[1] for block in case.pca(3).values())
     expected = torch.where(own > 0, plain(case) / own.sqrt(), 0.0)  # a row without gradient scores 0
     torch.testing.assert_close(relatif(case), expected)
+
+
+@pytest.mark.parametrize(
+    ("session", "method"),
+    [
+        (Session("ekfac", "identity", 0, "0.1", observed=24), methods.Method("ekfac", "none", damping=0.1)),
+        (Session("raw", "orthonormal", 3, "0.1"), methods.Method("raw", "orthonormal", 3, 0.1)),
+        (Session("kfac", "pca", 3, "1", observed=24), methods.Method("kfac", "pca", 3, 1.0)),
+        (Session("shrunk", "pca", 3, "0.1", observed=24), methods.Method("shrunk-shampoo", "pca", 3, 0.1, alpha=0.5)),
+    ],
+    ids=lambda m: m.name,
+)
+def test_the_packages_sessions_score_as_the_studys_formulas(case, session, method):
+    exact = method(case)
+    torch.testing.assert_close(session(case).double(), exact, rtol=1e-3, atol=1e-4 * float(exact.abs().max()))
+
+
+def test_a_session_leaves_outliers_out(case):
+    every, kept = (Session("raw", "orthonormal", 3, "0.1", rows=rows)(case) for rows in ("all", "l2<0.9"))
+    gone = (kept == 0).all(0)
+    assert 0 < int(gone.sum()) < 6
+    torch.testing.assert_close(kept[:, ~gone], every[:, ~gone])
 
 
 def test_names_in_the_registry_are_their_own():
