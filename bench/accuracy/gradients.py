@@ -61,14 +61,6 @@ class Case:
         """Layer name -> (B, A), uncentred second moments of dy and x over the training rows, fp64."""
         return {name: (second_moment(train.dy), second_moment(train.x)) for name, (train, _) in self.sides.items()}
 
-    @cached_property
-    def eigenvectors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Layer name -> eigenvectors of B and of A as columns, largest first, fp64."""
-        return {
-            name: (torch.linalg.eigh(b)[1].flip(1), torch.linalg.eigh(a)[1].flip(1))
-            for name, (b, a) in self.covariances.items()
-        }
-
     def whole(self, sampled: bool = False) -> dict[str, Block]:
         """Nothing projected; with `sampled`, curvature from labels that the model draws."""
         return self.once(("whole", sampled), lambda: self._whole(sampled))
@@ -94,18 +86,14 @@ class Case:
             found.append(taps.grads)
         return {name: self._block(name, *taps.factors[name], found[0][name], found[1][name]) for name in found[0]}
 
-    def pca(self, k: int, k_out: int | None = None) -> dict[str, Block]:
-        """The leading eigenvectors of the covariances as factors (Choe et al. 2024, section 3.2)."""
-        return self.once(("pca", k, k_out), lambda: self._pca(k, k_out or k))
+    def pca(self, k: int) -> dict[str, Block]:
+        """`lk.capture` with the leading eigenvectors of the covariances (Choe et al. 2024, section 3.2)."""
+        return self.once(("pca", k), lambda: self._captured(self._learned(k)))
 
-    def _pca(self, k: int, k_out: int) -> dict[str, Block]:
-        blocks = {}
-        for name, (train, query) in self.sides.items():
-            q_out, q_in = self.eigenvectors[name]
-            p_in, p_out = (q[:, :n].T.float().contiguous() for q, n in ((q_in, k), (q_out, k_out)))
-            rows = [lk.project_grad(side.x[:, None], side.dy[:, None], p_in, p_out) for side in (train, query)]
-            blocks[name] = self._block(name, p_in, p_out, *rows)
-        return blocks
+    def _learned(self, k: int) -> lk.Projection:
+        with lk.capture(self.model) as taps, taps.covariances(whole=("in", "out"), rank=k) as seen:
+            F.cross_entropy(self.model(self.data.x), self.data.y, reduction="sum").backward()
+        return lk.Projection(k, "pca").learn(seen.spectra())
 
     def _block(self, name: str, p_in: Tensor, p_out: Tensor, train: Tensor, query: Tensor) -> Block:
         b, a = self.covariances[name]
