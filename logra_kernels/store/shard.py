@@ -114,6 +114,7 @@ class MappedShard:
         self._mapping = self._map()
         self._pages = np.frombuffer(self._mapping, np.uint8)
         self._verified = False
+        self._brought = False
 
     def _map(self) -> mmap.mmap:
         expected = len(self._head) + sum(spec.nbytes for spec in self._specs.values())
@@ -140,9 +141,10 @@ class MappedShard:
             StoreError: The disk cannot read it.
         """
         try:
-            populate(self._pages)
+            populate(self._pages, self._brought)
         except OSError as error:
             raise StoreError(f"{self._path} cannot be read: {error.strerror}; check the disk") from None
+        self._brought = True
 
     def verify(self) -> None:
         """Hash the file once.
