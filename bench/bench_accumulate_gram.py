@@ -9,6 +9,7 @@ pytestmark = TIMED
 CASES = {  # device, dtype, then N d
     "cpu-fp32-256": ("cpu", torch.float32, (64, 256)),
     "cpu-fp32-1024": ("cpu", torch.float32, (64, 1024)),
+    "cpu-fp32-4096": ("cpu", torch.float32, (8, 4096)),
     "cpu-bf16-1024": ("cpu", torch.bfloat16, (64, 1024)),
 }
 if torch.cuda.is_available():

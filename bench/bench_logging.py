@@ -79,7 +79,10 @@ class Hooks:
 
 def providers(model: nn.Module, ids: Tensor) -> dict[str, Callable[[], dict[str, Tensor] | None]]:
     """name -> one logging step; each leaves the model as it found it."""
-    taps = lk.capture(model, lk.Projection(rank=RANK), include=INCLUDE)
+    taps, narrow = (
+        lk.capture(model, lk.Projection(rank=RANK), include=INCLUDE, projection_dtype=dtype)
+        for dtype in (None, torch.bfloat16)
+    )
     fisher = {name: torch.zeros(o * i, o * i) for name, (o, i) in taps.layers.items()}
 
     def plain() -> None:
@@ -91,31 +94,36 @@ def providers(model: nn.Module, ids: Tensor) -> dict[str, Callable[[], dict[str,
         hooked.remove()
         return hooked.grads
 
-    def ours() -> dict[str, Tensor]:
-        with taps:
-            taps.reset(BATCH)
+    def ours(on: lk.Taps) -> dict[str, Tensor]:
+        with on:
+            on.reset(BATCH)
             step(model, ids)
-        return taps.grads
+        return on.grads
 
-    def ours_and_fisher() -> dict[str, Tensor]:
-        grads = ours()
+    def ours_and_fisher(on: lk.Taps) -> dict[str, Tensor]:
+        grads = ours(on)
         for name, g in grads.items():
             lk.accumulate_gram(g.flatten(1), fisher[name])
         return grads
 
-    return {"plain": plain, "hooks": hooks, "logra_kernels": ours, "logra_kernels+fisher": ours_and_fisher}
+    return {
+        "plain": plain,
+        "hooks": hooks,
+        "logra_kernels": lambda: ours(taps),
+        "logra_kernels bf16": lambda: ours(narrow),
+        "logra_kernels+fisher": lambda: ours_and_fisher(taps),
+    }
 
 
 def check(found: dict[str, dict[str, Tensor] | None]) -> None:
     expected = found["hooks"]
     assert expected is not None
     assert len(expected) == 24
-    for name in ("logra_kernels", "logra_kernels+fisher"):
+    for name, within in (("logra_kernels", 1e-4), ("logra_kernels bf16", 2e-2), ("logra_kernels+fisher", 1e-4)):
         got = found[name]
         assert got is not None
         for layer, g in expected.items():
-            scale = g.abs().max().item()
-            torch.testing.assert_close(got[layer], g, rtol=1e-4, atol=1e-4 * scale)
+            torch.testing.assert_close(got[layer], g, rtol=within, atol=within * g.abs().max().item())
 
 
 def high_water() -> int:

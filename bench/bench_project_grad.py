@@ -11,6 +11,8 @@ CASES = {  # device, dtype, lengths of the samples, then d_in d_out k
     "cpu-fp32-long": ("cpu", torch.float32, [2048], 512, 512, 64),
     "cpu-fp32-ragged": ("cpu", torch.float32, [700, 5, 300, 43, 1000], 512, 512, 64),
     "cpu-bf16": ("cpu", torch.bfloat16, [256] * 8, 512, 1408, 64),
+    "cpu-bf16-k16": ("cpu", torch.bfloat16, [256] * 8, 512, 1408, 16),
+    "cpu-bf16-k128": ("cpu", torch.bfloat16, [256] * 8, 512, 1408, 128),
 }
 if torch.cuda.is_available():
     BATCHES = {"16x512": [512] * 16, "4x2048": [2048] * 4, "1x8192": [8192], "ragged": [5000, 12, 700, 1800, 680]}

@@ -8,9 +8,7 @@ pytestmark = TIMED
 CASES = {  # device, dtype of rows and queries, then Q N D
     "cpu-fp32-q1": ("cpu", torch.float32, (1, 2048, 8192)),
     "cpu-fp32-q64": ("cpu", torch.float32, (64, 2048, 8192)),
-    "cpu-bf16-q1": ("cpu", torch.bfloat16, (1, 2048, 8192)),
-    "cpu-bf16-q64": ("cpu", torch.bfloat16, (64, 2048, 8192)),
-}
+} | {f"cpu-bf16-q{q}": ("cpu", torch.bfloat16, (q, 2048, 8192)) for q in (1, 8, 64, 256)}
 if torch.cuda.is_available():
     CASES |= {
         f"cuda-{dtype}-q{q}": ("cuda", getattr(torch, dtype), (q, 65536, 8192))
