@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import logra_kernels as lk
-from logra_kernels.store import ahead, writer
+from logra_kernels.store.reading import ahead
+from logra_kernels.store.writing import writer
 
 HERE = Path(__file__).parent
 DIM, ROWS, SHARD = 8192, 14400, 256  # 472 MB in shards of 8 MB

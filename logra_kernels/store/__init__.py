@@ -1,15 +1,15 @@
-from logra_kernels.store.ahead import held_bytes
-from logra_kernels.store.coarse import IndexInfo
 from logra_kernels.store.factors import projection_of, sidecars_of, spread_of
 from logra_kernels.store.format import shard_bytes
-from logra_kernels.store.fsck import fsck
-from logra_kernels.store.memory import process_bytes
-from logra_kernels.store.merge import merge
-from logra_kernels.store.quantize import quantization_loss, quantize
-from logra_kernels.store.share import Share, gather_from_ranks, sum_over_ranks
+from logra_kernels.store.life.fsck import fsck
+from logra_kernels.store.life.merge import merge
+from logra_kernels.store.life.quantize import quantization_loss, quantize
+from logra_kernels.store.reading.ahead import held_bytes
+from logra_kernels.store.reading.coarse import IndexInfo
+from logra_kernels.store.reading.memory import process_bytes
+from logra_kernels.store.reading.share import Share, gather_from_ranks, sum_over_ranks
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
-from logra_kernels.store.writer import writing_bytes
+from logra_kernels.store.writing.writer import writing_bytes
 
 __all__ = [
     "GradientStore",

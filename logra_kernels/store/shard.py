@@ -15,11 +15,11 @@ from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import from_parquet, to_parquet
-from logra_kernels.store.disk import Disk, begin_sealed
 from logra_kernels.store.durable import Temporary, begin_file, digest, sealed_checksum
 from logra_kernels.store.format import File, Manifest, Shard, shard_names
 from logra_kernels.store.native import let_go, populate
 from logra_kernels.store.tensorfile import CHECKSUM_AT, Spec, as_bytes, header, map_file, view
+from logra_kernels.store.writing.disk import Disk, begin_sealed
 
 READS_AT_ONCE = 16  # of few lines; a disk answers many as fast as one
 _ADVICE = "restore it from a copy, or keep what is intact with `logra fsck --repair`"

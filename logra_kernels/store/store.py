@@ -10,17 +10,17 @@ from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.ops import EncodedRows
-from logra_kernels.store import coarse
-from logra_kernels.store.append import Appender
-from logra_kernels.store.compact import remove_retired
-from logra_kernels.store.create import check_free, new_manifest, remove_leftovers, store_exists
 from logra_kernels.store.durable import TEMPORARY, remove_files, sync_directory
-from logra_kernels.store.export import export
 from logra_kernels.store.facts import Facts
 from logra_kernels.store.format import ORIGIN, Manifest, read_manifest, write_manifest, write_origin
+from logra_kernels.store.life.compact import remove_retired
+from logra_kernels.store.life.export import export
 from logra_kernels.store.lock import ReaderLease, WriterLock
-from logra_kernels.store.reader import Reader
+from logra_kernels.store.reading import coarse
+from logra_kernels.store.reading.reader import Reader
 from logra_kernels.store.sidecar import write_sidecar
+from logra_kernels.store.writing.append import Appender
+from logra_kernels.store.writing.create import check_free, new_manifest, remove_leftovers, store_exists
 
 
 class GradientStore(Facts):

@@ -11,7 +11,8 @@ import torch
 from store.samples import DIM, rows_of, write
 
 from logra_kernels.errors import StoreError
-from logra_kernels.store import GradientStore, ahead, memory
+from logra_kernels.store import GradientStore
+from logra_kernels.store.reading import ahead, memory
 from logra_kernels.store.shard import MappedShard
 
 COUNT = 39
@@ -86,7 +87,7 @@ def test_what_a_caller_writes_on_a_block_stays(store):
 LIMITED = """
 import resource, sys
 resource.setrlimit(getattr(resource, sys.argv[1]), (8 << 30, resource.RLIM_INFINITY))
-from logra_kernels.store.memory import memory_limit
+from logra_kernels.store.reading.memory import memory_limit
 print(memory_limit())
 """
 

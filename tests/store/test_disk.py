@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from store.samples import LAYERS, part_of, tree, write
 
-from logra_kernels.store import GradientStore, commit, disk, writer
+from logra_kernels.store import GradientStore
 from logra_kernels.store.durable import ZEROS, digest
+from logra_kernels.store.writing import commit, disk, writer
 
 HEAD = b"head" + ZEROS + b"." * 28
 AT = 4

@@ -105,7 +105,7 @@ def test_arguments_that_do_not_fit(tmp_path):
 
 
 def test_more_shards_than_are_kept_mapped(tmp_path, monkeypatch):
-    monkeypatch.setattr("logra_kernels.store.reader.MAPPED_SHARDS", 3)
+    monkeypatch.setattr("logra_kernels.store.reading.reader.MAPPED_SHARDS", 3)
     rows, queries = whole_numbers(COUNT, 1), whole_numbers(4, 2)
     store = store_of(tmp_path / "s", rows, rows_per_shard=4)
     for _ in range(2):

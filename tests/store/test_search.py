@@ -8,7 +8,7 @@ from store.samples import ids_of
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store import GradientStore, fsck
-from logra_kernels.store.coarse import Spread
+from logra_kernels.store.reading.coarse import Spread
 
 COUNT, LAYERS, DIM = 1200, {"a": (16, 16), "b": (16, 16)}, 512
 

@@ -11,8 +11,8 @@ from store.samples import DIM, LAYERS, ids_of, part_of, rows_of, tree, write
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store import GradientStore
-from logra_kernels.store import writer as writer_module
 from logra_kernels.store.columns import build_table
+from logra_kernels.store.writing import writer as writer_module
 
 pytestmark = pytest.mark.timeout(30)
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

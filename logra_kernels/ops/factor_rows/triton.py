@@ -155,11 +155,13 @@ def launch(rows: Tensor, layers: Layers, rank: int) -> Tensor:
         return out
     most_out, most_in = (max(size[side] for size in layers) for side in (0, 1))
     block_in = block(most_in, 1 << 20)
+    wide = dtype == torch.float64  # of which shared memory holds fewer
+    options = OPTIONS | {"num_stages": 1} if wide else OPTIONS
     with device_of(rows):
         _factor_rows_kernel[n, len(layers)](
             rows, layer_table(tuple(layers), rank, rows.device), _first(block_in, dtype, rows.device), out,
             *rows.stride(), width,
-            RANK=rank, ACC=accumulator(rows.dtype), BLOCK_OUT=block(most_out, 64 if block_in <= 128 else 16),
-            BLOCK_IN=block_in, ITERATIONS=ITERATIONS, SWEEPS=SWEEPS, WIDTH=WIDTH, num_warps=4, **OPTIONS,
+            RANK=rank, ACC=accumulator(rows.dtype), BLOCK_OUT=block(most_out, 16 if wide or block_in > 128 else 64),
+            BLOCK_IN=block_in, ITERATIONS=ITERATIONS, SWEEPS=SWEEPS, WIDTH=WIDTH, num_warps=4, **options,
         )  # fmt: skip
     return out

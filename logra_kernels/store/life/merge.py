@@ -19,7 +19,6 @@ import pyarrow as pa
 
 from logra_kernels.errors import StoreError, StoreMismatch
 from logra_kernels.store.columns import ID, to_parquet
-from logra_kernels.store.create import check_free, store_exists
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.durable import TEMPORARY, digest, remove_files, sync_directory, write_file
 from logra_kernels.store.format import (
@@ -38,6 +37,7 @@ from logra_kernels.store.sidecar import write_sidecar
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
 from logra_kernels.store.tensorfile import map_file
+from logra_kernels.store.writing.create import check_free, store_exists
 
 DONE = "merged.json"
 POLICIES = ("refuse", "keep")

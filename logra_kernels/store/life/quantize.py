@@ -14,12 +14,12 @@ from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import ID
-from logra_kernels.store.create import check_free
 from logra_kernels.store.durable import TEMPORARY, sync_directory
 from logra_kernels.store.format import PROJECTION_SIDECARS
 from logra_kernels.store.lock import WriterLock
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
+from logra_kernels.store.writing.create import check_free
 
 LOSS = "quantization"  # the sidecar
 QUERIES, TOP = 64, 100

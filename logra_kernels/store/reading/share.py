@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from logra_kernels.ops import EncodedRows
-from logra_kernels.store.reader import BLOCK_BYTES
-from logra_kernels.store.scoring import scores_of, topk_of
+from logra_kernels.store.reading.reader import BLOCK_BYTES
+from logra_kernels.store.reading.scoring import scores_of, topk_of
 from logra_kernels.store.store import GradientStore
 
 

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import build_table
-from logra_kernels.store.compact import compact
 from logra_kernels.store.deleted import delete_rows
-from logra_kernels.store.departure import Departures
 from logra_kernels.store.encoding import encode, encode_checked
 from logra_kernels.store.format import Manifest, read_manifest
+from logra_kernels.store.life.compact import compact
 from logra_kernels.store.lock import WriterLock
-from logra_kernels.store.reader import Reader
+from logra_kernels.store.reading.reader import Reader
 from logra_kernels.store.rows import check_finite, check_new, check_rows, committed_prefix, rows_to_delete
 from logra_kernels.store.shard import check_files
-from logra_kernels.store.writer import BackgroundWriter
+from logra_kernels.store.writing.departure import Departures
+from logra_kernels.store.writing.writer import BackgroundWriter
 
 SLICE_BYTES = 16 << 20  # of converted rows queued at a time, so that one huge append stays within the queue's bound
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 
 from logra_kernels.ops import EncodedRows
-from logra_kernels.store.lane import Lane
-from logra_kernels.store.memory import outgrows_memory
+from logra_kernels.store.reading.memory import outgrows_memory
 from logra_kernels.store.shard import MappedShard
+from logra_kernels.store.writing.lane import Lane
 
 AHEAD_BYTES = 64 << 20  # at least this much is on its way while a shard is used; at least one shard
 DEVICE_BLOCKS = 2  # on a device at a time: one is used, one arrives

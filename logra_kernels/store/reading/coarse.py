@@ -20,7 +20,7 @@ from logra_kernels.ops import EncodedRows, RowFormat, quantize_rows, score_topk
 from logra_kernels.store.durable import digest
 from logra_kernels.store.encoding import decode, row_sums
 from logra_kernels.store.format import SIDECARS
-from logra_kernels.store.reader import Reader
+from logra_kernels.store.reading.reader import Reader
 from logra_kernels.store.tensorfile import as_bytes
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import numpy as np
 import xxhash
 
 from logra_kernels.store.durable import Temporary, begin_file, seal
-from logra_kernels.store.lane import Lane
 from logra_kernels.store.native import gather
+from logra_kernels.store.writing.lane import Lane
 
 SLOTS = 3
 SLOT_BYTES = 16 << 20  # of one write; shorter files go through the page cache

@@ -27,8 +27,8 @@ from logra_kernels.store.format import (
     write_manifest,
     write_origin,
 )
+from logra_kernels.store.life.rebuild import Checked, check_shard, reason, rebuild
 from logra_kernels.store.lock import ReaderLease, WriterLock, is_being_written
-from logra_kernels.store.rebuild import Checked, check_shard, reason, rebuild
 from logra_kernels.store.rows import shorten
 from logra_kernels.store.sidecar import read_sidecar
 

@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 
 from logra_kernels.errors import StoreError
-from logra_kernels.store.commit import MOST_SECONDS, Committer
-from logra_kernels.store.disk import SLOT_BYTES, SLOTS, Disk
 from logra_kernels.store.format import Manifest, shard_names
-from logra_kernels.store.lane import Lane
 from logra_kernels.store.shard import Piece, write_shard
+from logra_kernels.store.writing.commit import MOST_SECONDS, Committer
+from logra_kernels.store.writing.disk import SLOT_BYTES, SLOTS, Disk
+from logra_kernels.store.writing.lane import Lane
 
 QUEUED_BYTES = 128 << 20  # at least; a whole shard, where that is more
 UNSETTLED_SHARDS = 2  # written and waiting for their fsync

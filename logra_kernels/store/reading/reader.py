@@ -14,12 +14,12 @@ from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.ops import EncodedRows
-from logra_kernels.store.ahead import loaded, on_device
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.encoding import decode, row_sums, wrap
 from logra_kernels.store.format import Manifest, Shard, read_manifest
-from logra_kernels.store.memory import outgrows_memory
-from logra_kernels.store.scoring import merge, scores_of, topk_of
+from logra_kernels.store.reading.ahead import loaded, on_device
+from logra_kernels.store.reading.memory import outgrows_memory
+from logra_kernels.store.reading.scoring import merge, scores_of, topk_of
 from logra_kernels.store.shard import MappedShard, Piece, damaged, missing, read_columns
 
 BLOCK_BYTES = 64 << 20

@@ -1,0 +1,1 @@
+"""What is done to whole stores: compacted, merged, checked and repaired, quantised, exported."""

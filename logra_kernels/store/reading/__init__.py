@@ -1,0 +1,1 @@
+"""The way of rows from the disk: mapped ahead, verified, scored, shortlisted."""
