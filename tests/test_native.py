@@ -55,6 +55,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     lk.accumulate_gram(wide(rows), want, backend="reference")
     same(got, want, dtype)
     assert torch.equal(got, got.T)
+    for count in (1, 6, 64):  # few rows of whole vectors are added where `out` lies
+        few = torch.randn(count, 192, dtype=dtype)
+        got, want = torch.ones(192, 192, dtype=acc), torch.ones(192, 192, dtype=acc)
+        lk.accumulate_gram(few, got, backend="cpp")
+        lk.accumulate_gram(wide(few), want, backend="reference")
+        same(got, want, dtype)
+        assert torch.equal(got, got.T)
     layers = [(17, 9), (4, 37)]
     for rank, count in ((1, 5), (3, 5), (3, 20)):
         q, factors = view(count, 301, dtype=dtype), view(70, rank * 67, dtype=dtype)
