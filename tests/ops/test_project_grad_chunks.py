@@ -175,5 +175,5 @@ def test_the_op_takes_this_path(monkeypatch):
     called = []
     original = implementation.launch_tile
     monkeypatch.setattr(implementation, "launch_tile", lambda *a, **k: called.append(a[7]) or original(*a, **k))
-    lk.project_grad(*case(2, 9, 12, 8, 4, 40, torch.bfloat16, DEVICE), backend="triton")
+    lk.project_grad(*case(2, 9, 12, 48, 4, 40, torch.bfloat16, DEVICE), backend="triton")
     assert called == [TILES[key_of(torch.cuda.get_device_capability() if DEVICE == "cuda" else (8, 0), 2, 40)]]
