@@ -10,7 +10,7 @@ from logra_kernels.ops.project_grad import op, reference
 
 SHAPES = [  # N T d_in d_out k_in k_out
     (1, 1, 16, 16, 16, 16),
-    (3, 37, 40, 24, 16, 32),
+    (3, 37, 40, 32, 16, 24),
     (2, 70, 131, 96, 33, 17),
     (2, 9, 24, 33, 1, 1),
     (1, 5, 1, 1, 1, 1),
@@ -122,7 +122,7 @@ def test_far_apart_rows(target):
 
 
 @pytest.mark.parametrize(
-    "shape", [(0, 5, 8, 8, 4, 4), (2, 0, 8, 8, 4, 4), (2, 5, 8, 8, 0, 4), (2, 5, 8, 0, 4, 4)], ids=["N", "T", "k", "d"]
+    "shape", [(0, 5, 8, 8, 4, 4), (2, 0, 8, 8, 4, 4), (2, 5, 8, 8, 0, 4), (2, 5, 8, 0, 4, 0)], ids=["N", "T", "k", "d"]
 )
 def test_empty(target, shape):
     n, t, d_in, d_out, k_in, k_out = shape

@@ -50,9 +50,13 @@ class ParallelAdapter(Adapter):
         weights: Tensor | None,
         offsets: Tensor | None,
     ) -> Tensor:
+        left = positions_flat(dy)
         if self.outputs is not None:
             p_out = _part(p_out, self.d_out, self.outputs, dy)
-        gradient = sample_gradients(kept, positions_flat(dy), None, p_out, weights, offsets)
+            if p_out.shape[0] > p_out.shape[1]:  # a part can be narrower than k_out, which project_grad refuses
+                left, p_out = project_rows(left, p_out), None
+                kept = kept.to(left.dtype)
+        gradient = sample_gradients(kept, left, None, p_out, weights, offsets)
         dist.all_reduce(gradient, group=self.group)
         return gradient
 

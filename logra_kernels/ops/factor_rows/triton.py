@@ -60,7 +60,8 @@ def _eigenvectors(s, SWEEPS: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexp
         partner = tl.where(partner == a, WIDTH - 1, partner)
         partner = tl.where(a == WIDTH - 1, turn * (WIDTH // 2) % (WIDTH - 1), partner)
         pairs = a[:, None] == partner[None, :]  # column b holds its partner's row
-        both = tl.sum(tl.where(pairs, s, 0.0), 0)
+        # the same number for both of a pair, however s was rounded: their tangents must differ in sign alone
+        both = 0.5 * (tl.sum(tl.where(pairs, s, 0.0), 0) + tl.sum(tl.where(pairs, s, 0.0), 1))
         mine = tl.sum(tl.where(same, s, 0.0), 0)
         theirs = tl.sum(tl.where(pairs, mine[:, None], 0.0), 0)
         apart, twice = theirs - mine, both + both
@@ -120,7 +121,8 @@ def _factor_rows_kernel(
         part = _layer_rows(g, start, k_out, k_in, stride_rd, scale, ACC, BLOCK_OUT, j)
         y = tl.dot(part, q, input_precision="ieee", out_dtype=ACC)
         gram = tl.dot(tl.trans(y), y, gram, input_precision="ieee", out_dtype=ACC)
-    q = tl.dot(q, _eigenvectors(gram, SWEEPS, WIDTH, ACC), input_precision="ieee", out_dtype=ACC)
+    # many rotations leave the vectors orthonormal to some ulps only
+    q = _orthonormal(tl.dot(q, _eigenvectors(gram, SWEEPS, WIDTH, ACC), input_precision="ieee", out_dtype=ACC), WIDTH)
 
     squares = tl.zeros([WIDTH], ACC)
     for start in range(0, k_out, BLOCK_OUT):
