@@ -1,14 +1,12 @@
 """Two processes under torchrun, gloo: the curvature, self-influence, scores and ranks that one process has."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from distributed.two_ranks import KINDS, answers, log, options
 from session.models import N, ask, make_model
+from torchrun import launch
 
 import logra_kernels as lk
 from logra_kernels.errors import LograError
@@ -19,13 +17,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("ranks")
-    paths = os.pathsep.join([str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(HERE / "two_ranks.py"), str(path)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(HERE / "two_ranks.py", str(path))
     return path
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from session.models import N, ask, loss_of, make_data, make_model
+from torchrun import leave
 
 import logra_kernels as lk
 from logra_kernels.curvature import CURVATURES
@@ -65,7 +66,7 @@ def main(directory: str) -> None:
         log(run, mine)
     with pytest.raises(LograError, match="rank 1 has logged no rows"):
         run.finalize()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torchrun import leave
 
 import logra_kernels as lk
 from logra_kernels.nn import model_fingerprint
@@ -157,4 +158,4 @@ if __name__ == "__main__":
         found[name] = float(worst)
     if dist.get_rank() == 0:
         json.dump(found, sys.stdout)
-    dist.destroy_process_group()
+    leave()
