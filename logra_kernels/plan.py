@@ -15,7 +15,15 @@ from torch import nn
 
 from logra_kernels.ops import FORMATS, RowFormat
 from logra_kernels.run import Run
-from logra_kernels.store import GradientStore, held_bytes, process_bytes, shard_bytes, writing_bytes
+from logra_kernels.store import (
+    GradientStore,
+    factored_bytes,
+    factored_width,
+    held_bytes,
+    process_bytes,
+    shard_bytes,
+    writing_bytes,
+)
 
 PROBE_STEPS = 3  # after a first one that also pays for what is set up once
 _OP_BYTES = 8 << 20  # what score_topk keeps beside the queries and the best rows
@@ -44,6 +52,7 @@ class Plan:
         rows, dim: N rows of D numbers.
         queries, k: What the top k is asked for.
         formats: Format name -> its costs; for a store that exists, its own format only.
+        rank_c: Factors of each layer that a row is kept as; None where rows are kept as they are.
     """
 
     rows: int
@@ -51,6 +60,7 @@ class Plan:
     queries: int
     k: int
     formats: dict[str, FormatCost]
+    rank_c: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,7 @@ def plan(
     *,
     queries: int = 64,
     k: int = 100,
+    rank_c: int | None = None,
 ) -> Plan:
     """Disk and memory of a store that exists or is to be made. Nothing is read but a manifest.
 
@@ -89,20 +100,24 @@ def plan(
         source: A store or its path, or layers of one to be made: name -> (k_out, k_in).
         rows: How many; for a store, its own by default.
         queries, k: Of a `topk`.
+        rank_c: Factors of each layer that rows to be made are kept as (`GradientStore.create`); a store has its own.
 
     Raises:
-        ValueError: Layers without a number of rows, or a count below 1.
-        StoreError: No store there.
+        ValueError: Layers without a number of rows, a count below 1, or `rank_c` for a store that has another.
+        StoreError: No store there, or `rank_c` does not fit the layers.
     """
     if not isinstance(source, GradientStore | Mapping):
         source = GradientStore.open(source)
     if isinstance(source, Mapping):
         dim = sum(k_out * k_in for k_out, k_in in source.values())
+        width = dim if rank_c is None else factored_width(source, rank_c)
         forms = {name: RowFormat.of(name) for name in FORMATS}
-        row_bytes = {name: form.row_bytes(dim) for name, form in forms.items()}
+        row_bytes = {name: form.row_bytes(width) for name, form in forms.items()}
     else:
-        dim, rows = source.dim, len(source) if rows is None else rows
-        row_bytes = {source.dtype: source.manifest.row_bytes}
+        if rank_c not in (None, source.rank_c):
+            raise ValueError(f"plan: rank_c {rank_c} for a store that has {source.rank_c}; pass layers to plan another")
+        dim, rows, rank_c = source.dim, len(source) if rows is None else rows, source.rank_c
+        width, row_bytes = source.manifest.width, {source.dtype: source.manifest.row_bytes}
     if rows is None:
         raise ValueError("plan: how many rows? pass rows= beside layers")
     if min(rows + 1, queries, k, dim) < 1:
@@ -110,16 +125,17 @@ def plan(
     costs = {}
     for name, nbytes in row_bytes.items():
         largest = (
-            shard_bytes(dim, forms[name]) if isinstance(source, Mapping) else source.manifest.rows_per_shard * nbytes
+            shard_bytes(width, forms[name]) if isinstance(source, Mapping) else source.manifest.rows_per_shard * nbytes
         )
-        asked = process_bytes("VmRSS") + held_bytes(rows * nbytes, largest) + _asking_bytes(queries, k, dim)
+        at_work = 4 * queries * dim if rank_c is None else factored_bytes(rows, width, queries)  # queries laid out anew
+        asked = process_bytes("VmRSS") + held_bytes(rows * nbytes, largest) + _asking_bytes(queries, k, dim) + at_work
         costs[name] = FormatCost(nbytes, rows * nbytes, asked)
-    return Plan(rows, dim, queries, k, costs)
+    return Plan(rows, dim, queries, k, costs, rank_c)
 
 
 def _asking_bytes(queries: int, k: int, dim: int) -> int:
-    """Of the queries, once as they are and once as the kernel lays them out, and of the best rows so far."""
-    return 2 * 4 * queries * dim + 2 * 16 * queries * 2 * k + _OP_BYTES
+    """Of the queries and of the best rows so far."""
+    return 4 * queries * dim + 2 * 16 * queries * 2 * k + _OP_BYTES
 
 
 def probe(model: nn.Module, step: Callable[[], object], samples: int, **settings: Any) -> Probe:
@@ -129,7 +145,7 @@ def probe(model: nn.Module, step: Callable[[], object], samples: int, **settings
         model: As `Run` takes it.
         step: Forward and backward of one batch.
         samples: How many samples that batch has.
-        settings: Of `Run`: include, exclude, projection, dtype, ...
+        settings: Of `Run`: include, exclude, projection, dtype, rank_c, ...
 
     Raises:
         ValueError: As `Run` raises it, or samples below 1.

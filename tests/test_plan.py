@@ -67,6 +67,29 @@ def test_bytes_of_a_store_to_be_made(tmp_path, dtype):
     assert 0 < file.stat().st_size - cost.disk_bytes < 512
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int4"])
+def test_rows_that_are_kept_as_factors(tmp_path, dtype):
+    layers = {"a": (8, 8), "b": (7, 5)}
+    planned = lk.plan(layers, rows=10, rank_c=2)
+    assert planned.rank_c == 2
+    with lk.GradientStore.create(tmp_path / "s", layers, dtype, rank_c=2) as store:
+        store.append(torch.randn(10, 99), [str(row) for row in range(10)])
+        assert planned.formats[dtype].row_bytes == store.manifest.row_bytes
+    assert lk.plan(tmp_path / "s").rank_c == 2
+    assert planned.formats[dtype].topk_bytes < lk.plan(layers, rows=10).formats[dtype].topk_bytes + (1 << 20)
+    with pytest.raises(ValueError, match="rank_c 1 for a store that has 2"):
+        lk.plan(tmp_path / "s", rank_c=1)
+    with pytest.raises(lk.StoreError, match="use fewer factors"):
+        lk.plan(layers, rows=10, rank_c=4)
+
+
+def test_memory_of_factored_rows_at_work():
+    """Of 32,768 rows at a time, 16 MB of fp32: their 128 numbers, and for 64 queries the scores, scaled, and keys."""
+    costs = [lk.plan({"a": (64, 64)}, rows=count, queries=64, rank_c=1).formats["sign"] for count in (1, 10**6)]
+    work = costs[1].topk_bytes - costs[0].topk_bytes - costs[1].disk_bytes
+    assert work == pytest.approx(4 * 32768 * (128 + 3 * 64), rel=0.05)
+
+
 def test_a_store_that_outgrows_memory_is_planned_with_a_window(monkeypatch):
     layers = {"a": (64, 64)}
     sizes = {}

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", type=int, default=100, help="rows found for each query (default 100)")
     logging = parser.add_argument_group("logging, as in `logra log`; a few batches of full length are tried")
     logging.add_argument("--rank", type=int, default=64)
+    logging.add_argument("--rank-c", type=int, help="of rows kept as factors, 1 to 8")
     logging.add_argument("--include", nargs="+", action="extend", metavar="GLOB")
     logging.add_argument("--exclude", nargs="+", action="extend", metavar="GLOB")
     logging.add_argument("--max-length", type=int)
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         tried = _try(args)
         _print_logging(tried, args.rows)
         layers = tried.layers
-    _print_costs(plan(layers, args.rows, queries=args.queries, k=args.k))
+    _print_costs(plan(layers, args.rows, queries=args.queries, k=args.k, rank_c=args.rank_c))
     return 0
 
 
@@ -62,6 +63,7 @@ def _try(args: argparse.Namespace) -> Probe:
         include=args.include,
         exclude=args.exclude,
         projection=Projection(args.rank, "orthonormal"),
+        rank_c=args.rank_c,
     )
 
 
@@ -75,7 +77,8 @@ def _print_logging(tried: Probe, rows: int) -> None:
 
 
 def _print_costs(costs: Plan) -> None:
-    print(f"rows            {costs.rows:,} of {costs.dim:,} numbers")
+    kept = "" if costs.rank_c is None else f", kept as {costs.rank_c} factors a layer"
+    print(f"rows            {costs.rows:,} of {costs.dim:,} numbers{kept}")
     print(f"ask             {costs.queries:,} queries for {costs.k:,} rows each")
     print(f"{'format':<15} {'bytes a row':>13} {'disk':>10} {'ask, memory':>12}")
     for name, cost in costs.formats.items():

@@ -6,9 +6,11 @@ from logra_kernels.store.life.quantize import quantization_loss, quantize
 from logra_kernels.store.reading.ahead import held_bytes
 from logra_kernels.store.reading.coarse import IndexInfo
 from logra_kernels.store.reading.memory import process_bytes
+from logra_kernels.store.reading.reader import factored_bytes
 from logra_kernels.store.reading.share import Share, gather_from_ranks, sum_over_ranks
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
+from logra_kernels.store.writing.create import factored_width
 from logra_kernels.store.writing.writer import writing_bytes
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "IndexInfo",
     "Share",
     "add_skipped",
+    "factored_bytes",
+    "factored_width",
     "fsck",
     "gather_from_ranks",
     "held_bytes",

@@ -16,6 +16,42 @@ def test_a_model(model_dir, capsys):
         assert re.search(rf"^{name} +[\d,]+ +[\d.,]+ [kMGT]B +[\d.,]+ [MG]B$", shown, re.M)
 
 
+def test_a_model_whose_rows_are_kept_as_factors(model_dir, capsys):
+    argv = ["plan", model_dir, "--rank", "4", "--batch-size", "2", "--rows", "1000", "--max-length", "16"]
+    assert call(*argv, "--rank-c", "1") == 0
+    shown = capsys.readouterr().out
+    layers, dim = (
+        int(found.replace(",", ""))
+        for found in re.search(
+            r"^layers +(\d+)$.*^rows +1,000 of ([\d,]+) numbers, kept as 1 factors", shown, re.M | re.S
+        ).groups()
+    )
+    assert dim == layers * 16
+    assert re.search(rf"^fp32 +{4 * layers * (4 + 4):,} ", shown, re.M)  # u [4] and v [4] of each layer
+    assert call(*argv, "--rank-c", "2") == 1
+    assert "use fewer factors" in capsys.readouterr().err
+
+
+def test_a_store_of_factors(model_dir, data, tmp_path, capsys):
+    path = tmp_path / "s"
+    log = ["log", model_dir, data, "--out", path, "--rank", "4", "--projection", "orthonormal", "--limit", "6"]
+    assert call(*log, "--rank-c", "1", "--dtype", "bf16") == 0
+    store = GradientStore.open(path)
+    assert store.rank_c == 1
+    assert store.manifest.row_bytes == 2 * 8 * len(store.layers)
+    capsys.readouterr()
+    assert call("plan", path) == 0
+    shown = capsys.readouterr().out
+    assert f"rows            6 of {store.dim:,} numbers, kept as 1 factors a layer" in shown
+    assert re.search(rf"^bf16 +{store.manifest.row_bytes:,} ", shown, re.M)
+    assert call("plan", path, "--rank-c", "2") == 1
+    assert "rank_c 2 for a store that has 1" in capsys.readouterr().err
+    assert call(*log, "--rank-c", "9") == 1
+    assert "rank_c (1 there, 9 here)" in capsys.readouterr().err
+    assert call(*log[:4], tmp_path / "other", *log[5:], "--rank-c", "9") == 1
+    assert "rank_c is 9; it must be 1 to 8" in capsys.readouterr().err
+
+
 def test_a_store(whole, capsys):
     assert call("plan", whole, "--queries", "3", "-k", "5") == 0
     shown = capsys.readouterr().out

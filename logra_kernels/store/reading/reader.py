@@ -191,8 +191,7 @@ class Reader:
         """encoded_blocks; those of factors are short, so that their numbers and their scores stay in the cache."""
         manifest, max_bytes = self.manifest, max_bytes or SCORED_BYTES
         if manifest.rank is not None:
-            rows = max(1, FACTOR_BYTES // (4 * max(manifest.width, queries)))
-            max_bytes = min(max_bytes, rows * manifest.row_bytes)
+            max_bytes = min(max_bytes, _factored_rows(manifest.width, queries) * manifest.row_bytes)
         return self.encoded_blocks(max_bytes)
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -296,6 +295,16 @@ class Reader:
                 )
             row_scale = row_scale.detach().to(queries.device, torch.float32)
         return queries, row_scale
+
+
+def _factored_rows(width: int, queries: int) -> int:
+    """How many rows that are kept as factors are scored at a time."""
+    return max(1, FACTOR_BYTES // (4 * max(width, queries)))
+
+
+def factored_bytes(rows: int, width: int, queries: int) -> int:
+    """The most memory that scoring `rows` kept as factors takes beside them: their numbers, scores and keys as fp32."""
+    return 4 * min(rows, _factored_rows(width, queries)) * (width + 3 * queries)
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

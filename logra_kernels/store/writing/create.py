@@ -50,7 +50,7 @@ def new_manifest(
             raise StoreError(f"layer {name!r}: {size!r} must be (k_out, k_in), two positive integers")
         table.append(Layer(name, size[0], size[1], offset))
         offset += size[0] * size[1]
-    width = offset if rank is None else _checked_width(layers, offset, rank)
+    width = offset if rank is None else factored_width(layers, rank)
     if rows_per_shard is None:
         rows_per_shard = default_rows_per_shard(width, form)
     if rows_per_shard < 1:
@@ -68,11 +68,15 @@ def new_manifest(
     )
 
 
-def _checked_width(layers: Mapping[str, tuple[int, int]], dim: int, rank: int) -> int:
-    """Numbers of a row that is kept as factors."""
+def factored_width(layers: Mapping[str, tuple[int, int]], rank: int) -> int:
+    """Numbers of a row that is kept as `rank` factors of each layer.
+
+    Raises:
+        StoreError: There cannot be so many, or they would take no less than the row.
+    """
     if type(rank) is not int or not 1 <= rank <= MOST_RANK:
         raise StoreError(f"rank_c is {rank!r}; it must be 1 to {MOST_RANK}, or None to keep rows as they are")
-    width = factored_dim(list(layers.values()), rank)
+    width, dim = factored_dim(list(layers.values()), rank), sum(k_out * k_in for k_out, k_in in layers.values())
     if width >= dim:
         raise StoreError(
             f"rank_c {rank} keeps {width} numbers of rows of {dim}; use fewer factors, or None to keep rows as they are"
