@@ -1,8 +1,10 @@
-"""Deleting, compacting and merging, killed over and over, on a full disk, and beside readers.
+"""Deleting, compacting, merging, quantising and what is computed from rows, killed over and over, on a full disk, and
+beside readers.
 
-Run as a program, as `crash.py` is: `life_crash.py steps|random|readers|full SCRATCH`. Every job can be done again after
-it was killed, must then end in the bytes of one that never was, and at no time shows a row too many or too few.
-Prints one line of JSON with what happened; fails by an exception.
+Run as a program, as `crash.py` is: `life_crash.py SCRATCH KIND...`, the kinds steps, random, readers, limit and mount
+(which expects a small file system of its own at SCRATCH). Every job can be done again after it was killed, must then
+end in the bytes of one that never was, and at no time shows a row too many or too few. Prints one line of JSON, what
+happened by kind; fails by an exception.
 """
 
 import json
@@ -19,10 +21,10 @@ from pathlib import Path
 
 import torch
 from store.crash import die_at, forked, lived
-from store.samples import LAYERS, columns_of, part_of, rows_of, tree
+from store.samples import LAYERS, columns_of, ids_of, part_of, rows_of, tree
 
 from logra_kernels.errors import StoreError
-from logra_kernels.store import GradientStore, fsck, merge
+from logra_kernels.store import GradientStore, fsck, merge, quantization_loss, quantize
 
 COUNT, PER_SHARD = 40, 8
 FIRST, SECOND = (3, 9, 39), (*range(16, 24), 10, 30)  # deleted one after the other; a whole shard among them
@@ -41,6 +43,20 @@ def compact(path: Path) -> None:
 
 def merge_all(path: Path) -> None:
     merge([path / str(part) for part in range(len(PARTS))], path / "out")
+
+
+def quantize_all(path: Path) -> None:
+    if not GradientStore.exists(path / "out"):
+        quantize(path / "source", path / "out", "int4")
+
+
+def index(path: Path) -> None:
+    GradientStore.open(path).build_index(8, k=5)
+
+
+def sum_up(path: Path) -> None:
+    """What finalizing writes: a sidecar in place of an older one."""
+    GradientStore.open(path).sidecar_write("sums", {"sum": rows_of(COUNT).sum(0)})
 
 
 def whole_store(path: Path) -> Path:
@@ -66,41 +82,78 @@ def stores_to_merge(path: Path) -> None:
                 store.delete(["row-20"])
 
 
+def store_to_quantize(path: Path) -> None:
+    path.mkdir(parents=True)
+    whole_store(path / "source")
+
+
+def store_with_old_sums(path: Path) -> None:
+    whole_store(path)
+    GradientStore.open(path).sidecar_write("sums", {"sum": torch.zeros(4)}, key="0" * 32)
+
+
 def without(*gone: int) -> list[int]:
     return [row for row in range(COUNT) if row not in gone]
 
 
-JOBS: dict[str, tuple[Callable, Callable, list[list[int]]]] = {  # prepare, do, what may be seen before and after
-    "delete": (store_to_delete_from, lambda path: delete(path, SECOND), [without(*FIRST), without(*FIRST, *SECOND)]),
-    "compact": (store_to_compact, compact, [without(*FIRST, *SECOND)]),
-    "merge": (stores_to_merge, merge_all, [without(20)]),
-}
-
-
-def shown(path: Path) -> list[int] | None:
-    """The numbers of the rows that a reader is shown, each of which must be what was appended; None without a store."""
-    if not GradientStore.exists(path):
-        return None
+def shown(path: Path) -> list[int]:
+    """The numbers of the rows that a reader is shown, each of which must be what was appended."""
     store = GradientStore.open(path)
     rows = [int(name.removeprefix("row-")) for name in store.ids]
     assert torch.equal(store.read(0, len(store)), rows_of(COUNT)[rows])
     assert store.columns == {name: [values[row] for row in rows] for name, values in columns_of(COUNT).items()}
+    assert fsck(path).faults == []
     return rows
 
 
-def check(job: str, path: Path) -> None:
-    target = path / "out" if job == "merge" else path
-    rows = shown(target)
-    assert rows in JOBS[job][2] or (job == "merge" and rows is None), f"{job}: {rows}"
-    if rows is not None:
-        assert fsck(target).faults == []
+def check_delete(path: Path) -> None:
+    assert shown(path) in (without(*FIRST), without(*FIRST, *SECOND))
+
+
+def check_compact(path: Path) -> None:
+    assert shown(path) == without(*FIRST, *SECOND)
+
+
+def check_merge(path: Path) -> None:
+    assert not GradientStore.exists(path / "out") or shown(path / "out") == without(20)
+
+
+def check_quantize(path: Path) -> None:
+    assert shown(path / "source") == without()
+    if GradientStore.exists(path / "out"):
+        store = GradientStore.open(path / "out")
+        assert (store.ids, store.dtype) == (ids_of(COUNT), "int4")
+        assert quantization_loss(store) is not None
+        assert fsck(path / "out").faults == []
+
+
+def check_index(path: Path) -> None:
+    assert shown(path) == without()
+
+
+def check_sums(path: Path) -> None:
+    assert shown(path) == without()
+    store = GradientStore.open(path)
+    old, new = store.sidecar_read("sums", key="0" * 32), store.sidecar_read("sums")
+    assert old is not None or new is not None
+    assert new is None or torch.equal(new[0]["sum"], rows_of(COUNT).sum(0))
+
+
+JOBS: dict[str, tuple[Callable, Callable, Callable]] = {  # prepare; do; check what is there, done or not
+    "delete": (store_to_delete_from, lambda path: delete(path, SECOND), check_delete),
+    "compact": (store_to_compact, compact, check_compact),
+    "merge": (stores_to_merge, merge_all, check_merge),
+    "quantize": (store_to_quantize, quantize_all, check_quantize),
+    "index": (whole_store, index, check_index),
+    "sidecar": (store_with_old_sums, sum_up, check_sums),
+}
 
 
 class Prepared:
     """A job's stores and what it must end in, made once."""
 
     def __init__(self, scratch: Path, job: str):
-        prepare, self.do, _ = JOBS[job]
+        prepare, self.do, self.check = JOBS[job]
         self.job, self._scratch = job, scratch
         prepare(scratch / f"{job}-before")
         started = time.perf_counter()
@@ -115,9 +168,9 @@ class Prepared:
 
     def finish(self, path: Path) -> None:
         """Check what a killed job has left, do it again, and compare."""
-        check(self.job, path)
+        self.check(path)
         assert lived(forked(lambda: self.do(path)))
-        check(self.job, path)
+        self.check(path)
         assert tree(path) == self.whole, f"{self.job} ends in other bytes"
 
 
@@ -132,10 +185,10 @@ def before_every_step(scratch: Path) -> dict:
                 break
             kills[job] = step + 1
             prepared.finish(path)
-    return {"kills": kills}
+    return kills
 
 
-def at_random_times(scratch: Path, enough: int = 24) -> dict:
+def at_random_times(scratch: Path, enough: int = 20) -> int:
     """A job is killed at a random time, up to three times, and then finished."""
     kills = 0
     prepared = [Prepared(scratch, job) for job in JOBS]
@@ -148,9 +201,9 @@ def at_random_times(scratch: Path, enough: int = 24) -> dict:
             time.sleep(chance.uniform(0, one.seconds))
             os.kill(pid, signal.SIGKILL)
             kills += not lived(pid)
-            check(one.job, path)
+            one.check(path)
         one.finish(path)
-    return {"kills": kills}
+    return kills
 
 
 def beside_readers(scratch: Path, seconds: float = 2.0) -> dict:
@@ -190,7 +243,7 @@ def write_for(path: Path, seconds: float) -> None:
             store.append(rows, [f"row-{row}+{turn}" for row in range(5)], columns)
 
 
-def on_a_full_disk(scratch: Path) -> dict:
+def under_a_limit(scratch: Path) -> dict:
     """Files cannot be longer than a few bytes, or only shards cannot: the job says so, and can be done later."""
     said = {}
     for job in JOBS:
@@ -200,29 +253,62 @@ def on_a_full_disk(scratch: Path) -> dict:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             try:
                 prepared.do(path)
-            except (StoreError, OSError) as error:
+            except StoreError as error:
                 said[f"{job} {limit}"] = str(error)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             prepared.finish(path)
-    return {"said": said}
+    return said
+
+
+def on_a_full_disk(scratch: Path) -> dict:
+    """The file system has no block left, or a few: the job says so, and can be done once there is room."""
+    said = {}
+    for job in JOBS:
+        prepared = Prepared(scratch, job)
+        for room in (0, 3 * 4096):
+            path = prepared.fresh("full")
+            filler = fill(scratch, room)
+            try:
+                prepared.do(path)
+            except StoreError as error:
+                said[f"{job} {room}"] = str(error)
+            prepared.check(path)
+            filler.unlink()
+            prepared.finish(path)
+    return said
+
+
+def fill(folder: Path, room: int) -> Path:
+    """A file that leaves so many bytes of the file system."""
+    free = os.statvfs(folder)
+    path = folder / "filler"
+    path.write_bytes(bytes(free.f_bavail * free.f_frsize - room))
+    return path
 
 
 def warm_up(scratch: Path) -> None:
     """Do the imports and first calls once, for all children."""
-    for job, (prepare, do, _) in JOBS.items():
+    for job, (prepare, do, check) in JOBS.items():
         prepare(scratch / f"warm-{job}")
         do(scratch / f"warm-{job}")
-        check(job, scratch / f"warm-{job}")
+        check(scratch / f"warm-{job}")
     assert threading.active_count() == 1, "a fork would leave threads behind"
 
 
+KINDS = {
+    "steps": before_every_step,
+    "random": at_random_times,
+    "readers": beside_readers,
+    "limit": under_a_limit,
+    "mount": on_a_full_disk,
+}
+
 if __name__ == "__main__":
-    warm_up(Path(sys.argv[2]))
-    how = {
-        "steps": before_every_step,
-        "random": at_random_times,
-        "readers": beside_readers,
-        "full": on_a_full_disk,
-    }[sys.argv[1]]
-    print(json.dumps(how(Path(sys.argv[2]))))
+    scratch = Path(sys.argv[1])
+    warm_up(scratch)
+    found = {}
+    for kind in sys.argv[2:]:
+        (scratch / kind).mkdir()
+        found[kind] = KINDS[kind](scratch / kind)
+    print(json.dumps(found))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,13 +50,17 @@ def test_file_size_limit(tmp_path, kind):
     assert_useful(seen)
 
 
-def test_full_file_system(tmp_path):
+def in_a_mount(where, size, *command):
+    """`run` with a small file system at `where` that only this command sees."""
     alone = ["unshare", "--user", "--map-root-user", "--mount"]
-    mount = f"mount -t tmpfs -o size=512k tmpfs {tmp_path}"
+    mount = f"mount -t tmpfs -o size={size} tmpfs {where}"
     if not shutil.which("unshare") or subprocess.run([*alone, "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("a file system cannot be mounted here")
-    program = f"{mount} && exec {sys.executable} {HERE / 'full_disk.py'} mount {tmp_path}"
-    seen = run(*alone, "sh", "-c", program)
+    return run(*alone, "sh", "-c", f"{mount} && exec {shlex.join(map(str, command))}")
+
+
+def test_full_file_system(tmp_path):
+    seen = in_a_mount(tmp_path, "512k", sys.executable, HERE / "full_disk.py", "mount", tmp_path)
     assert "No space left on device" in seen["said"]
     assert "free some space" in seen["said"]
     assert_useful(seen)

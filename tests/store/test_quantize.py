@@ -1,10 +1,4 @@
-"""A store made of another's rows: what it keeps, what it measures, and what a killed one leaves."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""A store made of another's rows: what it keeps, and what it measures."""
 
 import pytest
 import torch
@@ -14,8 +8,6 @@ import logra_kernels as lk
 from logra_kernels.errors import StoreError
 from logra_kernels.ops import FORMATS
 from logra_kernels.store import GradientStore, quantization_loss, quantize
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -81,36 +73,3 @@ def test_what_cannot_be(source, tmp_path):
     with pytest.raises(StoreError, match="is not a gradient store"):
         quantize(tmp_path / "none", tmp_path / "new", "int8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
-
-
-def test_sigkill_before_every_step(source, tmp_path):
-    """No store is there until it is whole, and the next run makes it."""
-    script = """
-import json, sys
-from pathlib import Path
-from store.crash import die_at, forked, lived
-from store.samples import tree
-from logra_kernels.store import GradientStore, quantize
-source, scratch = Path(sys.argv[1]), Path(sys.argv[2])
-assert lived(forked(lambda: quantize(source, scratch / "whole", "int4")))
-whole, step, kills = tree(scratch / "whole"), 0, 0
-while True:
-    path = scratch / str(step)
-    job = lambda: quantize(source, path, "int4")
-    if lived(forked(lambda: die_at(step, job))):
-        break
-    kills += 1
-    assert not GradientStore.exists(path) or tree(path) == whole
-    if not path.exists():
-        assert lived(forked(job))
-    assert tree(path) == whole
-    step += 1
-print(json.dumps({"kills": kills}))
-"""
-    paths = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, source, tmp_path], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["kills"] >= 15

@@ -156,7 +156,7 @@ class _Check:
             self.report.faults.append(f"{self._directory} has ids in more than one row: {shorten(twice)}")
 
     def _check_sidecars(self) -> None:
-        for path in sorted((self._directory / SIDECARS).glob("*.safetensors")):
+        for path in sorted((self._directory / SIDECARS).glob("[!.]*.safetensors")):  # a temporary is no fault
             name, _, key = path.name.removesuffix(".safetensors").partition(".")
             try:
                 if read_sidecar(self._directory, name, key) is None:
