@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from logra_kernels import influence
-from logra_kernels.curvature import CURVATURES, Curvature, Damping, Factor, RawFisher
+from logra_kernels.curvature import CURVATURES, Curvature, Damping, Factor, Groups
 from logra_kernels.errors import LograError, StoreError, StoreMismatch
 from logra_kernels.nn import DEFAULT_KINDS, KINDS, Taps, capture, model_fingerprint, tappable
 from logra_kernels.ops import RowFormat
@@ -46,12 +46,18 @@ class Run(Analysis):
             `curvature.LowRank.of_rank(512)`. The default, half the raw Fisher and half its
             Kronecker product, measured best (bench/results/accuracy-*.json): with fewer rows than dims the raw Fisher
             alone knows too few directions. The paper's is "raw", with damping `Damping(0.1)`.
+        blocks: Layers that share a block of H, as {name: [glob patterns]} or a list of patterns that are each one
+            block; d is then the sum of theirs. Every other layer is a block by itself. For identity, raw, raw-fp64,
+            diagonal, shrunk, lowrank and fisher.
         fisher_while_logging: Sum the raw Fisher as rows are logged, so that no pass over the store is needed for it:
-            the same bits, 4 d^2 bytes of memory a layer of d numbers.
+            the same bits, 4 d^2 bytes of memory a block of d numbers.
+        statistics_device: Where Fishers are summed while batches go by: None, where the rows are, or "cpu", for those
+            that outgrow the device; rows are copied out and summed while the next step runs.
         damping: Where a method is given none: a number (absolute), a `Damping`, or None for `Damping.of`'s default.
 
     Raises:
-        ValueError: A filter matches no layer, or an unknown curvature.
+        ValueError: A filter matches no layer, an unknown curvature or statistics_device, or `blocks` that do not fit
+            the layers or the curvature.
         StoreError: The store cannot be read.
         StoreMismatch: The store was made with other weights, layers, projection, dtype or facts.
     """
@@ -74,15 +80,19 @@ class Run(Analysis):
         fingerprints: dict[str, str] | None = None,
         freeze: bool = True,
         curvature: str | type[Curvature] = "shrunk",
+        blocks: Groups | None = None,
         fisher_while_logging: bool = False,
+        statistics_device: str | None = None,
         damping: float | Damping | None = None,
     ) -> None:
         if isinstance(curvature, str) and curvature not in CURVATURES:
             raise ValueError(f"Run: curvature is {curvature!r}; it must be one of {', '.join(CURVATURES)}")
+        if statistics_device not in (None, "cpu"):
+            raise ValueError(f"Run: statistics_device is {statistics_device!r}; it must be None or 'cpu'")
         self.path = os.fspath(path)
         self.model = model
         self._freeze = freeze
-        self._kind = CURVATURES[curvature] if isinstance(curvature, str) else curvature
+        self._kind = (CURVATURES[curvature] if isinstance(curvature, str) else curvature).joining(blocks or ())
         self._damping = damping if damping is None else Damping.of(damping)
         self._rows_per_shard = rows_per_shard
         self._writing = False
@@ -118,7 +128,8 @@ class Run(Analysis):
         self.fingerprints = {"model": model_fingerprint(model), **(fingerprints or {})}
         if self._store is not None:
             self._check(self._store, projection)
-        self._fisher = FisherSums(fisher_while_logging)
+        self._kind.columns(self.taps.layers)  # refuses blocks that do not fit
+        self._fisher = FisherSums(fisher_while_logging, self._kind, statistics_device is not None)
         self._observation = Observation(self.taps, projection, decided=self._store is not None)
         self._curvature: Curvature | None = None
         self._factors: dict[float | Damping | None, Factor] = {}
@@ -374,7 +385,10 @@ class Run(Analysis):
         return self.store
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Take rows out of the store, and out of the Fisher that is kept beside it; how many were there.
+        """Take rows out of the store, and out of the curvatures beside it that are sums over rows; how many were there.
+
+        What `observe` and `observe_fisher` gathered is no sum over stored rows, and stays. Low rank curvature and
+        corrected eigenvalues are computed anew when they are next asked for.
 
         Raises:
             StoreError: Ids that the store does not have, or the disk refuses.
@@ -385,7 +399,8 @@ class Run(Analysis):
         with GradientStore.open(self.path, mode="append") as writer:
             deleted = writer.delete(ids)
         self._store = GradientStore.open(self.path)
-        RawFisher.downdate(before, self._store, gone)
+        for kind in {*CURVATURES.values(), self._kind}:
+            kind.downdate(before, self._store, gone)
         self._forget()
         return deleted
 

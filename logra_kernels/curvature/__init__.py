@@ -1,14 +1,16 @@
+from logra_kernels.curvature.blocks import Groups, matching
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.factor import Factor
 from logra_kernels.curvature.fisher import RawFisher, RawFisher64
-from logra_kernels.curvature.gram import GramSums
-from logra_kernels.curvature.kfac import EKFAC, KFAC, keep_covariances
+from logra_kernels.curvature.kfac import COVARIANCES, EKFAC, KFAC, keep_covariances
 from logra_kernels.curvature.kronecker import CorrectedKronecker, Kronecker
 from logra_kernels.curvature.lowrank import LowRank
-from logra_kernels.curvature.model_fisher import ModelFisher, keep_model_fisher
+from logra_kernels.curvature.model_fisher import ModelFisher
+from logra_kernels.curvature.observed import keep_observed, observed
 from logra_kernels.curvature.shrunk import Shrunk
 from logra_kernels.curvature.simple import Diagonal, Identity
 from logra_kernels.curvature.statistics import Curvature
+from logra_kernels.curvature.sums import GramSums, RowSums
 
 CURVATURES: dict[str, type[Curvature]] = {
     curvature.kind: curvature
@@ -28,6 +30,7 @@ CURVATURES: dict[str, type[Curvature]] = {
 }
 
 __all__ = [
+    "COVARIANCES",
     "CURVATURES",
     "EKFAC",
     "KFAC",
@@ -37,13 +40,17 @@ __all__ = [
     "Diagonal",
     "Factor",
     "GramSums",
+    "Groups",
     "Identity",
     "Kronecker",
     "LowRank",
     "ModelFisher",
     "RawFisher",
     "RawFisher64",
+    "RowSums",
     "Shrunk",
     "keep_covariances",
-    "keep_model_fisher",
+    "keep_observed",
+    "matching",
+    "observed",
 ]

@@ -1,14 +1,16 @@
-"""A whole curvature that can be solved with: one solver a layer, side by side as the rows' columns are.
+"""A whole curvature that can be solved with: one solver a block, each for its columns of the rows.
 
 solve(g) = (H + lambda I)^-1 g        quadratic(g) = g^T (H + lambda I)^-1 g        whiten(g) = (H + lambda I)^-1/2 g
 """
 
 import json
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import xxhash
 from torch import Tensor
 
+from logra_kernels.curvature.blocks import Columns, width_of
 from logra_kernels.curvature.solver import Solver
 from logra_kernels.store import GradientStore
 
@@ -17,22 +19,25 @@ class Factor:
     """Factorised block-diagonal curvature.
 
     Args:
-        solvers: Layer name -> its solver, in the order of the rows' columns.
-        curvature: Hash of what the curvature was computed from.
+        solvers: Block name -> its solver.
+        columns: Block name -> its columns; every column of a row is in one block.
+        curvature: Kind, and hash of what the curvature was computed from.
         rows: `content_hash` of the store it is of.
 
     Attributes:
-        damping: Layer name -> the lambda that was added.
+        damping: Block name -> the lambda that was added.
         hash: Of the curvature and every lambda: equal hashes give equal answers.
     """
 
-    def __init__(self, solvers: dict[str, Solver], curvature: str = "", rows: str = "") -> None:
-        self._solvers = solvers
+    def __init__(
+        self, solvers: dict[str, Solver], columns: Mapping[str, Columns], curvature: str = "", rows: str = ""
+    ) -> None:
+        self._solvers, self._columns = solvers, dict(columns)
         self._rows = rows
         self.damping = {name: solver.damping for name, solver in solvers.items()}
         facts = json.dumps([curvature, sorted(self.damping.items())])
         self.hash = xxhash.xxh3_128(facts.encode()).hexdigest()
-        self._widths = [solver.width for solver in solvers.values()]
+        self._dim = sum(width_of(part) for part in columns.values())
 
     def check(self, store: GradientStore) -> None:
         """Raise ValueError if this is the curvature of another store's rows."""
@@ -43,28 +48,35 @@ class Factor:
 
     def solve(self, rows: Tensor) -> Tensor:
         """(H + lambda I)^-1 applied to every row; [Q, D] -> [Q, D] fp32."""
-        return torch.cat([solver.power(part, -1).float() for part, solver in self._split(rows)], dim=1)
+        return self._each(rows, lambda solver, part: solver.power(part, -1))
 
     def solve_toward_stored(self, rows: Tensor) -> Tensor:
         """`solve`, to be multiplied with stored rows alone: less what no product with a stored row can see.
 
         With fewer rows than dims the products come out sharper by orders of magnitude in fp32.
         """
-        return torch.cat([solver.toward_stored(part).float() for part, solver in self._split(rows)], dim=1)
+        return self._each(rows, lambda solver, part: solver.toward_stored(part))
 
     def whiten(self, rows: Tensor) -> Tensor:
         """(H + lambda I)^-1/2 applied to every row; [N, D] -> [N, D] fp32. Products of whitened rows are influences."""
-        return torch.cat([solver.power(part, -0.5).float() for part, solver in self._split(rows)], dim=1)
+        return self._each(rows, lambda solver, part: solver.power(part, -0.5))
 
     def quadratic(self, rows: Tensor) -> Tensor:
-        """g^T (H + lambda I)^-1 g of every row, summed over layers; [N, D] -> [N] fp64."""
+        """g^T (H + lambda I)^-1 g of every row, summed over blocks; [N, D] -> [N] fp64."""
         total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-        for part, solver in self._split(rows):
+        for _, part, solver in self._split(rows):
             total += solver.quadratic(part)
         return total
 
-    def _split(self, rows: Tensor) -> list[tuple[Tensor, Solver]]:
-        if rows.dim() != 2 or rows.shape[1] != sum(self._widths):
-            raise ValueError(f"curvature: rows {tuple(rows.shape)} must be [N, {sum(self._widths)}]")
-        parts = rows.split(self._widths, dim=1)
-        return [(part.to(solver.dtype), solver) for part, solver in zip(parts, self._solvers.values(), strict=True)]
+    def _each(self, rows: Tensor, apply: Callable[[Solver, Tensor], Tensor]) -> Tensor:
+        found = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+        for columns, part, solver in self._split(rows):
+            found[:, columns] = apply(solver, part).float()
+        return found
+
+    def _split(self, rows: Tensor) -> Iterator[tuple[Columns, Tensor, Solver]]:
+        if rows.dim() != 2 or rows.shape[1] != self._dim:
+            raise ValueError(f"curvature: rows {tuple(rows.shape)} must be [N, {self._dim}]")
+        for name, solver in self._solvers.items():
+            columns = self._columns[name]
+            yield columns, rows[:, columns].to(solver.dtype), solver

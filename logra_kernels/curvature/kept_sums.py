@@ -1,39 +1,39 @@
-"""Gram sums beside a store: what was summed is recognised, and only rows that are new are added.
+"""Sums over rows beside a store: what was summed is recognised, and only rows that are new are added.
 
 The sums of whole panels are kept with a hash of the rows that they hold. A store that begins with these very rows goes
 on from there, one whose rows are all the same needs nothing, any other starts anew.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import xxhash
 from torch import Tensor
 
-from logra_kernels.curvature.gram import GramSums
-from logra_kernels.curvature.statistics import Progress
-from logra_kernels.store import GradientStore
+from logra_kernels.curvature.sums import Progress, RowSums
+from logra_kernels.store import GradientStore, Share
 
 _BYTES = 64 << 20
 MOST_REMOVED = 0.1  # of the rows; beyond, the rounding of what was taken out again is not worth keeping
 
 
-def load(store: GradientStore, name: str, parts: dict[str, slice], dtype: torch.dtype) -> tuple[GramSums, bool]:
-    """(sums of these layers as far as they are kept, whether they are those of exactly this store's rows)."""
-    kept = store.sidecar_read(name, key=_setting(store, dtype))
-    if kept is None or any(layer not in kept[0] for layer in parts):
-        return GramSums(parts, dtype), False
+def load(store: GradientStore, name: str, sums: RowSums) -> bool:
+    """Have `sums` go on from what is kept, as far as it is; whether that is the sum over exactly this store's rows."""
+    kept = store.sidecar_read(name, key=_setting(store, sums.dtype))
+    if kept is None or any(one not in kept[0] for one in sums.shapes):
+        return False
     tensors, facts = kept
     current = facts["content"] == store.content_hash
     if not current and (
         facts["rows"] > len(store) or facts["prefix"] != _prefix(store, facts["shards"], facts["rows"])
     ):
-        return GramSums(parts, dtype), False
-    return GramSums(parts, dtype, {layer: tensors[layer] for layer in parts}, facts["rows"], facts["removed"]), current
+        return False
+    sums.restore({one: tensors[one] for one in sums.shapes}, facts["rows"], facts["removed"])
+    return current
 
 
-def advance(store: GradientStore, sums: GramSums, progress: Progress | None) -> None:
+def advance(store: GradientStore, sums: RowSums, progress: Progress | None) -> None:
     """Add the store's rows that the sums do not hold."""
     for rows in _rows_from(store, sums.rows):
         sums.add(rows)
@@ -41,9 +41,9 @@ def advance(store: GradientStore, sums: GramSums, progress: Progress | None) -> 
             progress(len(rows))
 
 
-def save(store: GradientStore, name: str, sums: GramSums) -> None:
-    """Keep sums of all the store's rows, in place of earlier ones; of layers with at least as many rows as dims."""
-    tensors = {layer: total for layer, total in sums.sums.items() if len(total) <= len(store)}
+def save(store: GradientStore, name: str, sums: RowSums, names: Collection[str]) -> None:
+    """Keep sums of all the store's rows, in place of earlier ones; those of these names."""
+    tensors = {one: total for one, total in sums.sums.items() if one in names}
     if not tensors:
         return
     shards = _whole_shards(store, sums.whole)
@@ -87,7 +87,7 @@ def _prefix(store: GradientStore, shards: int, rows: int) -> str:
 def _rows_from(store: GradientStore, start: int, stop: int | None = None) -> Iterator[Tensor]:
     """Rows [start, stop) in blocks, in the dtype that `store.blocks` gives them in."""
     stop = len(store) if stop is None else stop
-    if start == 0 and stop == len(store):
+    if start == 0 and stop == len(store) and not isinstance(store, Share):  # whose blocks are one rank's
         yield from (rows for _, rows in store.blocks())
         return
     step = max(1, _BYTES // (4 * store.dim))

@@ -15,13 +15,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from logra_kernels.curvature.kronecker import Kronecker, corrected_values
-from logra_kernels.curvature.setting import setting_of
-from logra_kernels.curvature.statistics import Progress
+from logra_kernels.curvature.kronecker import KeptRotated, corrected_values
+from logra_kernels.curvature.observed import keep_observed, observed
+from logra_kernels.curvature.sums import Progress
 from logra_kernels.errors import LograError
 from logra_kernels.store import GradientStore
 
-_SIDECAR = "covariances"
+COVARIANCES = "covariances"
 
 
 def keep_covariances(
@@ -38,34 +38,31 @@ def keep_covariances(
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in sums.items():
         tensors |= {f"{name}/in": a, f"{name}/out": b, f"{name}/count": torch.tensor([positions[name], samples])}
-    store.sidecar_write(_SIDECAR, tensors, key=setting_of(store))
+    keep_observed(store, COVARIANCES, tensors)
 
 
-def _covariances(store: GradientStore) -> dict[str, Tensor]:
-    kept = store.sidecar_read(_SIDECAR, key=setting_of(store))
+def _covariances(store: GradientStore) -> tuple[dict[str, Tensor], str]:
+    kept = observed(store, COVARIANCES)
     if kept is None:
         raise LograError(
             f"curvature: {store.path} has no covariances, which KFAC and EKFAC need: run forward and backward of some"
             " training batches inside `with run.observe():` first"
         )
-    return kept[0]
+    return kept
 
 
-class KFAC(Kronecker):
+class KFAC(KeptRotated):
     """H ~ (positions / samples) B (x) A."""
 
     kind = "kfac"
 
     @classmethod
     def key(cls, store: GradientStore) -> str:
-        digest = xxhash.xxh3_128(store.content_hash.encode())
-        for name, tensor in sorted(_covariances(store).items()):
-            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return xxhash.xxh3_128(f"{store.content_hash} {_covariances(store)[1]}".encode()).hexdigest()
 
     @classmethod
     def measure(cls, store: GradientStore, progress: Progress | None) -> Self:
-        kept = _covariances(store)
+        kept, _ = _covariances(store)
         bases, values = {}, {}
         for name in store.layers:
             positions, samples = kept[f"{name}/count"].tolist()

@@ -5,47 +5,29 @@ For a softmax cross-entropy it is the generalised Gauss-Newton matrix, which is 
 fits its data well. It is not the stored rows' but that of gradients which `Run.observe_fisher` sees.
 """
 
+from collections.abc import Mapping
 from typing import Self
 
+import torch
 import xxhash
 from torch import Tensor
 
 from logra_kernels.curvature.damping import Damping
-from logra_kernels.curvature.gram import GramSums
-from logra_kernels.curvature.setting import setting_of
+from logra_kernels.curvature.observed import keep_observed, observed
 from logra_kernels.curvature.solver import CholeskySolver, Solver
-from logra_kernels.curvature.statistics import Curvature, Progress
+from logra_kernels.curvature.statistics import Curvature
+from logra_kernels.curvature.sums import GramSums, Progress, RowSums
 from logra_kernels.errors import LograError
 from logra_kernels.store import GradientStore
 
-_SIDECAR = "model-fisher"
-
-
-def keep_model_fisher(store: GradientStore, sums: GramSums) -> None:
-    """Keep sums over observed gradients beside the store whose layers and projection they share, for `ModelFisher`."""
-    totals = {name: total.cpu() for name, total in sums.total().items()}
-    digest = xxhash.xxh3_128()
-    for total in totals.values():
-        digest.update(total.numpy().tobytes())
-    facts = {"gradients": sums.rows, "hash": digest.hexdigest()}
-    store.sidecar_write(_SIDECAR, totals, facts, key=setting_of(store))
-
-
-def _kept(store: GradientStore) -> tuple[dict[str, Tensor], dict]:
-    kept = store.sidecar_read(_SIDECAR, key=setting_of(store))
-    if kept is None:
-        raise LograError(
-            f"curvature: {store.path} has no Fisher of the model's own predictions: run forward and backward of"
-            " training batches, with labels that the model predicts, inside `with run.observe_fisher():` first"
-        )
-    return kept
+_COUNT = "/gradients"
 
 
 class ModelFisher(Curvature):
     """H = mean over observed gradients of g g^T.
 
     Attributes:
-        blocks: Layer name -> H, [d, d] fp32.
+        blocks: Block name -> H, [d, d] fp32.
     """
 
     kind = "fisher"
@@ -55,14 +37,40 @@ class ModelFisher(Curvature):
         self.blocks = blocks
 
     @classmethod
+    def sidecar(cls) -> str:
+        """Name of what is kept of it beside the store."""
+        return f"model-{cls.kind}"
+
+    @classmethod
+    def empty(cls, layers: Mapping[str, tuple[int, int]]) -> GramSums:
+        """Sums over no gradients yet; layers: name -> (k_out, k_in)."""
+        return GramSums(cls.columns(layers))
+
+    @classmethod
+    def keep(cls, store: GradientStore, sums: RowSums) -> None:
+        """Keep sums over observed gradients beside the store whose layers and projection they share."""
+        keep_observed(store, cls.sidecar(), {**sums.total(), _COUNT: torch.tensor(sums.rows)})
+
+    @classmethod
+    def _kept(cls, store: GradientStore) -> tuple[dict[str, Tensor], str]:
+        kept = observed(store, cls.sidecar())
+        if kept is None:
+            raise LograError(
+                f"curvature: {store.path} has no Fisher of the model's own predictions: run forward and backward of"
+                " training batches, with labels that the model predicts, inside `with run.observe_fisher():` first"
+            )
+        return kept
+
+    @classmethod
     def key(cls, store: GradientStore) -> str:
-        return xxhash.xxh3_128(f"{store.content_hash} {_kept(store)[1]['hash']}".encode()).hexdigest()
+        return xxhash.xxh3_128(f"{store.content_hash} {cls._kept(store)[1]}".encode()).hexdigest()
 
     @classmethod
     def found(cls, store: GradientStore, progress: Progress | None) -> Self:
-        sums, facts = _kept(store)
-        return cls(store.layers, len(store), {name: sums[name] / facts["gradients"] for name in store.layers})
+        sums, _ = cls._kept(store)
+        count = int(sums[_COUNT])
+        return cls(store.layers, len(store), {name: sums[name] / count for name in cls.columns(store.layers)})
 
-    def solver(self, layer: str, damping: Damping) -> Solver:
-        h = self.blocks[layer]
-        return CholeskySolver(layer, h, damping.value(layer, float(h.double().diagonal().mean())))
+    def solver(self, block: str, damping: Damping) -> Solver:
+        h = self.blocks[block]
+        return CholeskySolver(block, h, self.added(block, damping, h.diagonal()))

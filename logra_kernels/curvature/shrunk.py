@@ -5,6 +5,7 @@ blind to the others; the Kronecker product knows every direction but assumes a s
 remedy (Ledoit & Wolf 2004), with a structured target in place of the identity. Both come from the stored rows alone.
 """
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.fisher import RawFisher
 from logra_kernels.curvature.kronecker import Kronecker
-from logra_kernels.curvature.solver import CholeskySolver, KroneckerSolver, Solver, SpectralSolver
-from logra_kernels.curvature.statistics import Curvature, Progress
+from logra_kernels.curvature.solver import CholeskySolver, KroneckerSolver, SideBySide, Solver, SpectralSolver
+from logra_kernels.curvature.statistics import Curvature
+from logra_kernels.curvature.sums import Progress
 from logra_kernels.store import GradientStore
 
 ALPHA = 0.5
@@ -26,7 +28,7 @@ class PreconditionedSolver(Solver):
     With T = K^-1/2:  K + V V^T = T^-1 (I + T V (T V)^T) T^-T, and the middle is spectral with n known eigenvectors.
     """
 
-    def __init__(self, layer: str, outer: KroneckerSolver, columns: Tensor) -> None:
+    def __init__(self, layer: str, outer: Solver, columns: Tensor) -> None:
         self.width, self.damping = outer.width, outer.damping
         self._outer = outer
         self._span = torch.linalg.qr(columns).Q
@@ -49,7 +51,7 @@ class PreconditionedSolver(Solver):
 
 
 class Shrunk(Curvature):
-    """alpha F + (1 - alpha) L (x) R / trace(L), alpha = 1/2.
+    """alpha F + (1 - alpha) L (x) R / trace(L), alpha = 1/2. Where layers share a block, the second term is each one's.
 
     Attributes:
         fisher, kronecker: The two parts, each kept beside the store by itself.
@@ -64,16 +66,34 @@ class Shrunk(Curvature):
 
     @classmethod
     def found(cls, store: GradientStore, progress: Progress | None) -> Self:
-        return cls(RawFisher.of(store, progress), Kronecker.of(store))
+        return cls(RawFisher.joining(cls.together).of(store, progress), Kronecker.of(store))
 
-    def solver(self, layer: str, damping: Damping) -> Solver:
-        (u_out, u_in), values = self.kronecker.bases[layer], (1 - ALPHA) * self.kronecker.values[layer]
-        if layer in self.fisher.blocks:
-            left, right = (u_out * values.sum(1)) @ u_out.T, (u_in * values.sum(0)) @ u_in.T
-            total = values.sum().clamp_min(torch.finfo(torch.float64).tiny)
-            h = ALPHA * self.fisher.blocks[layer].double() + torch.kron(left, right) / total
-            return CholeskySolver(layer, h, damping.value(layer, float(h.diagonal().mean())))
-        rows = self.fisher.thin[layer].double() * (ALPHA / self.rows) ** 0.5
-        mean_eigenvalue = float(values.mean()) + float(rows.square().sum()) / rows.shape[1]
-        outer = KroneckerSolver(layer, u_out, u_in, values, damping.value(layer, mean_eigenvalue))
-        return PreconditionedSolver(layer, outer, rows.T)
+    @classmethod
+    def downdate(cls, before: GradientStore, after: GradientStore, gone: Sequence[int]) -> bool:
+        fisher = RawFisher.joining(cls.together).downdate(before, after, gone)
+        return Kronecker.downdate(before, after, gone) and fisher
+
+    def solver(self, block: str, damping: Damping) -> Solver:
+        targets = [
+            (layer, *self.kronecker.bases[layer], (1 - ALPHA) * self.kronecker.values[layer])
+            for layer in self.members[block]
+        ]
+        if block in self.fisher.blocks:
+            h = ALPHA * self.fisher.blocks[block].double() + torch.block_diag(*[_dense(*own[1:]) for own in targets])
+            return CholeskySolver(block, h, self.added(block, damping, h.diagonal()))
+        rows = self.fisher.thin[block].double() * (ALPHA / self.rows) ** 0.5
+        diagonal = torch.cat([_diagonal(*own[1:]) for own in targets]) + rows.square().sum(0)
+        added = self.added(block, damping, diagonal)
+        outer = SideBySide([KroneckerSolver(*own, added) for own in targets])
+        return PreconditionedSolver(block, outer, rows.T)
+
+
+def _dense(u_out: Tensor, u_in: Tensor, values: Tensor) -> Tensor:
+    """left (x) right of rank-one `values`, [d, d]."""
+    left, right = (u_out * values.sum(1)) @ u_out.T, (u_in * values.sum(0)) @ u_in.T
+    return torch.kron(left, right) / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _diagonal(u_out: Tensor, u_in: Tensor, values: Tensor) -> Tensor:
+    """Its diagonal, [d]."""
+    return (u_out.square() @ values @ u_in.square().T).flatten()

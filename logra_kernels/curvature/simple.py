@@ -7,36 +7,30 @@ from torch import Tensor
 
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.solver import Solver, SpectralSolver
-from logra_kernels.curvature.statistics import KeptCurvature, Progress, blocks_of
-from logra_kernels.store import GradientStore, sum_over_ranks
+from logra_kernels.curvature.statistics import Curvature
+from logra_kernels.curvature.summed import SummedCurvature
+from logra_kernels.curvature.sums import Progress, RowSums, SquareSums
+from logra_kernels.store import GradientStore
 
 
-class Identity(KeptCurvature):
+class Identity(Curvature):
     """H + lambda I := I: influence is the plain gradient dot product; damping has no effect."""
 
     kind = "identity"
 
     @classmethod
-    def measure(cls, store: GradientStore, progress: Progress | None) -> Self:
+    def found(cls, store: GradientStore, progress: Progress | None) -> Self:
         return cls(store.layers, len(store))
 
-    @classmethod
-    def restore(cls, store: GradientStore, tensors: dict[str, Tensor]) -> Self:
-        return cls(store.layers, len(store))
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def solver(self, layer: str, damping: Damping) -> Solver:
-        k_out, k_in = self.layers[layer]
-        return SpectralSolver(layer, None, torch.ones(k_out * k_in), 0.0)
+    def solver(self, block: str, damping: Damping) -> Solver:
+        return SpectralSolver(block, None, torch.ones(sum(self.widths(block))), 0.0)
 
 
-class Diagonal(KeptCurvature):
+class Diagonal(SummedCurvature):
     """H = diag(mean g^2).
 
     Attributes:
-        squares: Layer name -> mean over rows of g^2, [d] fp64.
+        squares: Block name -> mean over rows of g^2, [d] fp64.
     """
 
     kind = "diagonal"
@@ -46,21 +40,13 @@ class Diagonal(KeptCurvature):
         self.squares = squares
 
     @classmethod
-    def measure(cls, store: GradientStore, progress: Progress | None) -> Self:
-        squares = {name: torch.zeros(o * i, dtype=torch.float64) for name, (o, i) in store.layers.items()}
-        for layers in blocks_of(store, progress):
-            for name, rows in layers.items():
-                squares[name] += rows.double().square().sum(0) / len(store)
-        sum_over_ranks(store, squares.values())
-        return cls(store.layers, len(store), squares)
+    def empty(cls, store: GradientStore, rows: int | None = None) -> RowSums:
+        return SquareSums(cls.columns(store.layers))
 
     @classmethod
-    def restore(cls, store: GradientStore, tensors: dict[str, Tensor]) -> Self:
-        return cls(store.layers, len(store), tensors)
+    def of_sums(cls, store: GradientStore, sums: dict[str, Tensor], progress: Progress | None) -> Self:
+        return cls(store.layers, len(store), {name: total / len(store) for name, total in sums.items()})
 
-    def state(self) -> dict[str, Tensor]:
-        return self.squares
-
-    def solver(self, layer: str, damping: Damping) -> Solver:
-        values = self.squares[layer]
-        return SpectralSolver(layer, None, values, damping.value(layer, float(values.mean())))
+    def solver(self, block: str, damping: Damping) -> Solver:
+        values = self.squares[block]
+        return SpectralSolver(block, None, values, self.added(block, damping, values))

@@ -1,4 +1,4 @@
-"""One layer's (H + lambda I)^-1 and (H + lambda I)^-1/2, by the factorisation that suits H. Never an explicit inverse.
+"""One block's (H + lambda I)^-1 and (H + lambda I)^-1/2, by the factorisation that suits H. Never an explicit inverse.
 
     cholesky    H dense, [d, d]                          L L^T = H + lambda I
     spectral    H = U diag(s) U^T, r <= d columns in U
@@ -12,6 +12,7 @@ g^T (H + lambda I)^-1 g: where that bound is below `FP32_BOUND`, it is taken for
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -161,6 +162,20 @@ class KroneckerSolver(Solver):
     def quadratic(self, rows: Tensor) -> Tensor:
         turned = self._u_out.T @ rows.unflatten(1, self._values.shape) @ self._u_in
         return (turned.square() / (self._values + self.damping)).sum((1, 2))
+
+
+class SideBySide(Solver):
+    """Solvers of equal damping that share a block: its diagonal blocks, in the order of its columns."""
+
+    def __init__(self, solvers: Sequence[Solver]) -> None:
+        self._solvers = list(solvers)
+        self._widths = [solver.width for solver in solvers]
+        self.width, self.damping = sum(self._widths), solvers[0].damping
+
+    def power(self, rows: Tensor, exponent: float) -> Tensor:
+        parts = rows.split(self._widths, dim=1)
+        own = [solver.power(part, exponent) for solver, part in zip(self._solvers, parts, strict=True)]
+        return own[0] if len(own) == 1 else torch.cat(own, dim=1)
 
 
 def check_positive(layer: str, values: Tensor, damping: float, complete: bool) -> None:

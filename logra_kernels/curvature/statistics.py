@@ -1,26 +1,31 @@
 """What a curvature knows of the stored rows, layer by layer, gathered in streaming passes and kept beside the store."""
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
 
+import xxhash
 from torch import Tensor
 
+from logra_kernels.curvature.blocks import Columns, Groups, columns_of, members_of
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.factor import Factor
 from logra_kernels.curvature.solver import Solver
+from logra_kernels.curvature.sums import Progress
 from logra_kernels.errors import LograError
 from logra_kernels.store import GradientStore, spread_of
-
-Progress = Callable[[int], None]
 
 
 class Curvature(ABC):
     """Block-diagonal curvature of a store's rows. Made by `of`; `factorize` makes it ready to solve with.
 
     Attributes:
-        kind: Its name in `CURVATURES`.
+        kind: Its name in `CURVATURES`; with a hash of `together` where layers share blocks.
+        together: The layers that share a block, as `joining` was given them.
+        joins: Whether layers can share a block.
         layers: Layer name -> (k_out, k_in), in the order of the rows' columns.
+        members: Block name -> its layers; a layer by itself is a block of its own name.
         rows: How many rows it was taken over.
         spread: See `Damping.whole`; of the layers whose projection was learned.
         hash: Of everything it was computed from.
@@ -28,9 +33,12 @@ class Curvature(ABC):
     """
 
     kind: str
+    together: ClassVar[Groups] = ()
+    joins: ClassVar[bool] = True
 
     def __init__(self, layers: dict[str, tuple[int, int]], rows: int) -> None:
         self.layers = layers
+        self.members = members_of(list(layers), self.together)
         self.rows = rows
         self.spread: dict[str, float] = {}
         self.hash = ""
@@ -55,6 +63,37 @@ class Curvature(ABC):
         return found
 
     @classmethod
+    def joining(cls, groups: Groups) -> type[Self]:
+        """This curvature with one block for each group of layers, to be given to `Run(curvature=...)`.
+
+        Args:
+            groups: {name: [glob patterns on layer names]}, or a list of patterns that are their blocks' names. Layers
+                of no group stay blocks by themselves.
+
+        Raises:
+            ValueError: The kind is a Kronecker product of one layer's sides.
+        """
+        if not groups:
+            return cls
+        if not cls.joins:
+            raise ValueError(
+                f"curvature: {cls.kind!r} is a Kronecker product of one layer's sides, so layers cannot share a block;"
+                " use identity, raw, raw-fp64, diagonal, shrunk, lowrank or fisher"
+            )
+        facts = dict(groups) if isinstance(groups, Mapping) else list(groups)
+        tag = xxhash.xxh3_64(json.dumps(facts).encode()).hexdigest()
+        return type(cls.__name__, (cls,), {"together": groups, "kind": f"{cls.kind}-{tag}"})
+
+    @classmethod
+    def columns(cls, layers: Mapping[str, tuple[int, int]]) -> dict[str, Columns]:
+        """Block name -> its columns of rows that hold these layers, name -> (k_out, k_in).
+
+        Raises:
+            ValueError: The groups do not fit the layers.
+        """
+        return columns_of(layers, members_of(list(layers), cls.together))
+
+    @classmethod
     def key(cls, store: GradientStore) -> str:
         """Hash (hex) of everything it is computed from."""
         return store.content_hash
@@ -65,8 +104,34 @@ class Curvature(ABC):
         """What `of` gives, of a store that has rows."""
 
     @abstractmethod
-    def solver(self, layer: str, damping: Damping) -> Solver:
-        """One layer's solver."""
+    def solver(self, block: str, damping: Damping) -> Solver:
+        """One block's solver."""
+
+    def widths(self, block: str) -> list[int]:
+        """How many columns each of a block's layers has."""
+        return [k_out * k_in for k_out, k_in in (self.layers[name] for name in self.members[block])]
+
+    def added(self, block: str, damping: Damping, diagonal: Tensor) -> float:
+        """lambda of a block with this diagonal, [d]: the mean over its columns of what each layer's own would be.
+
+        Raises:
+            LograError: All gradients of a layer are zero.
+        """
+        widths = self.widths(block)
+        parts = diagonal.double().split(widths)
+        own = [damping.value(layer, float(part.mean())) for layer, part in zip(self.members[block], parts, strict=True)]
+        return sum(value * width for value, width in zip(own, widths, strict=True)) / sum(widths)
+
+    @classmethod
+    def downdate(cls, before: GradientStore, after: GradientStore, gone: Sequence[int]) -> bool:
+        """Take deleted rows out of what is kept; whether it was possible. If not, the next use computes it anew.
+
+        Args:
+            before: The store as it was, opened for reading.
+            after: The store without the rows.
+            gone: Their numbers in `before`, ascending.
+        """
+        return False
 
     def factorize(self, damping: float | Damping | None = None, *, exact: bool = False) -> Factor:
         """H + lambda I of every layer, ready to be solved with.
@@ -79,10 +144,10 @@ class Curvature(ABC):
             LograError: A layer's gradients are all zero, or H + lambda I is singular, or the damping is negative.
         """
         chosen = Damping.of(damping, self.spread)
-        solvers = {layer: self.solver(layer, chosen) for layer in self.layers}
+        solvers = {block: self.solver(block, chosen) for block in self.members}
         for solver in solvers.values():
             solver.settle(exact)
-        return Factor(solvers, self.hash, self.content)
+        return Factor(solvers, columns_of(self.layers, self.members), f"{self.kind} {self.hash}", self.content)
 
 
 class KeptCurvature(Curvature):
@@ -115,10 +180,9 @@ class KeptCurvature(Curvature):
         """What is worth keeping beside the store; nothing where there is nothing to compute."""
 
 
-def blocks_of(store: GradientStore, progress: Progress | None):
-    """(row block of one layer by name) over the whole store, telling progress after each block."""
-    slices = store.slices
+def blocks_of(store: GradientStore, columns: Mapping[str, Columns], progress: Progress | None):
+    """(row block of one curvature block by name) over the whole store, telling progress after each row block."""
     for _, rows in store.blocks():
-        yield {name: rows[:, part] for name, part in slices.items()}
+        yield {name: rows[:, part] for name, part in columns.items()}
         if progress is not None:
             progress(len(rows))

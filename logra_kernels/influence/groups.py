@@ -4,18 +4,16 @@ S[q,z] = sum over layers l of (H^-1 g_q)_l . g_z,l
 """
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
-from logra_kernels.curvature import Factor
+from logra_kernels.curvature import Factor, Groups, matching
 from logra_kernels.influence.score import adjustment, block_bytes, check_solved
 from logra_kernels.influence.statistics import check_mask
 from logra_kernels.ops import score_block
 from logra_kernels.store import GradientStore, sum_over_ranks
 
-Groups = Mapping[str, Sequence[str]] | Sequence[str]
 REST = "other layers"
 
 
@@ -32,23 +30,9 @@ def layer_groups(layers: Sequence[str], groups: Groups | None) -> dict[str, list
     """
     if groups is None:
         return {name: [name] for name in layers}
-    if isinstance(groups, str):
-        raise ValueError(f"groups: {groups!r} is one string; give a list of patterns, or names with lists of patterns")
-    named = groups if isinstance(groups, Mapping) else {pattern: [pattern] for pattern in groups}
-    owner: dict[str, str] = {}
-    for group, patterns in named.items():
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            matched = [name for name in layers if fnmatchcase(name, pattern)]
-            if not matched:
-                some = ", ".join(list(layers)[:8])
-                raise ValueError(
-                    f"groups: {pattern!r} of {group!r} matches none of the {len(layers)} layers ({some}, ...)"
-                )
-            for name in matched:
-                if owner.setdefault(name, group) != group:
-                    raise ValueError(f"groups: layer {name!r} is in {owner[name]!r} and in {group!r}; let it be in one")
-    found = {group: [name for name in layers if owner.get(name) == group] for group in named}
-    rest = [name for name in layers if name not in owner]
+    found = matching(layers, groups)
+    owned = {name for names in found.values() for name in names}
+    rest = [name for name in layers if name not in owned]
     return {**found, REST: rest} if rest else found
 
 

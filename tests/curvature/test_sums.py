@@ -6,7 +6,7 @@ from session.models import N, ask, log_all, loss_of, make_data, make_model
 
 import logra_kernels as lk
 from logra_kernels.curvature import CURVATURES, GramSums, RawFisher, RawFisher64
-from logra_kernels.curvature.gram import PANEL
+from logra_kernels.curvature.sums import PANEL
 from logra_kernels.store import GradientStore
 
 LAYERS = {"a": (3, 4), "b": (2, 5)}
@@ -63,6 +63,41 @@ def test_appended_rows_are_added_to_the_same_bits_as_a_pass_over_all(tmp_path, d
     assert not again
 
 
+@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "shrunk", "corrected-kronecker"])
+def test_what_is_a_sum_over_rows_goes_on_from_what_is_kept(tmp_path, kind, monkeypatch):
+    rows, queries = make_rows(), torch.randn(3, 22)
+    store = write(tmp_path / "s", rows[:310])
+    CURVATURES[kind].of(store)
+    store = write(tmp_path / "s", rows[310:], mode="append", first=310)
+    passes = watch_passes(monkeypatch)
+    grown = CURVATURES[kind].of(store).factorize().solve(queries)
+    assert len(passes) == (kind == "corrected-kronecker"), "eigenvalues in the new basis, and nothing else"
+    gone = [3, 77, 300, 540]
+    with GradientStore.open(store.path, mode="append") as writer:
+        writer.delete([f"r{i}" for i in gone])
+    smaller = GradientStore.open(store.path)
+    for each in CURVATURES.values():
+        each.downdate(store, smaller, gone)
+    del passes[:]
+    downdated = CURVATURES[kind].of(smaller).factorize().solve(queries)
+    assert len(passes) == (kind == "corrected-kronecker")
+    monkeypatch.undo()
+    for got, name, left in (
+        (grown, "all", rows),
+        (downdated, "left", rows[[i for i in range(COUNT) if i not in gone]]),
+    ):
+        fresh = CURVATURES[kind].of(write(tmp_path / name, left)).factorize().solve(queries)
+        torch.testing.assert_close(got, fresh, rtol=1e-5, atol=1e-5 * fresh.abs().max().item())
+
+
+def watch_passes(monkeypatch) -> list[int]:
+    """A list that gets an entry for every pass over a whole store."""
+    passes: list[int] = []
+    blocks = GradientStore.blocks
+    monkeypatch.setattr(GradientStore, "blocks", lambda self: passes.append(len(self)) or blocks(self))
+    return passes
+
+
 def test_other_rows_of_the_same_number_start_anew(tmp_path):
     rows = make_rows()
     kept = RawFisher.of(write(tmp_path / "one", rows)).blocks
@@ -85,21 +120,21 @@ def test_sums_in_fp64(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_summed_while_logging_it_is_the_pass_over_the_store(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr("logra_kernels.curvature.gram.PANEL", 8)
+    monkeypatch.setattr("logra_kernels.curvature.sums.PANEL", 8)
     monkeypatch.setattr(GradientStore, "blocks", lambda self: pytest.fail("a pass over the store"))
     options = {"projection": lk.Projection(rank=3), "dtype": dtype, "curvature": "raw", "fisher_while_logging": True}
     with lk.Run(tmp_path / "s", make_model(), **options) as run:
         log_all(run)
         found = RawFisher.of(run.commit()).blocks
     monkeypatch.undo()
-    monkeypatch.setattr("logra_kernels.curvature.gram.PANEL", 8)
+    monkeypatch.setattr("logra_kernels.curvature.sums.PANEL", 8)
     for file in (run.store.path / "sidecars").iterdir():
         file.unlink()
     assert_same_bits(found, RawFisher.of(GradientStore.open(run.store.path)).blocks)
 
 
 def test_a_resumed_logging_ends_in_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr("logra_kernels.curvature.gram.PANEL", 8)
+    monkeypatch.setattr("logra_kernels.curvature.sums.PANEL", 8)
     options = {"projection": lk.Projection(rank=3), "fisher_while_logging": True}
     with lk.Run(tmp_path / "s", make_model(), **options) as run:
         log_all(run, list(range(11)))
@@ -113,7 +148,7 @@ def test_a_resumed_logging_ends_in_the_same_bits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [*CURVATURES])
 def test_deleted_rows_leave_no_trace(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr("logra_kernels.curvature.gram.PANEL", 4)
+    monkeypatch.setattr("logra_kernels.curvature.sums.PANEL", 4)
     x, target = make_data()
 
     def watch(run):
