@@ -12,14 +12,21 @@ using namespace lgk;
 void bind_store(py::module_& m) {
   m.def(
       "populate",
-      [](Address address, int64_t bytes, bool again, int n_threads) {
+      [](Address address, int64_t bytes, int n_threads) {
         check_sizes("populate", {bytes});
         check_threads("populate", n_threads);
         py::gil_scoped_release unlocked;
-        return store::populate(reinterpret_cast<const void*>(address), bytes, again, n_threads);
+        return store::populate(reinterpret_cast<const void*>(address), bytes, n_threads);
       },
-      py::arg("address"), py::arg("bytes"), py::arg("again"), py::arg("n_threads"),
+      py::arg("address"), py::arg("bytes"), py::arg("n_threads"),
       "Wait until a mapped range is in memory; 0, or the errno of a failed read.");
+  m.def(
+      "resident",
+      [](Address address, int64_t bytes) {
+        check_sizes("resident", {bytes});
+        return store::resident(reinterpret_cast<const void*>(address), bytes);
+      },
+      py::arg("address"), py::arg("bytes"), "Whether a sample of a mapped range is in memory.");
   m.def(
       "let_go",
       [](Address address, int64_t bytes) {

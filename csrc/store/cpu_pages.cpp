@@ -45,18 +45,6 @@ int advise(uintptr_t start, size_t bytes, int advice) {
   return result == 0 ? 0 : errno;
 }
 
-// Whether a sample of the pages, spread evenly, is in the page cache.
-bool resident(const Pages& pages) {
-  constexpr size_t kSample = 64;
-  const size_t count = pages.bytes / pages.page;
-  for (size_t i = 0; i < kSample; ++i) {
-    unsigned char in_memory = 0;
-    const uintptr_t at = pages.start + count * i / kSample * pages.page;
-    if (mincore(reinterpret_cast<void*>(at), pages.page, &in_memory) != 0 || !(in_memory & 1)) return false;
-  }
-  return true;
-}
-
 int populate_piece(uintptr_t start, size_t bytes, uintptr_t page) {
   const int error = advise(start, bytes, MADV_POPULATE_READ);
   if (error != 0 && error != EINVAL) return error == EFAULT ? EIO : error;
@@ -70,9 +58,9 @@ int populate_piece(uintptr_t start, size_t bytes, uintptr_t page) {
 
 }  // namespace
 
-int populate(const void* address, int64_t bytes, bool again, int n_threads) {
+int populate(const void* address, int64_t bytes, int n_threads) {
   const Pages pages = pages_of(address, bytes, false);
-  if (pages.bytes == 0 || (again && resident(pages))) return 0;
+  if (pages.bytes == 0) return 0;
 #ifdef MADV_HUGEPAGE
   advise(pages.start, pages.bytes, MADV_HUGEPAGE);  // refused where there are none
 #endif
@@ -94,6 +82,18 @@ int populate(const void* address, int64_t bytes, bool again, int n_threads) {
   work();
   for (std::thread& other : others) other.join();
   return failed;
+}
+
+bool resident(const void* address, int64_t bytes) {
+  constexpr size_t kSample = 64;
+  const Pages pages = pages_of(address, bytes, false);
+  const size_t count = pages.bytes / pages.page;
+  for (size_t i = 0; i < std::min(kSample, count); ++i) {
+    unsigned char in_memory = 0;
+    const uintptr_t at = pages.start + count * i / kSample * pages.page;
+    if (mincore(reinterpret_cast<void*>(at), pages.page, &in_memory) != 0 || !(in_memory & 1)) return false;
+  }
+  return true;
 }
 
 void let_go(const void* address, int64_t bytes) {

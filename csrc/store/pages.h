@@ -5,10 +5,12 @@
 namespace lgk::store {
 
 // Returns once [address, address + bytes) is in memory and in the page table, in huge pages where the kernel has them.
-// `again`: this was done before, and is done once more only if a sample of the pages has left memory since.
 // The disk is read by several threads at once: one alone waits for each huge page before it asks for the next but one.
 // 0, or the errno of a disk that cannot be read (without this call, touching the page would end the process).
-int populate(const void* address, int64_t bytes, bool again, int n_threads);
+int populate(const void* address, int64_t bytes, int n_threads);
+
+// Whether a sample of the range's pages, spread evenly, is in the page cache.
+bool resident(const void* address, int64_t bytes);
 
 // Takes whole pages out of the page table. What was written to a private mapping is lost.
 void let_go(const void* address, int64_t bytes);

@@ -50,19 +50,22 @@ def gather(parts: Sequence[np.ndarray], out: np.ndarray) -> int:
     return count
 
 
-def populate(pages: np.ndarray, again: bool) -> None:
+def populate(pages: np.ndarray) -> None:
     """Return once a mapped file's bytes are in memory and in the page table, in huge pages where there are any.
-
-    Args:
-        again: It was done before: only a sample is looked at, unless some of it has left memory since.
 
     Raises:
         OSError: The disk cannot read them.
     """
     library = _library()
-    error = library.populate(pages.ctypes.data, len(pages), again, READERS) if library is not None else 0
+    error = library.populate(pages.ctypes.data, len(pages), READERS) if library is not None else 0
     if error:
         raise OSError(error, os.strerror(error))
+
+
+def resident(pages: np.ndarray) -> bool:
+    """Whether a sample of a mapped file's bytes is in memory; taken for granted where nobody can tell."""
+    library = _library()
+    return library is None or library.resident(pages.ctypes.data, len(pages))
 
 
 def let_go(pages: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import from_parquet, to_parquet
 from logra_kernels.store.durable import Temporary, begin_file, digest, sealed_checksum
 from logra_kernels.store.format import File, Manifest, Shard, shard_names
-from logra_kernels.store.native import let_go, populate
+from logra_kernels.store.native import let_go, populate, resident
 from logra_kernels.store.tensorfile import CHECKSUM_AT, Spec, as_bytes, header, map_file, view
 from logra_kernels.store.writing.disk import Disk, begin_sealed
 
@@ -135,16 +135,23 @@ class MappedShard:
         return len(self._pages)
 
     def bring_in(self) -> None:
-        """Read the file into memory.
+        """Read the file into memory, unless it was and is there.
 
         Raises:
             StoreError: The disk cannot read it.
         """
+        if self._brought and resident(self._pages):
+            return
         try:
-            populate(self._pages, self._brought)
+            populate(self._pages)
         except OSError as error:
             raise StoreError(f"{self._path} cannot be read: {error.strerror}; check the disk") from None
         self._brought = True
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether it was verified and is in memory."""
+        return self._verified and self._brought and resident(self._pages)
 
     def verify(self) -> None:
         """Hash the file once.

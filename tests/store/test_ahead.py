@@ -11,7 +11,7 @@ import torch
 from store.samples import DIM, rows_of, write
 
 from logra_kernels.errors import StoreError
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, shard
 from logra_kernels.store.reading import ahead, memory
 from logra_kernels.store.shard import MappedShard
 
@@ -110,3 +110,16 @@ def test_a_control_group_counts(tmp_path, monkeypatch, version):
     monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "self")
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert memory.memory_limit() == 12345678
+
+
+def test_shards_at_hand_need_no_thread(tmp_path, monkeypatch):
+    store = GradientStore.open(write(tmp_path / "s", COUNT))
+    queries, started = rows_of(3, seed=1), []
+    first = store.topk(queries, 5)
+    real = ahead.Lane
+    monkeypatch.setattr(ahead, "Lane", lambda name: started.append(name) or real(name))
+    assert all(map(torch.equal, store.topk(queries, 5), first))
+    assert started == []
+    monkeypatch.setattr(shard, "resident", lambda _: False)  # as if other programs had taken the memory
+    assert all(map(torch.equal, store.topk(queries, 5), first))
+    assert started == ["logra-store-read", "logra-store-hash"]

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -31,7 +32,8 @@ def held_bytes(nbytes: int, largest_shard: int) -> int:
 def loaded(shards: Iterable[MappedShard], give_back: bool) -> Iterator[MappedShard]:
     """The shards in order, each in memory and verified.
 
-    Two threads work ahead of the caller: one brings shards in, one hashes them.
+    Two threads work ahead of the caller: one brings shards in, one hashes them. A shard that is at hand needs neither:
+    beside a kernel that has all cores, each would get its turn milliseconds late.
 
     Args:
         give_back: Whether a shard's memory, the page cache's too, is given back once the caller has moved on.
@@ -41,10 +43,16 @@ def loaded(shards: Iterable[MappedShard], give_back: bool) -> Iterator[MappedSha
     """
     waiting: deque[_Waiting] = deque()
     ahead = 0 if give_back else AHEAD_BYTES
-    with Lane("logra-store-read") as read, Lane("logra-store-hash") as verify:
+    with ExitStack() as lanes:
+        read = verify = None
         try:
             nbytes = 0
             for shard in shards:
+                if not waiting and shard.at_hand:
+                    yield shard
+                    continue
+                if read is None or verify is None:
+                    read, verify = (lanes.enter_context(Lane(f"logra-store-{job}")) for job in ("read", "hash"))
                 brought = read.submit(shard.bring_in)
                 waiting.append(_Waiting(shard, brought, verify.submit(partial(_verify, shard, brought))))
                 nbytes += shard.nbytes
