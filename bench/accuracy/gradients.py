@@ -26,15 +26,24 @@ class Case:
         self.setting, self.data, self.index = setting, data, index
         self.model = ensemble.module(weights, index)
         self._kept: dict[Any, Any] = {}
+        self._last: tuple[Any, Any] | None = None
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
 
+    def last(self, key: Any, make: Callable[[], Any]) -> Any:
+        """As `once`, of which only the last is kept."""
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            self._last = key, make()
+        return self._last[1]
+
     def forget(self) -> None:
         """Drop what was computed for earlier methods."""
         self._kept.clear()
+        self._last = None
 
     @cached_property
     def sides(self) -> dict[str, tuple[Outer, Outer]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import logra_kernels as lk
 from logra_kernels.influence import row_mask
+from logra_kernels.run import Query
 
 from .gradients import Case
 
@@ -46,18 +47,23 @@ class Session:
         return "/".join(parts + [part for part in (self.mode, self.rows) if part not in ("dot", "all")])
 
     def __call__(self, case: Case) -> Tensor:
+        made = (self.curvature, self.projection, self.k, self.damping, self.observed)
+        run, query = case.last(made, lambda: self._asked(case))  # several sessions ask it in turn
+        kept = None
+        if self.rows != "all":
+            what, quantile = self.rows.split("<")
+            statistics = run.statistics()
+            value = statistics.l2 if what == "l2" else statistics.l2_over_l1
+            kept = row_mask(value, quantile=float(quantile))
+        return run.scores(query, self.mode, rows=kept).nan_to_num(0.0)
+
+    def _asked(self, case: Case) -> tuple[lk.Run, Query]:
         store = case.once(("store", self.projection, self.k, self.observed), lambda: self._log(case))
         options = {} if self.curvature == "default" else {"curvature": self.curvature}
-        with lk.Run(Path(store.name) / "store", case.model, damping=self._damping(), **options) as run:
-            with run.query([f"q{i}" for i in range(len(case.data.query_x))]) as query:
-                _backward(case, case.data.query_x, case.data.query_y)
-            kept = None
-            if self.rows != "all":
-                what, quantile = self.rows.split("<")
-                statistics = run.statistics()
-                value = statistics.l2 if what == "l2" else statistics.l2_over_l1
-                kept = row_mask(value, quantile=float(quantile))
-            return run.scores(query, self.mode, rows=kept).nan_to_num(0.0)
+        run = lk.Run(Path(store.name) / "store", case.model, damping=self._damping(), **options)
+        with run, run.query([f"q{i}" for i in range(len(case.data.query_x))]) as query:
+            _backward(case, case.data.query_x, case.data.query_y)
+        return run, query
 
     def _damping(self) -> lk.Damping | None:
         if self.damping == "default":

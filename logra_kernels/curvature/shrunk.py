@@ -31,12 +31,11 @@ class PreconditionedSolver(Solver):
     def __init__(self, layer: str, outer: Solver, columns: Tensor) -> None:
         self.width, self.damping = outer.width, outer.damping
         self._outer = outer
-        self._span = torch.linalg.qr(columns).Q
         rows = outer.power(columns.T, -0.5)
         values, left = torch.linalg.eigh(rows @ rows.T)
         kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
         vectors = rows.T @ (left[:, kept] / values[kept].sqrt())
-        self._inner = SpectralSolver(layer, vectors, values[kept], 1.0)
+        self._inner = SpectralSolver(layer, vectors, values[kept], 1.0, spanning=True)
 
     def power(self, rows: Tensor, exponent: float) -> Tensor:
         inside = self._inner.power(self._outer.power(rows, -0.5), exponent)
@@ -44,7 +43,8 @@ class PreconditionedSolver(Solver):
         return inside if exponent == -0.5 else self._outer.power(inside, -0.5)
 
     def toward_stored(self, rows: Tensor) -> Tensor:
-        return (self.power(rows, -1) @ self._span) @ self._span.T
+        # products with T^-T V are all that a stored row sees of the middle
+        return self._outer.power(self._inner.toward_stored(self._outer.power(rows, -0.5)), -0.5)
 
     def quadratic(self, rows: Tensor) -> Tensor:
         return self._inner.quadratic(self._outer.power(rows, -0.5))
