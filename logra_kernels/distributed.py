@@ -1,17 +1,20 @@
 """DistributedRun: one run of several processes, as torchrun starts them. No collective in the loop."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
-from logra_kernels.curvature import CURVATURES, Curvature
+from logra_kernels.curvature import COVARIANCES, keep_observed, observed
 from logra_kernels.errors import LograError
 from logra_kernels.run import Progress, Run
-from logra_kernels.store import GradientStore, Share, merge
-
-OBSERVED = ("kfac", "ekfac", "fisher")
+from logra_kernels.session import SharedObservation
+from logra_kernels.store import GradientStore, Share, merge, projection_of, sum_over_ranks
 
 
 class DistributedRun(Run):
@@ -30,25 +33,30 @@ class DistributedRun(Run):
     curvature, self-influence and scores, and sums or top-k lists are joined once at the end. What is left is a plain
     store, that a `Run` in one process opens as well.
 
+    Every rank observes batches of its own. A projection is learned from all of them, by the ranks together as each
+    comes to its first row; what they observe for curvature is added up by `finalize`.
+
     Args:
         path, model, options: As `Run`'s, the same on every rank.
 
     Raises:
-        ValueError: A curvature that comes from observed batches, which are not summed over ranks.
         LograError: There is no process group, or the store is finished already: open it with `Run`.
     """
+
+    _observes = SharedObservation
 
     def __init__(self, path: str | os.PathLike, model: nn.Module, **options) -> None:
         if not dist.is_initialized():
             raise LograError("DistributedRun: there is no process group; call torch.distributed.init_process_group")
-        kind: str | type[Curvature] = options.get("curvature", "shrunk")
-        if (kind if isinstance(kind, str) else kind.kind) in OBSERVED:
-            some = ", ".join(name for name in CURVATURES if name not in OBSERVED)
-            raise ValueError(f"DistributedRun: curvature {kind!r} is not summed over ranks; use one of {some}")
         self.whole = os.fspath(path).rstrip("/")
         if GradientStore.exists(self.whole):
             raise LograError(f"DistributedRun: the store {self.whole} is finished; open it with Run")
-        super().__init__(f"{self.whole}.rank{dist.get_rank()}", model, **options)
+        mine = f"{self.whole}.rank{dist.get_rank()}"
+        begun: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(begun, mine if GradientStore.exists(mine) else None)
+        if mine not in begun and any(begun):  # a run that was killed before this rank's first row goes on
+            options["projection"] = projection_of(GradientStore.open(next(path for path in begun if path)))
+        super().__init__(mine, model, **options)
 
     def finalize(self, progress: Progress | None = None) -> None:
         """Commit every rank's rows and merge them, then curvature and self-influence as `Run.finalize`; on all ranks.
@@ -57,6 +65,7 @@ class DistributedRun(Run):
             LograError: A rank has no rows, or merging failed on rank 0.
         """
         if self.path != self.whole:
+            self._observation.decide()  # where the others, who have rows, have been
             self._merge()
         super().finalize(progress)
 
@@ -77,9 +86,44 @@ class DistributedRun(Run):
             raise LograError(f"DistributedRun: the ranks' stores cannot be merged: {failed[0]}")
         self.path = self.whole
         self._store = Share(Path(self.whole))
+        for name in (COVARIANCES, self._fisher.model.sidecar()):
+            _add_up(self._store, name, mine)
         self._forget()
 
+    @contextmanager
+    def observe(self, *args: Any, **options: Any) -> Iterator[None]:
+        """As `Run.observe`, this rank's own batches; before `finalize`."""
+        self._refuse_merged("observe more of")
+        with super().observe(*args, **options):
+            yield
+
+    @contextmanager
+    def observe_fisher(self, *args: Any, **options: Any) -> Iterator[None]:
+        """As `Run.observe_fisher`, this rank's own batches; before `finalize`."""
+        self._refuse_merged("observe more of")
+        with super().observe_fisher(*args, **options):
+            yield
+
     def _writer(self) -> GradientStore:
-        if self.path == self.whole:
-            raise LograError(f"DistributedRun: the rows are merged; log more into {self.whole} with Run")
+        self._refuse_merged("log more into")
         return super()._writer()
+
+    def _refuse_merged(self, what: str) -> None:
+        if self.path == self.whole:
+            raise LograError(f"DistributedRun: the rows are merged; {what} {self.whole} with Run")
+
+
+def _add_up(store: Share, name: str, mine: GradientStore | None) -> None:
+    """Keep beside the merged store the sum of what was observed beside each rank's; a rank without adds nothing."""
+    kept = None if mine is None else observed(mine, name)
+    own = {} if kept is None else kept[0]
+    entries: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(entries, {entry: (tensor.shape, tensor.dtype) for entry, tensor in own.items()})
+    wanted = {entry: what for each in entries for entry, what in each.items()}
+    sums = {
+        entry: own[entry].clone() if entry in own else torch.zeros(shape, dtype=dtype)
+        for entry, (shape, dtype) in sorted(wanted.items())
+    }
+    if sums:
+        sum_over_ranks(store, sums.values())
+        keep_observed(store, name, sums)

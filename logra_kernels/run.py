@@ -62,6 +62,8 @@ class Run(Analysis):
         StoreMismatch: The store was made with other weights, layers, projection, dtype or facts.
     """
 
+    _observes: type[Observation] = Observation
+
     def __init__(
         self,
         path: str | os.PathLike,
@@ -130,7 +132,7 @@ class Run(Analysis):
             self._check(self._store, projection)
         self._kind.columns(self.taps.layers)  # refuses blocks that do not fit
         self._fisher = FisherSums(fisher_while_logging, self._kind, statistics_device is not None)
-        self._observation = Observation(self.taps, projection, decided=self._store is not None)
+        self._observation = self._observes(self.taps, projection, decided=self._store is not None)
         self._curvature: Curvature | None = None
         self._factors: dict[float | Damping | None, Factor] = {}
         self._row_statistics: dict[float | Damping | None, dict[str, Tensor]] = {}

@@ -143,3 +143,19 @@ def test_a_wide_layer_is_observed_by_its_sketch():
     p = spectra["0", "in"].factor.double()
     exact = torch.linalg.eigvalsh(flat @ flat.T).flip(0)[:4].sum()
     assert float((flat @ p.T).square().sum()) >= 0.99 * float(exact)
+
+
+@pytest.mark.parametrize("dim", [96, 1500])
+def test_moments_of_two_processes_joined_are_that_of_all_rows(dim):
+    rows = torch.randn(400, 12) @ torch.randn(12, dim) + 0.05 * torch.randn(400, dim)
+    first, second = (moment(dim, 8, CPU, torch.float32) for _ in range(2))
+    assert isinstance(first, SketchedMoment) == (dim > 1024)
+    first.add(rows[:250])
+    second.add(rows[250:])
+    first.join([part.clone() for part in second.parts])
+    assert first.trace() == pytest.approx(float(rows.double().square().sum()), rel=1e-5)
+    vectors, values = first.leading(8)
+    exact = torch.linalg.svdvals(rows.double())[:8].square()
+    torch.testing.assert_close(values, exact, rtol=1e-3, atol=0)
+    kept = (rows.double() @ vectors.double().T).square().sum()
+    assert float(kept / exact.sum()) >= 0.999

@@ -28,12 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gradients.add_argument("--rank", type=int, default=64, help="k_in and k_out of every layer (default 64)")
     gradients.add_argument(
         "--projection",
-        default="pca",
         metavar="KIND",
-        help="pca (default), learned from a sample of the rows first, or at random: orthonormal, gaussian, rademacher,"
-        " kaiming, mask, sjlt; or two with a comma between, of a layer's input and output",
+        help="pca (default), learned from a sample of the rows first, or at random: orthonormal (default with"
+        " --observe 0), gaussian, rademacher, kaiming, mask, sjlt; or two with a comma between, of a layer's input and"
+        " output",
     )
-    gradients.add_argument("--observe", type=int, default=512, metavar="N", help="rows of the sample (default 512)")
+    gradients.add_argument(
+        "--observe", type=int, default=256, metavar="N", help="rows of the sample (default 256); 0 looks at none"
+    )
     gradients.add_argument("--seed", type=int, default=0, help="of the projection and the sample (default 0)")
     session.add_curvature_argument(gradients)
     gradients.add_argument("--include", nargs="+", action="extend", metavar="GLOB", help='layers, such as "*.mlp.*"')
@@ -63,10 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Log, finalize, print a summary; 130 after Ctrl-C."""
-    for name in ("batch_size", "limit", "observe", "rows_per_shard"):
+    for name, least in (("batch_size", 1), ("limit", 1), ("observe", 0), ("rows_per_shard", 1)):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    args.projection = args.projection or ("pca" if args.observe else "orthonormal")
+    asking = [what for what in (args.projection, args.curvature) if {*what.split(",")} & {"pca", "kfac", "ekfac"}]
+    if asking and not args.observe:
+        raise ValueError(f"--observe 0 leaves {' and '.join(asking)} nothing to learn from; observe some rows")
     device = session.device(args.device)
 
     from logra_kernels.integrations import causal_lm, text_data
@@ -129,11 +135,28 @@ def _observe(
     with session.progress_bar(len(sample), 0, "observe") as bar:
         for start in range(0, len(sample), args.batch_size):
             batch = sample[start : start + args.batch_size]
+            bar.update(len(batch))
+            if args.nonfinite == "skip":
+                batch = _finite(batch, model, tokenizer, longest)
+            if not batch:
+                continue
             ids = [row.id for row in batch]
             encoded = causal_lm.encode(tokenizer, [row.text for row in batch], max_length=longest, ids=ids).to(device)
             with logging.observe(weights=encoded.attention_mask):
                 causal_lm.loss_sum(model, encoded).backward()
-            bar.update(len(batch))
+
+
+def _finite(batch: list[TextRow], model: nn.Module, tokenizer: Any, longest: int) -> list[TextRow]:
+    """The rows whose loss is neither NaN nor infinite; the others will not be logged either."""
+    import torch
+
+    from logra_kernels.integrations import causal_lm
+
+    device = next(model.parameters()).device
+    encoded = causal_lm.encode(tokenizer, [row.text for row in batch], max_length=longest, ids=[r.id for r in batch])
+    with torch.no_grad():
+        nll, _ = causal_lm.losses(model, encoded.to(device), nonfinite="keep")
+    return [row for row, finite in zip(batch, nll.isfinite().tolist(), strict=True) if finite]
 
 
 def _log(

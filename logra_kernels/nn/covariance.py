@@ -173,8 +173,16 @@ class Covariances:
         Raises:
             LograError: As `layers`.
         """
+        return {key: SideSpectrum.of(side, min(self.rank, side.dim)) for key, side in self.whole_sides().items()}
+
+    def whole_sides(self) -> dict[tuple[str, str], Moment]:
+        """(layer name, side) -> the moment of every side that was taken whole.
+
+        Raises:
+            LograError: As `layers`.
+        """
         return {
-            (name, side): SideSpectrum.of(side_moment, min(self.rank, side_moment.dim))
+            (name, side): side_moment
             for name, sums in self.layers.items()
             for side, side_moment in (("in", sums.right), ("out", sums.left))
             if side in self.whole

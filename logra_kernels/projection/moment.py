@@ -1,6 +1,7 @@
 """The uncentred second moment of one side of a layer, C = sum over rows of r r^T, and its leading eigenvectors."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +33,15 @@ class Moment(ABC):
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         """(eigenvectors [k, dim], orthonormal rows, largest first; their eigenvalues [k] fp64), on the CPU."""
 
+    @property
+    @abstractmethod
+    def parts(self) -> list[Tensor]:
+        """All that it knows, for `join`."""
+
+    @abstractmethod
+    def join(self, parts: Sequence[Tensor]) -> None:
+        """Add what another moment of the same rows' length saw: its `parts`, on this one's device."""
+
     @abstractmethod
     def isfinite(self) -> bool:
         """Whether no row held NaN or infinity."""
@@ -62,6 +72,13 @@ class SecondMoment(Moment):
         values, vectors = torch.linalg.eigh(self.matrix.double().cpu())
         order = torch.arange(self.dim - 1, self.dim - 1 - k, -1)
         return vectors.T[order], values[order].clamp_min(0)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return [self.matrix]
+
+    def join(self, parts: Sequence[Tensor]) -> None:
+        self.matrix += parts[0]
 
     def isfinite(self) -> bool:
         return bool(self.matrix.isfinite().all())

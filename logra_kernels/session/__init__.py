@@ -4,6 +4,7 @@ from logra_kernels.session.fisher_sums import FisherSums
 from logra_kernels.session.observation import Observation
 from logra_kernels.session.query import Query
 from logra_kernels.session.sensitivity import Sensitivity
+from logra_kernels.session.shared_observation import SharedObservation
 from logra_kernels.session.verify import Verification
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Observation",
     "Query",
     "Sensitivity",
+    "SharedObservation",
     "Verification",
     "ensemble",
     "member_scores",

@@ -16,12 +16,15 @@ class FisherSums:
         logged: Whether the rows that are logged are summed on the way.
         kind: The run's curvature, whose blocks the sums have.
         on_host: Whether sums are kept in host memory wherever the rows are.
+
+    Attributes:
+        model: The curvature of the model's own predictions that is summed.
     """
 
     def __init__(self, logged: bool, kind: type[Curvature], on_host: bool) -> None:
         self._wanted, self._on_host = logged, on_host
         self._raw = kind if issubclass(kind, RawFisher) else RawFisher.joining(kind.together)
-        self._model = kind if issubclass(kind, ModelFisher) else ModelFisher.joining(kind.together)
+        self.model = kind if issubclass(kind, ModelFisher) else ModelFisher.joining(kind.together)
         self._logged: RowSums | HostSums | None = None
         self._observed: RowSums | HostSums | None = None
 
@@ -46,7 +49,7 @@ class FisherSums:
         if not bool(rows.isfinite().all()):
             raise LograError("observe_fisher: a gradient is NaN or infinite; check the model's loss")
         if self._observed is None:
-            self._observed = self._model.empty(layers)
+            self._observed = self.model.empty(layers)
         self._observed = self._beside(self._observed, rows)
         self._observed.add(rows.float())
 
@@ -71,4 +74,4 @@ class FisherSums:
                 self._raw.keep(store, sums)
         if self._observed is not None:
             held = self._observed
-            self._model.keep(store, held.settled() if isinstance(held, HostSums) else held)
+            self.model.keep(store, held.settled() if isinstance(held, HostSums) else held)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from logra_kernels.curvature import keep_covariances
 from logra_kernels.errors import LograError
 from logra_kernels.nn import Covariances, Taps
-from logra_kernels.projection import Projection
+from logra_kernels.projection import Projection, SideSpectrum
 from logra_kernels.store import GradientStore
 
 
@@ -51,13 +51,17 @@ class Observation:
         """
         if not self._open:
             return
-        projection = self._wanted or Projection(kind="orthonormal" if self._seen is None else "pca")
-        if projection.learns and self._seen is not None:
-            spectra = self._seen.spectra()
+        spectra = self._spectra()
+        projection = self._wanted or Projection(kind="orthonormal" if spectra is None else "pca")
+        if projection.learns and spectra is not None:
             projection = projection.learn(spectra)
-            self._seen = self._seen.projected(spectra)
+            self._seen = None if self._seen is None else self._seen.projected(spectra)
         self._taps.project(projection)
         self._open = False
+
+    def _spectra(self) -> dict[tuple[str, str], SideSpectrum] | None:
+        """(layer name, side) -> what was learned of it; None where nothing was observed."""
+        return None if self._seen is None else self._seen.spectra()
 
     @property
     def learning(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from cli.conftest import ROWS, SHAPE, call, contents, write_rows
 from integrations import tiny_lm
 
+from logra_kernels.session import Observation
 from logra_kernels.store import GradientStore
 
 
@@ -47,6 +48,23 @@ def test_help_and_usage(capsys):
             call(*argv)
         assert left.value.code == code
     assert "logra" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("observe", [(), ("--observe", "12"), ("--observe", "0")])
+def test_log_looks_at_a_sample_first_unless_told_not_to(model_dir, data, memory_dir, observe, monkeypatch):
+    seen = []
+    batch = Observation.batch
+    monkeypatch.setattr(Observation, "batch", lambda self, sharing: seen.append(sharing) or batch(self, sharing))
+    argv = ["log", model_dir, data, "--out", memory_dir / "store", "--rank", "4", "--limit", "20", *observe]
+    assert call(*argv) == 0
+    store = GradientStore.open(memory_dir / "store")
+    kind = "orthonormal" if observe == ("--observe", "0") else "pca"
+    assert store.projection["kind"] == kind
+    assert len(seen) == {(): 3, ("--observe", "12"): 2, ("--observe", "0"): 0}[observe], "batches of 8 rows"
+    before = contents(store.path)
+    assert call(*argv) == 0
+    assert contents(store.path) == before
+    assert len(seen) <= 3, "a store that has its factors needs no second look"
 
 
 def test_log_stores_every_row_with_its_source_and_text(whole, texts):
@@ -183,6 +201,9 @@ def unchanged(store):
         (["--max-length", "64"], "at most 64 tokens"),
         (["--max-length", "1000"], "128 positions"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--observe", "-1"], "--observe -1 must be at least 0"),
+        (["--observe", "0", "--projection", "pca,orthonormal"], "--observe 0 leaves pca,orthonormal nothing to learn"),
+        (["--observe", "0", "--projection", "mask", "--curvature", "ekfac"], "--observe 0 leaves ekfac nothing to"),
         (["--text-field", "body"], "'body' is missing; fields found: id, source, text"),
         (["--limit", "10"], "holds 160 rows and the data only 10"),
         (["--device", "nonsense"], "'nonsense' cannot be used"),

@@ -39,3 +39,13 @@ def test_raise_and_skip(broken, memory_dir, capsys, fails):
     assert contents(store.path) == before
     assert call("info", store.path) == 0
     assert "skipped         2 rows of NaN or infinity: r4, r11" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:log:UserWarning")
+def test_rows_that_are_skipped_are_not_observed_either(broken, memory_dir, fails):
+    argv = ["log", *broken, "--out", memory_dir / "store", "--rank", "4", "--batch-size", "2"]
+    assert "NaN on row r" in fails(*argv)
+    assert call(*argv, "--nonfinite", "skip") == 0
+    store = GradientStore.open(memory_dir / "store")
+    assert store.projection["kind"] == "pca"
+    assert len(store) == 18

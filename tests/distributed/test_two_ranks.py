@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.two_ranks import KINDS, answers, log, options
+from distributed.two_ranks import KINDS, LEARNED, answers, options, watch_and_log
 from session.models import N, ask, make_model
 from torchrun import launch
 
@@ -21,10 +21,11 @@ def directory(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *LEARNED, "resumed"])
 def test_every_answer_is_that_of_one_process(directory, tmp_path, kind):
-    with lk.Run(tmp_path / "one", make_model(), **options(kind)) as run:
-        log(run, list(range(N)))
+    asked = "pca ekfac" if kind == "resumed" else kind
+    with lk.Run(tmp_path / "one", make_model(), **options(asked)) as run:
+        watch_and_log(run, asked, list(range(N)))
         run.finalize()
         exact = answers(run, ask(run))
     for rank in range(2):
@@ -36,7 +37,8 @@ def test_every_answer_is_that_of_one_process(directory, tmp_path, kind):
             else:
                 largest = float(value.abs().max())
                 torch.testing.assert_close(got[name], value, rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: n + m)
-    with lk.Run(directory / kind, make_model(), curvature=kind) as merged:  # what is left is a plain store
+    with lk.Run(directory / kind, make_model(), curvature=options(asked)["curvature"]) as merged:
+        # what is left is a plain store
         assert merged.store.ids == [f"row{i}" for i in range(N)]
         again = merged.scores(ask(merged))
         torch.testing.assert_close(again, exact["dot scores"], rtol=0, atol=1e-5 * float(again.abs().max()))

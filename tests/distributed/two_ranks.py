@@ -12,7 +12,8 @@ import logra_kernels as lk
 from logra_kernels.curvature import CURVATURES
 from logra_kernels.errors import LograError
 
-KINDS = ["raw", "shrunk", "diagonal", "corrected-kronecker", "lowrank"]
+KINDS = ["raw", "shrunk", "diagonal", "corrected-kronecker", "lowrank", "kfac", "ekfac", "fisher"]
+LEARNED = ["pca shrunk", "pca ekfac"]  # with a projection that is learned
 
 
 def answers(run, query) -> dict:
@@ -30,7 +31,25 @@ def answers(run, query) -> dict:
 
 
 def options(kind: str) -> dict:
-    return {"projection": lk.Projection(rank=3), "curvature": kind, "rows_per_shard": 4}
+    projection = lk.Projection(rank=3, kind="pca" if kind in LEARNED else "orthonormal")
+    return {"projection": projection, "curvature": kind.removeprefix("pca "), "rows_per_shard": 4}
+
+
+def observe(run, order, context) -> None:
+    x, target = make_data()
+    for part in (order[:5], order[5:]):
+        with context():
+            loss_of(run.model, x[part], target[part]).backward()
+
+
+def watch_and_log(run, kind: str, order) -> None:
+    if kind in LEARNED:
+        observe(run, order, run.observe)
+    log(run, order)
+    if kind.endswith("kfac"):
+        observe(run, order, run.observe)
+    if kind == "fisher":
+        observe(run, order, run.observe_fisher)
 
 
 def log(run, order) -> None:
@@ -41,26 +60,56 @@ def log(run, order) -> None:
             loss_of(run.model, x[part], target[part]).backward()
 
 
+def alone(path: str, mine) -> None:
+    """One rank only observes: refused on every rank."""
+    run = lk.DistributedRun(path, make_model(), **options("pca shrunk"))
+    if dist.get_rank() == 0:
+        observe(run, mine, run.observe)
+    with pytest.raises(LograError, match="ranks observed unlike things .rank 0: expand, rank 1: nothing."):
+        log(run, mine)
+    run.close()
+
+
+def resumed(path: str, mine) -> None:
+    """Rank 1 was killed before its first row: it goes on with the factors that rank 0's rows have."""
+    run = lk.DistributedRun(path, make_model(), **options("pca ekfac"))
+    observe(run, mine, run.observe)
+    if dist.get_rank() == 0:
+        log(run, mine[:6])
+    else:
+        ask(run)  # where it decides, too
+    run.close()
+    run = lk.DistributedRun(path, make_model(), **options("pca ekfac"))
+    log(run, mine)
+    query = ask(run)
+    run.finalize()
+    torch.save(answers(run, query), f"{path}.{dist.get_rank()}.pt")
+    run.close()
+
+
 def main(directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     half = N // 2 + 1  # unequal parts
     mine = list(range(half)) if dist.get_rank() == 0 else list(range(half, N))
-    for kind in KINDS:
+    for kind in KINDS + LEARNED:
         run = lk.DistributedRun(f"{directory}/{kind}", make_model(), **options(kind))
-        log(run, mine)
+        watch_and_log(run, kind, mine)
         query = ask(run)
         run.finalize()
         torch.save(answers(run, query), f"{directory}/{kind}.{dist.get_rank()}.pt")
         with pytest.raises(LograError, match="rows are merged"), run.log(["more"]):
             x, target = make_data(1)
             loss_of(run.model, x, target).backward()
+        for context in (run.observe, run.observe_fisher):
+            with pytest.raises(LograError, match="rows are merged; observe more of"), context():
+                pass
         run.close()
     assert set(KINDS) <= set(CURVATURES)
-    with pytest.raises(ValueError, match="'kfac' is not summed over ranks"):
-        lk.DistributedRun(f"{directory}/no", make_model(), curvature="kfac")
     with pytest.raises(LograError, match="is finished; open it with Run"):
         lk.DistributedRun(f"{directory}/raw", make_model())
+    alone(f"{directory}/alone", mine)
+    resumed(f"{directory}/resumed", mine)
     run = lk.DistributedRun(f"{directory}/half", make_model())
     if dist.get_rank() == 0:
         log(run, mine)
