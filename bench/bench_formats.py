@@ -2,8 +2,8 @@
 
     python bench/bench_formats.py [--accuracy] [--rates] [--rows N] [--dim D]
 
-Accuracy: the stories260K store's rows in each format against fp32, top-100 agreement over held-out queries (needs
-LOGRA_DATA). Rates: resident rows, warm, each case checked against fp64 first; the cases take turns, and each keeps its
+Accuracy: the stories260K store's rows in each format against fp32, top-100 agreement over held-out queries by
+influence and by l-RelatIF, of rows as they are and of rows whitened before they are quantised (needs LOGRA_DATA). Rates: resident rows, warm, each case checked against fp64 first; the cases take turns, and each keeps its
 best round. `memory` is a plain read of as many bytes in the same rounds. Prints a table and writes one file for each
 into bench/results.
 """
@@ -26,7 +26,7 @@ from machine import commit, cpu_model  # noqa: E402
 from record import RESULTS, slug, text  # noqa: E402
 
 import logra_kernels as lk  # noqa: E402
-from logra_kernels.curvature import CURVATURES  # noqa: E402
+from logra_kernels.curvature import CURVATURES, Factor  # noqa: E402
 from logra_kernels.integrations.causal_lm import encode, loss_sum  # noqa: E402
 from logra_kernels.ops import FORMATS  # noqa: E402
 
@@ -39,14 +39,19 @@ QUERY_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.fl
 def accuracy() -> list[dict]:
     """Agreement of each format with fp32 on the rows and queries of the stories260K model."""
     with tempfile.TemporaryDirectory() as scratch:
-        rows, queries = rows_and_queries(Path(scratch))
-    exact = queries.double() @ rows.double().T
-    best = exact.topk(TOP).indices
-    return [measured(form, rows, queries, exact, best) for form in formats()]
+        rows, queries, factor = rows_and_queries(Path(scratch))
+    solved, scale = factor.solve_toward_stored(queries), factor.quadratic(rows).rsqrt()
+    exact = solved.double() @ rows.double().T
+    white = factor.whiten(rows), factor.whiten(queries)
+    made = []
+    for form in formats():
+        made.append(measured(form, rows, solved, exact, scale) | {"whitened": "no"})
+        made.append(measured(form, *white, exact, scale) | {"whitened": "yes"})
+    return made
 
 
-def rows_and_queries(scratch: Path, k: int = 16) -> tuple[Tensor, Tensor]:
-    """Gradients of the stories on every linear layer [2216, 9216 at k = 16]; those of 100 others, preconditioned."""
+def rows_and_queries(scratch: Path, k: int = 16) -> tuple[Tensor, Tensor, Factor]:
+    """Gradients of the stories on every linear layer [2216, 9216 at k = 16]; those of 100 others; the curvature."""
     import stories260k
 
     folder = stories260k.data_dir()
@@ -62,13 +67,13 @@ def rows_and_queries(scratch: Path, k: int = 16) -> tuple[Tensor, Tensor]:
             with run.log(ids=[str(i) for i in part]):
                 loss_sum(model, encode(tokenizer, [texts[i] for i in part], max_length=LONGEST)).backward()
         factor = CURVATURES["shrunk"].of(run.commit()).factorize()
-        solved = []
+        asked = []
         for start in range(0, QUERIES, 20):
             part = held_out[start : start + 20]
             with run.query(ids=[f"q{i}" for i in part]) as query:
                 loss_sum(model, encode(tokenizer, [texts[i] for i in part], max_length=LONGEST)).backward()
-            solved.append(factor.solve_toward_stored(query.rows))
-        return run.store.read(0, len(run.store)), torch.cat(solved)
+            asked.append(query.rows)
+        return run.store.read(0, len(run.store)), torch.cat(asked), factor
 
 
 def formats() -> list[lk.RowFormat]:
@@ -76,7 +81,9 @@ def formats() -> list[lk.RowFormat]:
     return whole + [lk.RowFormat.of(name, 32) for name in ("int8", "int4")] + [lk.RowFormat.of("int8", 128, "fp16")]
 
 
-def measured(form: lk.RowFormat, rows: Tensor, queries: Tensor, exact: Tensor, best: Tensor) -> dict:
+def measured(form: lk.RowFormat, rows: Tensor, queries: Tensor, exact: Tensor, scale: Tensor) -> dict:
+    """How far scores of encoded rows find the exact scores' best, and l-RelatIF's, which are scale * exact."""
+    best = exact.topk(TOP).indices
     encoded = lk.quantize_rows(rows, form)
     kept = lk.dequantize_rows(encoded)
     scores = lk.score_block(queries, encoded)
@@ -86,6 +93,7 @@ def measured(form: lk.RowFormat, rows: Tensor, queries: Tensor, exact: Tensor, b
     pairs = torch.stack((scores.double().flatten(), exact.flatten()))
     found["score_correlation"] = round(torch.corrcoef(pairs)[0, 1].item(), 6)
     found["top100"] = round(agreement(scores, best), 4)
+    found["top100_relatif"] = round(agreement(scores * scale, (exact * scale).topk(TOP).indices), 4)
     if form.scaled:
         found["top100_int8_queries"] = round(agreement(lk.score_block(queries, encoded, query_format="int8"), best), 4)
     return found

@@ -224,6 +224,8 @@ class Run(Analysis):
             yield
             rows = self.taps.rows()
         store = self._writer()
+        if store.whitening is not None:
+            rows = store.whitening.apply(rows)
         if nonfinite == "skip":
             rows, ids, columns = self._finite(rows, ids, columns)
         new = store.append(rows, ids, columns, skip_committed=True)
@@ -431,6 +433,10 @@ class Run(Analysis):
     def _solved(self, damping: float | Damping | None, progress: Progress | None = None) -> Factor:
         damping = self._damping if damping is None else damping
         if damping not in self._factors:
+            whitened = influence.whitened_factor(self.commit(), self._kind.kind, damping)
+            if whitened is not None:
+                self._factors[damping] = whitened
+                return whitened
             if self._curvature is None:
                 self._curvature = self._kind.of(self.commit(), progress)
             for other in [kept for kept in self._factors if kept != self._damping]:

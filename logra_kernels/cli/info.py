@@ -51,6 +51,8 @@ def _print_facts(store: GradientStore) -> None:
     print(f"projection      {', '.join(f'{name} {value}' for name, value in projection.items()) or 'none'}")
     for name, value in sorted(store.fingerprints.items()):
         print(f"{name:<15} {value}")
+    if store.whitening is not None:
+        print(f"whitened by     {', '.join(f'{name} {value}' for name, value in store.whitening.facts.items())}")
     loss = quantization_loss(store)
     if loss is not None:
         print(f"quantised       {describe(loss)}")

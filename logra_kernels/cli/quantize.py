@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
+from logra_kernels.cli import session
+from logra_kernels.errors import LograError
 from logra_kernels.ops import FORMATS
+
+if TYPE_CHECKING:
+    from logra_kernels.store import GradientStore, Whitening
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=int, help="numbers that share a scale, a power of two (default 128)")
     parser.add_argument("--scale", choices=["fp32", "fp16"], help="of the scales (default fp32)")
     parser.add_argument("--rank-c", type=int, help="keep so many factors of each layer, 1 to 8 (default as the store)")
+    parser.add_argument(
+        "--whiten",
+        action="store_true",
+        help="whiten rows by the curvature first: more of their order survives few bits, and it is fixed from then on",
+    )
+    session.add_curvature_argument(parser)
+    parser.add_argument("--damping", type=float, help="lambda of --whiten; default as the projection needs")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,11 +34,29 @@ def run(args: argparse.Namespace) -> int:
     from logra_kernels.store import GradientStore, quantization_loss, quantize
 
     before = GradientStore.open(args.store)
-    store = quantize(args.store, args.out, args.to, block=args.block, scale=args.scale, rank_c=args.rank_c)
+    whitening = _whitening(before, args) if args.whiten else None
+    store = quantize(
+        args.store, args.out, args.to, block=args.block, scale=args.scale, rank_c=args.rank_c, whitening=whitening
+    )
     print(f"quantised {len(store):,} rows into {args.out}: {store.manifest.kept_as}")
     print(f"size      {store.nbytes / 1e6:,.1f} MB, of {before.nbytes / 1e6:,.1f} MB in {before.manifest.kept_as}")
     print(f"loss      {describe(quantization_loss(store))}")
     return 0
+
+
+def _whitening(store: GradientStore, args: argparse.Namespace) -> Whitening:
+    """
+    Raises:
+        LograError: An unknown curvature, whitened rows, or one that cannot be computed.
+    """
+    from logra_kernels.curvature import CURVATURES
+    from logra_kernels.influence import whitening_of
+
+    if args.curvature not in CURVATURES:
+        raise LograError(f"--curvature {args.curvature!r} must be one of {', '.join(CURVATURES)}")
+    if store.whitening is not None:
+        raise LograError(f"{store.path} holds whitened rows already; leave --whiten out")
+    return whitening_of(CURVATURES[args.curvature].of(store), args.damping)
 
 
 def describe(loss: dict | None) -> str:

@@ -2,6 +2,7 @@ from logra_kernels.influence.groups import Groups, group_scores, layer_groups, l
 from logra_kernels.influence.score import MODES, NEEDS, TopK, adjustment, extremes, scores, topk
 from logra_kernels.influence.statistics import RowStatistics, row_mask, row_statistics, self_influence
 from logra_kernels.influence.valuation import Value, ValueTable, value
+from logra_kernels.influence.whitening import whitened_factor, whitening_of
 
 __all__ = [
     "MODES",
@@ -22,4 +23,6 @@ __all__ = [
     "self_influence",
     "topk",
     "value",
+    "whitened_factor",
+    "whitening_of",
 ]

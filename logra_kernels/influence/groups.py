@@ -11,6 +11,7 @@ from torch import Tensor
 from logra_kernels.curvature import Factor, Groups, matching
 from logra_kernels.influence.score import adjustment, block_bytes, check_solved
 from logra_kernels.influence.statistics import check_mask
+from logra_kernels.influence.whitening import WhitenedFactor
 from logra_kernels.ops import score_block
 from logra_kernels.store import GradientStore, sum_over_ranks
 
@@ -117,4 +118,4 @@ def _own(rows: Tensor, factor: Factor | None) -> Tensor:
     """g * (H^-1 g), [n, D] fp64, whose sums over layers' columns are their parts of the self-influence."""
     if factor is None:
         raise ValueError("influence: the parts of mode 'l2' need the factorised curvature")
-    return factor.solve(rows).double() * rows
+    return factor.parts(rows) if isinstance(factor, WhitenedFactor) else factor.solve(rows).double() * rows

@@ -112,13 +112,13 @@ def _stream(
     found = {name: torch.zeros(len(store)) for name in [*NORMS, *curved]}
     for start, rows in store.blocks():
         part = slice(start, start + len(rows))
-        wide = rows.float()
+        wide = rows.float() if store.whitening is None else store.whitening.undo(rows)
         found["l2"][part] = torch.linalg.vector_norm(wide, dim=1)
         found["l1"][part] = wide.abs().sum(1)  # pairwise sums; vector_norm(ord=1) adds one by one and loses digits
         if factor is not None and "self_influence" in curved:
             found["self_influence"][part] = factor.quadratic(rows).float()
         if factor is not None and "solved_norm" in curved:
-            found["solved_norm"][part] = torch.linalg.vector_norm(factor.solve(rows), dim=1, dtype=torch.float64)
+            found["solved_norm"][part] = torch.linalg.vector_norm(factor.solve(wide), dim=1, dtype=torch.float64)
         if progress is not None:
             progress(len(rows))
     sum_over_ranks(store, found.values())

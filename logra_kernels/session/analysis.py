@@ -194,7 +194,8 @@ class Analysis(ABC):
         if absent:
             raise LograError(f"the store {self.store.path} has no row {absent[0]!r}; see store.ids")
         parts = [self.store.read(place[i], place[i] + 1) for i in ids]
-        return Query(list(ids), torch.cat(parts) if parts else torch.empty(0, self.store.dim))
+        rows = torch.cat(parts) if parts else torch.empty(0, self.store.dim)
+        return Query(list(ids), rows if self.store.whitening is None else self.store.whitening.undo(rows))
 
     @contextmanager
     def tokens(

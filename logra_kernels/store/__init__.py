@@ -10,6 +10,7 @@ from logra_kernels.store.reading.reader import factored_bytes
 from logra_kernels.store.reading.share import Share, gather_from_ranks, sum_over_ranks
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
+from logra_kernels.store.whitening import Whitening
 from logra_kernels.store.writing.create import factored_width
 from logra_kernels.store.writing.writer import writing_bytes
 
@@ -17,6 +18,7 @@ __all__ = [
     "GradientStore",
     "IndexInfo",
     "Share",
+    "Whitening",
     "add_skipped",
     "factored_bytes",
     "factored_width",

@@ -2,15 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from logra_kernels.errors import StoreError
 from logra_kernels.ops import RowFormat
 from logra_kernels.store import sidecar
 from logra_kernels.store.fingerprint import check_fingerprints
-from logra_kernels.store.format import Manifest
+from logra_kernels.store.format import WHITENING, Manifest
+from logra_kernels.store.whitening import Whitening
 
 
 class Facts(ABC):
@@ -53,6 +56,27 @@ class Facts(ABC):
     def rank_c(self) -> int | None:
         """Factors of each layer that a row is kept as; None where rows are kept as they are."""
         return self.manifest.rank
+
+    @cached_property
+    def whitening(self) -> Whitening | None:
+        """What rows and queries are whitened by; None for a store of gradients as they are.
+
+        Raises:
+            StoreError: It is missing or damaged.
+        """
+        facts = self.manifest.whitened
+        if facts is None:
+            return None
+        kept = sidecar.read_sidecar(self.path, WHITENING, facts["digest"])
+        if kept is None:
+            raise StoreError(
+                f"{self.path} lacks what its rows were whitened by,"
+                f" sidecars/{WHITENING}.{facts['digest']}.safetensors;"
+                " restore it from a copy of the store, or whiten the rows it was made from again"
+            )
+        found = Whitening({name: kept[0][name] for name in self.layers}, kept[1])
+        found.check(self.layers)
+        return found
 
     @property
     def projection(self) -> dict[str, Any] | None:

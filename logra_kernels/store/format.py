@@ -31,11 +31,12 @@ from logra_kernels.store.durable import ZEROS, digest, seal, sealed_checksum, wr
 from logra_kernels.store.tensorfile import Spec
 
 FORMAT = "logra_kernels.store"
-VERSION = 2  # 1 knew fp32 and bf16 rows only and no deleted ones, and is read
+VERSION = 3  # 1 knew fp32 and bf16 rows only and no deleted ones, 2 no whitened ones; both are read
 MANIFEST = "manifest.json"
 ORIGIN = "origin.json"
 SIDECARS = "sidecars"
-PROJECTION_SIDECARS = ("projection", "projection-spread")  # of a learned projection; rows alone do not give them again
+PROJECTION_SIDECARS = ("projection", "projection-spread")  # of a learned projection
+WHITENING = "whitening"  # the sidecar of whitened rows
 LOCK = "lock"
 MERGE_PLAN = "merge.json"  # beside rows without a manifest: a merge that is not finished
 SHARD_BYTES = 64 << 20
@@ -185,6 +186,7 @@ class Manifest:
 
     Attributes:
         rank: c, of each layer's factors that a row is kept as; None where it is kept as it is.
+        whitened: `Whitening.facts` and its "digest", of rows that are kept whitened; else None.
         content: The `content_hash` that a compaction left as it was, because it shows the same rows.
         retired: Files that a compaction has replaced and that readers may still need.
     """
@@ -197,6 +199,7 @@ class Manifest:
     meta: dict[str, Any]
     shards: tuple[Shard, ...] = ()
     rank: int | None = None
+    whitened: dict[str, str] | None = None
     content: str | None = None
     retired: tuple[str, ...] = ()
 
@@ -236,7 +239,15 @@ class Manifest:
     @property
     def kept_as(self) -> str:
         """The number format, and of what."""
-        return str(self.format) if self.rank is None else f"{self.format}, {self.rank} factors a layer"
+        factors = "" if self.rank is None else f", {self.rank} factors a layer"
+        return f"{self.format}{factors}{'' if self.whitened is None else ', whitened'}"
+
+    @property
+    def irreplaceable(self) -> dict[str, str]:
+        """Name -> key of the sidecars that no rows give again."""
+        factors = (self.projection or {}).get("factors")
+        found = dict.fromkeys(PROJECTION_SIDECARS, factors) if factors else {}
+        return found if self.whitened is None else {**found, WHITENING: self.whitened["digest"]}
 
     def tensors(self, count: int) -> dict[str, Spec]:
         """What a shard of `count` rows holds, in the file's order: wider numbers first, which keeps all aligned."""
@@ -263,10 +274,11 @@ class Manifest:
         table: dict[str, Any] = {
             "checksum": ZEROS.decode(),
             "format": FORMAT,
-            "version": VERSION,
+            "version": 2 if self.whitened is None else VERSION,
             "dtype": self.dtype,
             **({"block": self.format.block, "scale": self.format.scale} if self.format.scaled else {}),
             **({} if self.rank is None else {"rank_c": self.rank}),
+            **({} if self.whitened is None else {"whitened": self.whitened}),
             "dim": self.dim,
             "rows": self.rows,
             "rows_per_shard": self.rows_per_shard,
@@ -377,6 +389,9 @@ def _build(table: dict[str, Any]) -> Manifest:
     rank = table.get("rank_c")
     if rank is not None and (type(rank) is not int or not 1 <= rank <= MOST_RANK):
         raise ValueError(f"it keeps factors of rank {rank!r}")
+    whitened = table.get("whitened")
+    if whitened is not None and not re.fullmatch(r"[0-9a-f]{32}", whitened["digest"]):
+        raise ValueError("it does not name what its rows are whitened by")
     return Manifest(
         layers=layers,
         format=RowFormat.of(table["dtype"], table.get("block"), table.get("scale")),
@@ -386,6 +401,7 @@ def _build(table: dict[str, Any]) -> Manifest:
         meta=table["meta"],
         shards=shards,
         rank=rank,
+        whitened=whitened,
         content=table.get("content"),
         retired=tuple(table.get("retired", ())),
     )

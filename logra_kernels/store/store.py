@@ -12,13 +12,14 @@ from logra_kernels.errors import StoreError
 from logra_kernels.ops import EncodedRows
 from logra_kernels.store.durable import TEMPORARY, remove_files, sync_directory
 from logra_kernels.store.facts import Facts
-from logra_kernels.store.format import ORIGIN, Manifest, read_manifest, write_manifest, write_origin
+from logra_kernels.store.format import ORIGIN, WHITENING, Manifest, read_manifest, write_manifest, write_origin
 from logra_kernels.store.life.compact import remove_retired
 from logra_kernels.store.life.export import export
 from logra_kernels.store.lock import ReaderLease, WriterLock
 from logra_kernels.store.reading import coarse
 from logra_kernels.store.reading.reader import Reader
 from logra_kernels.store.sidecar import write_sidecar
+from logra_kernels.store.whitening import Whitening
 from logra_kernels.store.writing.append import Appender
 from logra_kernels.store.writing.create import check_free, new_manifest, remove_leftovers, store_exists
 
@@ -55,6 +56,7 @@ class GradientStore(Facts):
         meta: Mapping[str, Any] | None = None,
         rank_c: int | None = None,
         sidecars: Mapping[str, tuple[str, Mapping[str, Tensor]]] | None = None,
+        whitening: Whitening | None = None,
     ) -> "GradientStore":
         """Make an empty store, open for appending.
 
@@ -72,11 +74,14 @@ class GradientStore(Facts):
                 rank_c * (k_out + k_in) numbers (LoRIF, arXiv 2601.21929); None keeps all k_out * k_in.
             sidecars: name -> (key, tensors) of sidecars that are there before the first row is, as the factors of a
                 projection that no seed gives again.
+            whitening: The rows to come are whitened by it (`Whitening.apply`), and so must queries be.
 
         Raises:
             StoreError: There is a store already, something else lies there, or an argument is wrong.
         """
-        manifest = new_manifest(layers, dtype, block, scale, projection, fingerprints, rows_per_shard, meta, rank_c)
+        manifest = new_manifest(
+            layers, dtype, block, scale, projection, fingerprints, rows_per_shard, meta, rank_c, whitening
+        )
         directory = Path(path)
         check_free(directory)
         try:
@@ -91,6 +96,8 @@ class GradientStore(Facts):
             remove_files(directory, [entry.name for entry in directory.glob(f"{TEMPORARY}*")])
             for name, (key, tensors) in (sidecars or {}).items():
                 write_sidecar(directory, name, key, tensors, {})
+            if whitening is not None:
+                write_sidecar(directory, WHITENING, whitening.digest, whitening.maps, whitening.facts)
             remove_files(directory, [ORIGIN])  # of a creation that was interrupted
             write_origin(directory, manifest)
             write_manifest(directory, manifest)

@@ -17,7 +17,6 @@ from logra_kernels.store.format import (
     MANIFEST,
     MERGE_PLAN,
     ORIGIN,
-    PROJECTION_SIDECARS,
     SIDECARS,
     Manifest,
     NewerFormat,
@@ -166,14 +165,12 @@ class _Check:
                 self._damaged_sidecars.append(path)
         for path in self._factors():
             if not path.exists():
-                self.report.faults.append(f"{path} is missing, and with it the learned projection of the rows")
+                self.report.faults.append(f"{path} is missing, which the rows were made with")
 
     def _factors(self) -> list[Path]:
         """Sidecars that cannot be computed again."""
-        manifest = self._manifest
-        digest = (manifest.projection or {}).get("factors") if manifest is not None else None
-        place = self._directory / SIDECARS
-        return [place / f"{name}.{digest}.safetensors" for name in PROJECTION_SIDECARS] if digest else []
+        wanted = self._manifest.irreplaceable if self._manifest is not None else {}
+        return [self._directory / SIDECARS / f"{name}.{key}.safetensors" for name, key in wanted.items()]
 
     def _temporaries(self) -> list[Path]:
         return [

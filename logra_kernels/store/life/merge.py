@@ -23,7 +23,6 @@ from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.durable import TEMPORARY, digest, remove_files, sync_directory, write_file
 from logra_kernels.store.format import (
     MERGE_PLAN,
-    PROJECTION_SIDECARS,
     File,
     Shard,
     shard_names,
@@ -103,7 +102,7 @@ def _check_equal(stores: Sequence[GradientStore]) -> None:
 
 
 def _facts(store: GradientStore) -> dict[str, Any]:
-    facts: dict[str, Any] = {"format": str(store.format), "rank_c": store.rank_c}
+    facts: dict[str, Any] = {"format": str(store.format), "rank_c": store.rank_c, "whitening": store.manifest.whitened}
     facts |= {f"layer {layer.name}": f"{layer.k_out}x{layer.k_in} at {layer.offset}" for layer in store.manifest.layers}
     for kind, table in (("projection", store.projection), ("fingerprint", store.fingerprints), ("meta", store.meta)):
         facts |= {f"{kind} {name}": repr(value) for name, value in (table or {}).items()}
@@ -168,7 +167,7 @@ class _Merge:
         if not store_exists(directory):
             remove_files(directory, [path.name for path in directory.glob(f"{TEMPORARY}*")])
             write_origin(directory, self._manifest)
-            self._take_projection()
+            self._take_sidecars()
             self._take_skipped()
             shards: list[Shard] = []
             for store, ids in zip(self._stores, self._ids, strict=True):
@@ -199,15 +198,12 @@ class _Merge:
         elif plans[0].read_bytes() != self._plan:
             raise StoreError(f"{self._directory} holds a merge of other rows; repeat that one, or choose another place")
 
-    def _take_projection(self) -> None:
-        """Learned factors of the projection, which are no rows but belong to them."""
-        factors = (self._manifest.projection or {}).get("factors")
-        if factors is None:
-            return
-        for name in PROJECTION_SIDECARS:
-            kept = self._stores[0].sidecar_read(name, key=factors)
+    def _take_sidecars(self) -> None:
+        """A learned projection and the like, which are no rows but belong to them."""
+        for name, key in self._manifest.irreplaceable.items():
+            kept = self._stores[0].sidecar_read(name, key=key)
             if kept is not None:
-                write_sidecar(self._directory, name, factors, *kept)
+                write_sidecar(self._directory, name, key, *kept)
 
     def _take_skipped(self) -> None:
         add_skipped(self._directory, [name for store in self._stores for name in read_skipped(store.path)])

@@ -6,6 +6,7 @@ quantisation leaves no store; the next one removes what it left.
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from torch import Tensor
 from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import ID
 from logra_kernels.store.durable import TEMPORARY, sync_directory
-from logra_kernels.store.format import PROJECTION_SIDECARS
 from logra_kernels.store.lock import WriterLock
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
+from logra_kernels.store.whitening import Whitening
 from logra_kernels.store.writing.create import check_free
 
 LOSS = "quantization"  # the sidecar
@@ -34,6 +35,7 @@ def quantize(
     scale: str | None = None,
     rank_c: int | None = None,
     rows_per_shard: int | None = None,
+    whitening: Whitening | None = None,
 ) -> GradientStore:
     """Write the rows of a store in another format, with their ids, columns and facts, into a new store.
 
@@ -45,6 +47,7 @@ def quantize(
         out: A new directory.
         dtype, block, scale, rows_per_shard: As in `GradientStore.create`.
         rank_c: Factors of each layer to keep, as there; by default as the source has it.
+        whitening: Whiten the rows first, `influence.whitening_of` the source, say. Rows that are whitened stay so.
 
     Raises:
         StoreError: A store cannot be read or made, an argument is wrong, or the disk refuses.
@@ -54,8 +57,9 @@ def quantize(
     check_free(target)
     temporary = target.absolute().parent / f"{TEMPORARY}{target.name}"
     _remove_leftover(temporary)
-    projection = rows.projection or {}
-    kept = {name: rows.sidecar_read(name, key=projection["factors"]) for name in _learned(projection)}
+    if whitening is not None and rows.whitening is not None:
+        raise StoreError(f"{rows.path} holds whitened rows already; leave whitening out, or quantise what it came from")
+    kept = {name: (key, rows.sidecar_read(name, key=key)) for name, key in rows.manifest.irreplaceable.items()}
     store = GradientStore.create(
         temporary,
         rows.layers,
@@ -67,13 +71,14 @@ def quantize(
         rows_per_shard=rows_per_shard,
         meta=rows.meta,
         rank_c=rows.rank_c if rank_c is None else rank_c,
-        sidecars={name: (projection["factors"], found[0]) for name, found in kept.items() if found is not None},
+        sidecars={name: (key, found[0]) for name, (key, found) in kept.items() if found is not None},
+        whitening=whitening or rows.whitening,
     )
     with store:
-        _copy(rows, store)
+        _copy(rows, store, whitening)
     whole = GradientStore.open(temporary)
     add_skipped(temporary, read_skipped(rows.path))
-    whole.sidecar_write(LOSS, {}, _measure(rows, whole))
+    whole.sidecar_write(LOSS, {}, _measure(rows, whole, whitening))
     try:
         os.replace(temporary, target)
         sync_directory(target.absolute().parent)
@@ -100,10 +105,6 @@ def quantization_loss(store: GradientStore) -> dict[str, Any] | None:
     return None if found is None else found[1]
 
 
-def _learned(projection: dict[str, Any]) -> tuple[str, ...]:
-    return PROJECTION_SIDECARS if "factors" in projection else ()
-
-
 def _remove_leftover(temporary: Path) -> None:
     """
     Raises:
@@ -115,16 +116,22 @@ def _remove_leftover(temporary: Path) -> None:
     shutil.rmtree(temporary)
 
 
-def _copy(rows: GradientStore, store: GradientStore) -> None:
+def _blocks(rows: GradientStore, whitening: Whitening | None) -> Iterator[tuple[int, Tensor]]:
+    """(first row, the rows that are to be stored)."""
     for first, block in rows.blocks():
+        yield first, block if whitening is None else whitening.apply(block)
+
+
+def _copy(rows: GradientStore, store: GradientStore, whitening: Whitening | None) -> None:
+    for first, block in _blocks(rows, whitening):
         table = rows.table.slice(first, len(block))
         columns = {name: table.column(name) for name in table.column_names if name != ID}
         store.append(block, table.column(ID).to_pylist(), columns)
 
 
-def _measure(rows: GradientStore, store: GradientStore) -> dict[str, Any]:
+def _measure(rows: GradientStore, store: GradientStore, whitening: Whitening | None) -> dict[str, Any]:
     errors, sizes = torch.zeros(2, len(rows.layers), dtype=torch.float64)
-    for first, block in rows.blocks():
+    for first, block in _blocks(rows, whitening):
         exact = block.double()
         lost = store.read(first, first + len(block)).double() - exact
         for i, part in enumerate(rows.slices.values()):
@@ -135,7 +142,11 @@ def _measure(rows: GradientStore, store: GradientStore) -> dict[str, Any]:
     count = min(QUERIES, len(rows))
     chosen = [place * len(rows) // count for place in range(count)]
     queries = torch.cat([rows.read(i, i + 1) for i in chosen]) if count else torch.zeros(0, rows.dim)
-    exact, found = rows.score(queries).double(), store.score(queries).double()
+    if whitening is None:
+        exact, found = rows.score(queries), store.score(queries)
+    else:
+        exact, found = rows.score(whitening.solve(queries)), store.score(whitening.apply(queries))
+    exact, found = exact.double(), found.double()
     return {
         "source_format": rows.manifest.kept_as,
         "relative_l2": (error / size) ** 0.5 if size else 0.0,

@@ -20,6 +20,7 @@ from logra_kernels.store.format import (
 )
 from logra_kernels.store.rows import shorten
 from logra_kernels.store.sidecar import remove_temporaries
+from logra_kernels.store.whitening import Whitening
 
 
 def store_exists(path: Path) -> bool:
@@ -36,6 +37,7 @@ def new_manifest(
     rows_per_shard: int | None,
     meta: Mapping[str, Any] | None,
     rank: int | None,
+    whitening: Whitening | None,
 ) -> Manifest:
     try:
         form = RowFormat.of(dtype, block, scale)
@@ -51,6 +53,8 @@ def new_manifest(
         table.append(Layer(name, size[0], size[1], offset))
         offset += size[0] * size[1]
     width = offset if rank is None else factored_width(layers, rank)
+    if whitening is not None:
+        whitening.check(layers)
     if rows_per_shard is None:
         rows_per_shard = default_rows_per_shard(width, form)
     if rows_per_shard < 1:
@@ -65,6 +69,7 @@ def new_manifest(
         dict(fingerprints or {}),
         _as_json("meta", meta) or {},
         rank=rank,
+        whitened=None if whitening is None else {**whitening.facts, "digest": whitening.digest},
     )
 
 
