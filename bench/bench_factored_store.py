@@ -102,8 +102,9 @@ def seconds(call) -> float:
 def accuracy(k: int) -> list[dict]:
     """Each rank and number format against the fp32 rows, for the same preconditioned queries."""
     with tempfile.TemporaryDirectory() as scratch:
-        rows, queries = rows_and_queries(Path(scratch), k)
+        rows, queries, factor = rows_and_queries(Path(scratch), k)
         layers = list(lk.GradientStore.open(Path(scratch) / "store").layers.values())
+    queries = factor.solve_toward_stored(queries)
     exact = queries.double() @ rows.double().T
     best = exact.topk(TOP).indices
     found = []

@@ -3,9 +3,10 @@
     python bench/bench_formats.py [--accuracy] [--rates] [--rows N] [--dim D]
 
 Accuracy: the stories260K store's rows in each format against fp32, top-100 agreement over held-out queries by
-influence and by l-RelatIF, of rows as they are and of rows whitened before they are quantised (needs LOGRA_DATA). Rates: resident rows, warm, each case checked against fp64 first; the cases take turns, and each keeps its
-best round. `memory` is a plain read of as many bytes in the same rounds. Prints a table and writes one file for each
-into bench/results.
+influence and by l-RelatIF, of rows as they are and of rows whitened before they are quantised (needs LOGRA_DATA).
+Rates: resident rows, warm, each case checked against fp64 first; the cases take turns, and each keeps its best round.
+`memory` is a plain read of as many bytes in the same rounds. Prints a table and writes one file for each into
+bench/results.
 """
 
 import argparse
