@@ -29,7 +29,8 @@ class BuildKernels(build_ext):
     """The C++ kernels, then the CUDA ones by one call of nvcc.
 
     LOGRA_KERNELS_CUDA: unset, build them where nvcc is and say so where that fails; 1, they must build; 0, do not.
-    LOGRA_KERNELS_CUDA_ARCHS: compute capabilities, "80;90" by default; the last one's PTX is kept for later devices.
+    LOGRA_KERNELS_CUDA_ARCHS: compute capabilities, "80;90a" by default; 90a has kernels of its own. The last one's PTX,
+    without what is its own, is kept for later devices.
     """
 
     def run(self) -> None:
@@ -53,9 +54,12 @@ class BuildKernels(build_ext):
         if target.exists() and target.stat().st_mtime > max(os.path.getmtime(path) for path in inputs):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        archs = os.environ.get("LOGRA_KERNELS_CUDA_ARCHS", "80;90").split(";")
+        archs = os.environ.get("LOGRA_KERNELS_CUDA_ARCHS", "80;90a").split(";")
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        later = archs[-1].rstrip("af")
+        codes.append(f"-gencode=arch=compute_{later},code=compute_{later}")
+        if "90a" in archs:
+            codes.append("-DLGK_SM90A")
         includes = ["csrc", pybind11.get_include(), sysconfig.get_path("include")]
         flags = [
             "-O3",

@@ -2,9 +2,12 @@ from logra_kernels.ops._native import Matrix  # noqa: N999
 
 _Positions = tuple[int, ...]  # address, dtype code, strides of sample, row and column
 
-def project_grad_tiling(dtype: int, k_in: int, k_out: int, dy_projected: bool) -> tuple[int, int]: ...
+def has_sm_90a() -> bool: ...
+def project_grad_tiling(arch: int, dtype: int, k_in: int, k_out: int, dy_projected: bool) -> tuple[int, int, int]: ...
 def project_grad(
+    arch: int,
     dtype: int,
+    positions: int,
     x: _Positions,
     dy: _Positions,
     p_in: Matrix | None,

@@ -15,6 +15,11 @@ project_grad::Element element_of(int code) {
   return static_cast<project_grad::Element>(code);
 }
 
+project_grad::Arch arch_of(int code) {
+  LGK_CHECK(code == 80 || code == 90, "project_grad: arch must be 80 or 90");
+  return static_cast<project_grad::Arch>(code);
+}
+
 // positions as (address, dtype code, strides of sample, row and column), d, and the projection with its k.
 project_grad::CudaSide side_of(const std::tuple<Address, int, int64_t, int64_t, int64_t>& positions, int64_t d,
                                const std::optional<Matrix>& projection, int64_t k) {
@@ -35,22 +40,28 @@ project_grad::CudaSide side_of(const std::tuple<Address, int, int64_t, int64_t, 
 
 PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "Torch-free CUDA kernels of logra_kernels; arguments are raw addresses, checked by the Python caller.";
+  m.def("has_sm_90a", project_grad::has_sm90, "Whether this build holds kernels for compute capability 9.0 alone.");
   m.def(
       "project_grad_tiling",
-      [](int dtype, int64_t k_in, int64_t k_out, bool dy_projected) {
-        const auto tiling = project_grad::tiling(element_of(dtype), k_in, k_out, dy_projected);
-        return std::make_pair(tiling.positions, tiling.tiles);
+      [](int arch, int dtype, int64_t k_in, int64_t k_out, bool dy_projected) {
+        const auto tiling = project_grad::tiling(arch_of(arch), element_of(dtype), k_in, k_out, dy_projected);
+        return std::make_tuple(tiling.positions, tiling.least_positions, tiling.tiles);
       },
-      py::arg("dtype"), py::arg("k_in"), py::arg("k_out"), py::arg("dy_projected"),
-      "(positions a block takes at a time, blocks a chunk)");
+      py::arg("arch"), py::arg("dtype"), py::arg("k_in"), py::arg("k_out"), py::arg("dy_projected"),
+      "(positions a block takes at a time, the fewest it can take, blocks a chunk)");
   m.def(
       "project_grad",
-      [](int dtype, const std::tuple<Address, int, int64_t, int64_t, int64_t>& x,
+      [](int arch, int dtype, int positions, const std::tuple<Address, int, int64_t, int64_t, int64_t>& x,
          const std::tuple<Address, int, int64_t, int64_t, int64_t>& dy, const std::optional<Matrix>& p_in,
          const std::optional<Matrix>& p_out, std::tuple<Address, int64_t, int64_t> weights, Address offsets,
          int64_t offset_stride, Address chunk_ends, Address out, Address partial, int64_t samples, int64_t length,
          int64_t chunk, int64_t chunks, int64_t d_in, int64_t d_out, int64_t k_in, int64_t k_out, Address stream) {
         check_sizes("project_grad", {samples, k_out, k_in});
+        const auto kernels = arch_of(arch);
+        const auto tiling = project_grad::tiling(kernels, element_of(dtype), k_in, k_out, !p_out);
+        LGK_CHECK(positions == tiling.positions || positions == tiling.least_positions,
+                  "project_grad: positions is not one of the tiling's");
+        LGK_CHECK(chunk % positions == 0, "project_grad: a chunk must be a whole number of a block's positions");
         LGK_CHECK(chunk > 0 && chunks >= 0 && length >= 0,
                   "project_grad: chunk, chunks and length must not be negative");
         LGK_CHECK((offsets == 0) == (chunk_ends == 0), "project_grad: offsets and chunk_ends come together");
@@ -69,10 +80,10 @@ PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
                       chunks};
         const auto element = element_of(dtype);
         py::gil_scoped_release unlocked;
-        project_grad::project_grad_cuda(element, args, reinterpret_cast<void*>(stream));
+        project_grad::project_grad_cuda(kernels, element, positions, args, reinterpret_cast<void*>(stream));
       },
-      py::arg("dtype"), py::arg("x"), py::arg("dy"), py::arg("p_in"), py::arg("p_out"), py::arg("weights"),
-      py::arg("offsets"), py::arg("offset_stride"), py::arg("chunk_ends"), py::arg("out"), py::arg("partial"),
-      py::arg("samples"), py::arg("length"), py::arg("chunk"), py::arg("chunks"), py::arg("d_in"), py::arg("d_out"),
-      py::arg("k_in"), py::arg("k_out"), py::arg("stream"));
+      py::arg("arch"), py::arg("dtype"), py::arg("positions"), py::arg("x"), py::arg("dy"), py::arg("p_in"),
+      py::arg("p_out"), py::arg("weights"), py::arg("offsets"), py::arg("offset_stride"), py::arg("chunk_ends"),
+      py::arg("out"), py::arg("partial"), py::arg("samples"), py::arg("length"), py::arg("chunk"), py::arg("chunks"),
+      py::arg("d_in"), py::arg("d_out"), py::arg("k_in"), py::arg("k_out"), py::arg("stream"));
 }

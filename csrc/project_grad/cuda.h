@@ -22,7 +22,8 @@ struct CudaSide {
   bool is_float;  // of a side without a projection: its positions are fp32
 };
 
-// chunk_ends [samples] counts each sample's chunks and those before it; with offsets, null without.
+// chunk_ends [samples] counts each sample's chunks and those before it; with offsets, null without. length is that of a
+// sample, or of all positions where there are offsets.
 struct CudaShape {
   int64_t samples, length;
   const int64_t* offsets;
@@ -40,14 +41,24 @@ struct CudaArgs {
   CudaShape shape;
 };
 
-// positions: that a block takes at a time, of which chunks are multiples. tiles: of (k_out, k_in), a block each.
+// What the kernels use: copies by threads and mma.sync, or the copy engine and wgmma, which exist on compute capability
+// 9.0 alone.
+enum class Arch : int { kSm80 = 80, kSm90 = 90 };
+
+// positions: that a block takes at a time, of which chunks are multiples, and the fewest it can take. tiles: of (k_out,
+// k_in), a block each.
 struct Tiling {
-  int positions;
+  int positions, least_positions;
   int64_t tiles;
 };
-Tiling tiling(Element element, int64_t k_in, int64_t k_out, bool dy_projected);
+Tiling tiling(Arch arch, Element element, int64_t k_in, int64_t k_out, bool dy_projected);
+
+// Whether this build holds the kernels of sm_90a.
+bool has_sm90();
 
 // Launches on the stream and returns without waiting; throws std::runtime_error with CUDA's own words on failure.
-void project_grad_cuda(Element element, const CudaArgs& args, void* stream);
+// positions is one of the tiling's. The kernels of sm_90 are for half operands whose dy is projected here; addresses
+// and strides of what it projects are multiples of 16 bytes and its features neighbours.
+void project_grad_cuda(Arch arch, Element element, int positions, const CudaArgs& args, void* stream);
 
 }  // namespace lgk::project_grad

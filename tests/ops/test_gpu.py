@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from tolerance import assert_as_good_as_naive
 
 import logra_kernels as lk
+from logra_kernels.ops import _dispatch
+from logra_kernels.ops.project_grad import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -66,6 +69,27 @@ def test_project_grad_takes_no_memory_for_projected_positions():
     x, dy = (torch.randn(4, 4096, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     p_in, p_out = (torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     assert extra_memory(lambda: lk.project_grad(x, dy, p_in, p_out)) <= 1.05 * 4 * 64 * 64 * 4
+
+
+@pytest.mark.skipif(_dispatch.cuda_error() is not None, reason="logra_kernels._C_cuda is not built")
+@pytest.mark.parametrize("path", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("k", [16, 64, 128, 200])
+def test_project_grad_in_cuda_by_either_path(monkeypatch, path, dtype, k):
+    from logra_kernels.ops.project_grad import cuda
+
+    if path == "sm_90a" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setattr(cuda, "FORCED_PATH", path)
+    for lengths in ([512] * 16, [8192], [5000, 12, 700, 0, 1800, 680]):
+        args = [torch.randn(s, device="cuda").to(dtype) for s in ((sum(lengths), 1024), (sum(lengths), 520))]
+        args += [(torch.randn(k, d, device="cuda") / d**0.5).to(dtype) for d in (1024, 520)]
+        offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+        assert cuda.arch_of(*args) == (90 if path == "sm_90a" else 80)
+        got = lk.project_grad(*args, offsets, backend="cuda")
+        exact = reference.project_grad(*(a.double() for a in args), offsets, None)
+        assert_as_good_as_naive(got, exact, reference.project_grad(*args, offsets, None))
+        assert torch.equal(lk.project_grad(*args, offsets, backend="cuda"), got)
 
 
 def test_more_than_2_to_31_elements():

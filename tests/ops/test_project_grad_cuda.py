@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -21,6 +22,10 @@ ROOT = Path(__file__).parents[2]
 HALVES = [torch.bfloat16, torch.float16]
 ELEMENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDTHS = [(dtype, width) for dtype in ELEMENT for width in (32, 64, 128) if dtype in HALVES or width < 128]
+SM_80 = 0  # positions of a block, where the path knows but one
+SM_90 = [(positions, width) for positions in (64, 128) for width in (32, 64, 128) if (positions, width) != (64, 128)]
+LATE_COPIES = 4  # threads in ascending order; copies land when they are waited for, products are computed at once
+EARLY_COPIES = 3  # descending; copies land at once, products are computed when they are waited for
 NVCC = shutil.which("nvcc")
 COMPILER = shutil.which(os.environ.get("CXX", "g++").split()[-1])
 
@@ -33,7 +38,15 @@ def kernels(tmp_path_factory):
     here = ROOT / "tests" / "ops" / "cuda_on_cpu"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", f"-I{here}"]
     subprocess.run([COMPILER, *flags, str(here / "project_grad.cpp"), "-o", str(path)], check=True)
-    return ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(path))
+    library.project_grad.restype = ctypes.c_char_p
+    return library
+
+
+def call(kernels, *args):
+    error = kernels.project_grad(*args)
+    if error is not None:
+        raise RuntimeError(error.decode())
 
 
 def side(v, p, dtype):
@@ -42,10 +55,10 @@ def side(v, p, dtype):
     return (ctypes.c_int64 * 10)(v.data_ptr(), *strides, *factor[:3], v.shape[-1], factor[3], v.dtype != dtype)
 
 
-def run(kernels, args, width, chunk=10**6, *, descending=False):
+def run(kernels, args, width, chunk=10**6, positions=SM_80, timing=LATE_COPIES):
     """The kernels' G, written over NaN."""
     x, dy, p_in, p_out, offsets, weights = (*args, None, None)[:6]
-    n, length = (x.shape[0], x.shape[1]) if offsets is None else (len(offsets) - 1, 0)
+    n, length = (x.shape[0], x.shape[1]) if offsets is None else (len(offsets) - 1, x.shape[0])
     k_out, k_in = (v.shape[-1] if p is None else p.shape[0] for p, v in ((p_out, dy), (p_in, x)))
     out = torch.full((n, k_out, k_in), float("nan"))
     if offsets is None:
@@ -59,24 +72,72 @@ def run(kernels, args, width, chunk=10**6, *, descending=False):
         return ctypes.c_void_p(None if t is None else t.data_ptr())
 
     w = (0, 0) if weights is None else (weights.stride() if weights.dim() == 2 else (0, *weights.stride()))
-    kernels.project_grad(
-        ELEMENT[dy.dtype], width, int(descending), side(x, p_in, dy.dtype), side(dy, p_out, dy.dtype),
+    call(
+        kernels, ELEMENT[dy.dtype], positions, width, timing, side(x, p_in, dy.dtype), side(dy, p_out, dy.dtype),
         pointer(weights), *map(ctypes.c_int64, w), pointer(out), pointer(partial), ctypes.c_int64(n),
         ctypes.c_int64(length), pointer(offsets), pointer(ends), ctypes.c_int64(chunk), ctypes.c_int64(chunks),
     )  # fmt: skip
     return out
 
 
-def check(kernels, args, width, chunk=10**6):
-    got = run(kernels, args, width, chunk)
+def check(kernels, args, width, chunk=10**6, positions=SM_80):
+    got = run(kernels, args, width, chunk, positions)
     assert_as_good_as_naive(got, exactly(*args), reference.project_grad(*args))
-    assert torch.equal(run(kernels, args, width, chunk, descending=True), got)  # no race between barriers
+    assert torch.equal(run(kernels, args, width, chunk, positions, EARLY_COPIES), got)  # no race between barriers
     return got
 
 
 @pytest.mark.parametrize(("dtype", "width"), WIDTHS, ids=str)
 def test_matches_fp64(kernels, dtype, width):
     check(kernels, case(2, width + 5, 136, 72, width, width - 7, dtype), width)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize(("positions", "width"), SM_90)
+def test_sm_90_matches_fp64(kernels, half, positions, width):
+    check(kernels, case(2, positions + 5, 584, 72, width, width - 7, half), width, positions=positions)
+
+
+def test_sm_90_tiles_chunks_and_weights(kernels):
+    args = case(3, 150, 72, 136, 70, 40, torch.bfloat16)
+    check(kernels, (*args, None, position_weights(3, 150)), 32, chunk=64, positions=64)
+    check(kernels, (*args, None, position_weights(3, 150)), 64, chunk=128, positions=128)
+
+
+def apart(t):
+    """A view in which rows are a multiple of 16 bytes, and something, apart."""
+    view = t.new_full((*t.shape[:-1], t.shape[-1] + 8 + -t.shape[-1] % 8), float("nan"))[..., : t.shape[-1]]
+    return view.copy_(t)
+
+
+def test_sm_90_rows_apart(kernels):
+    check(kernels, tuple(map(apart, case(3, 70, 72, 41, 17, 9, torch.bfloat16))), 32, positions=64)
+    x, dy, p_in, p_out = map(apart, case(3, 90, 72, 41, 17, 9, torch.bfloat16))
+    check(kernels, (x[:, :70], dy[:, 20:], p_in, p_out), 32, positions=64)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sm_90_ragged(kernels, weighted):
+    x, dy, p_in, p_out, offsets = ragged(torch.bfloat16)
+    args = (*map(apart, (x, dy, p_in, p_out)), offsets)
+    got = check(kernels, (*args, position_weights(75)) if weighted else args, 32, chunk=64, positions=64)
+    assert not got[0].any()
+
+
+def test_sm_90_nan_stays_where_it_is(kernels):
+    x, dy, p_in, p_out, offsets = ragged(torch.bfloat16)
+    x, dy, p_in, p_out = map(apart, (x, dy, p_in, p_out))
+    clean = run(kernels, (x, dy, p_in, p_out, offsets), 32, 64, 64)
+    x[41, 0] = dy[41, 1] = float("nan")
+    bad = run(kernels, (x, dy, p_in, p_out, offsets), 32, 64, 64)
+    assert bad[3].isnan().all()
+    bad[3] = clean[3]
+    assert torch.equal(bad, clean)
+
+
+def test_sm_90_projected_x(kernels):
+    _, dy, _, p_out = case(3, 37, 8, 24, 8, 16, torch.bfloat16)
+    check(kernels, (torch.randn(3, 37, 12), dy, None, p_out), 32, positions=64)
 
 
 @pytest.mark.parametrize("dtype", ELEMENT, ids=str)
@@ -122,38 +183,67 @@ def test_nan_stays_where_it_is(kernels):
 class TestLauncher:
     """ops/project_grad/cuda.py on CPU tensors, its kernels' binding replaced by the kernels on a CPU."""
 
-    @pytest.fixture
-    def launch(self, kernels, monkeypatch):
+    @pytest.fixture(params=[(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+    def launch(self, kernels, monkeypatch, request):
         from logra_kernels.ops.project_grad import cuda
 
-        def bound(dtype, x, dy, p_in, p_out, weights, offsets, offset_stride, ends, out, partial, n, length, chunk,
-                  chunks, d_in, d_out, k_in, k_out, stream):  # fmt: skip
+        def bound(arch, dtype, positions, x, dy, p_in, p_out, weights, offsets, offset_stride, ends, out, partial, n,
+                  length, chunk, chunks, d_in, d_out, k_in, k_out, stream):  # fmt: skip
             assert offset_stride in (0, 1)
             assert stream == 7
-            width, _ = cuda._C_cuda.project_grad_tiling(dtype, k_in, k_out, p_out is None)
+            assert chunk % positions == 0
+            width, _, _ = tiling(80, dtype, k_in, k_out, p_out is None)
+            archs.append(arch)
             sides = [
                 (ctypes.c_int64 * 10)(v[0], *v[2:], *((0, 0, 0) if p is None else (p[0], *p[2:])), d, k, v[1] == 0)
                 for v, p, d, k in ((x, p_in, d_in, k_in), (dy, p_out, d_out, k_out))
             ]
             numbers = (*weights, out, partial, n, length, offsets, ends, chunk, chunks)
-            kernels.project_grad(dtype, width, 0, *sides, *map(ctypes.c_int64, numbers))
+            call(
+                kernels,
+                dtype,
+                positions if arch == 90 else SM_80,
+                width,
+                LATE_COPIES,
+                *sides,
+                *map(ctypes.c_int64, numbers),
+            )
 
-        tiling = cuda._C_cuda.project_grad_tiling
-        monkeypatch.setattr(cuda, "_C_cuda", SimpleNamespace(project_grad=bound, project_grad_tiling=tiling))
+        tiling, archs = cuda._C_cuda.project_grad_tiling, []
+        built = SimpleNamespace(project_grad=bound, project_grad_tiling=tiling, has_sm_90a=lambda: True)
+        monkeypatch.setattr(cuda, "_C_cuda", built)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: request.param)
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
         monkeypatch.setattr(cuda, "programs_of", lambda tensor: 8)
         monkeypatch.setattr(cuda, "partials_of", lambda x, dy, g: 8)
-        return cuda.launch
+        return SimpleNamespace(call=cuda.launch, archs=archs, capability=request.param)
 
     def check(self, launch, args):
-        got = launch(*args, *[None] * (6 - len(args)))
+        got = launch.call(*args, *[None] * (6 - len(args)))
         assert_as_good_as_naive(got, exactly(*args), reference.project_grad(*args))
 
     @pytest.mark.parametrize("dtype", ELEMENT, ids=str)
     def test_dense(self, launch, dtype):
         self.check(launch, case(2, 170, 24, 16, 40, 70, dtype))
         self.check(launch, (*case(2, 37, 24, 16, 20, 10, dtype), None, position_weights(2, 37)))
+        assert launch.archs == [90 if launch.capability == (9, 0) and dtype in HALVES else 80] * 2
+
+    @pytest.mark.parametrize("view", VIEWS)
+    def test_views(self, launch, view):
+        """What no tensor map describes goes to the kernels of sm_80."""
+        self.check(launch, tuple(map(VIEWS[view], case(2, 37, 24, 16, 17, 9, torch.bfloat16))))
+
+    def test_forced(self, launch, monkeypatch):
+        from logra_kernels.ops.project_grad import cuda
+
+        args = case(1, 20, 16, 8, 8, 4, torch.bfloat16)
+        monkeypatch.setattr(cuda, "FORCED_PATH", "sm_80")
+        self.check(launch, args)
+        assert launch.archs == [80]
+        monkeypatch.setattr(cuda, "FORCED_PATH", "sm_75")
+        with pytest.raises(RuntimeError, match="LOGRA_KERNELS_CUDA_PATH is 'sm_75'; it must be"):
+            launch.call(*args, None, None)
 
     @pytest.mark.parametrize("dtype", ELEMENT, ids=str)
     def test_ragged(self, launch, dtype):
@@ -166,12 +256,12 @@ class TestLauncher:
 
     def test_empty(self, launch):
         x, dy, p_in, p_out = case(2, 3, 8, 6, 4, 5)
-        assert launch(x[:0], dy[:0], p_in, p_out, None, None).shape == (0, 5, 4)
-        assert not launch(x[:, :0], dy[:, :0], p_in, p_out, None, None).any()
+        assert launch.call(x[:0], dy[:0], p_in, p_out, None, None).shape == (0, 5, 4)
+        assert not launch.call(x[:, :0], dy[:, :0], p_in, p_out, None, None).any()
 
     def test_fp64_is_refused(self, launch):
         with pytest.raises(RuntimeError, match="'cuda' has no fp64 kernel"):
-            launch(*case(2, 3, 8, 6, 4, 5, torch.float64), None, None)
+            launch.call(*case(2, 3, 8, 6, 4, 5, torch.float64), None, None)
 
 
 def test_the_library_imports_without_a_driver():
@@ -180,15 +270,37 @@ def test_the_library_imports_without_a_driver():
     assert _dispatch.cuda_error() is None
 
 
+CUOBJDUMP = shutil.which("cuobjdump") or next(
+    (
+        str(tool)
+        for spec in [importlib.util.find_spec("triton")]
+        if spec is not None and spec.origin is not None
+        for tool in [Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"]
+        if tool.exists()
+    ),
+    None,
+)
+
+
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-@pytest.mark.parametrize("arch", ["compute_80,code=sm_80", "compute_90a,code=sm_90a"])
+@pytest.mark.parametrize("arch", ["80", "90a"])
 def test_compiles(tmp_path, arch):
-    source = ROOT / "csrc" / "project_grad" / "cuda.cu"
-    flags = ["-std=c++17", f"-I{ROOT / 'csrc'}", "-gencode", f"arch={arch}", "-cubin", "-Xptxas", "-v"]
-    made = subprocess.run(
-        [NVCC, *flags, str(source), "-o", str(tmp_path / "x.cubin")], capture_output=True, text=True, check=True
-    )
-    assert (tmp_path / "x.cubin").stat().st_size > 0
-    spills = [int(line.split()[4]) for line in made.stderr.splitlines() if "spill stores" in line]
-    assert len(spills) == 13
-    assert max(spills) <= 32  # bytes a thread
+    """Both paths become machine code that keeps its sums in registers; on sm_90a with wgmma and the copy engine."""
+    source, made = ROOT / "csrc" / "project_grad" / "cuda.cu", tmp_path / "x.cubin"
+    flags = ["-std=c++17", f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin"]
+    told = subprocess.run(
+        [NVCC, *flags, "-Xptxas", "-v", str(source), "-o", str(made)], capture_output=True, text=True, check=True
+    ).stderr
+    assert "serialized" not in told  # wgmma that ptxas waits for at once
+    names = [line.split("'")[1] for line in told.splitlines() if "Compiling entry function" in line]
+    spills = [int(line.split()[4]) for line in told.splitlines() if "spill stores" in line]
+    assert len(names) == len(spills) == 12 + 10 + 1
+    for name, spilled in zip(names, spills, strict=True):
+        assert spilled <= (128 if "Sm80" in name else 0), name  # bytes a thread
+    if arch == "90a" and CUOBJDUMP is not None:
+        machine_code = subprocess.run(
+            [CUOBJDUMP, "-sass", str(made)], capture_output=True, text=True, check=True
+        ).stdout
+        bodies = [part for part in machine_code.split("Function :")[1:] if "Sm90" in part.splitlines()[0]]
+        assert len(bodies) == 10
+        assert all("HGMMA" in body and "UTMALDG" in body and "SYNCS" in body for body in bodies)

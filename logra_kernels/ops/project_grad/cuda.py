@@ -1,4 +1,10 @@
-"""CUDA C++ launcher of project_grad: bf16, fp16 and fp32 (which it multiplies exactly; there is no tf32 here)."""
+"""CUDA C++ launcher of project_grad: bf16, fp16 and fp32 (which it multiplies exactly; there is no tf32 here).
+
+Half operands whose rows the copy engine can fetch go through the kernels of sm_90a on a device of compute capability
+9.0; everything else, and everything under LOGRA_KERNELS_CUDA_PATH=sm_80, through those of sm_80.
+"""
+
+import os
 
 import torch
 from torch import Tensor
@@ -6,6 +12,8 @@ from torch import Tensor
 from logra_kernels import _C_cuda
 from logra_kernels.ops._native import DTYPE_CODE, matrix
 from logra_kernels.ops.project_grad.chunks import cut, partials_of, programs_of
+
+FORCED_PATH = os.environ.get("LOGRA_KERNELS_CUDA_PATH")
 
 
 def launch(
@@ -21,8 +29,9 @@ def launch(
         return g
     if not t:
         return g.zero_()
-    block_t, tiles = _C_cuda.project_grad_tiling(DTYPE_CODE[dy.dtype], k_in, k_out, p_out is None)
-    _, chunk = cut(n, t, offsets is not None, tiles, block_t, programs_of(dy), partials_of(x, dy, g), block_t)
+    arch = arch_of(x, dy, p_in, p_out)
+    most_t, least_t, tiles = _C_cuda.project_grad_tiling(arch, DTYPE_CODE[dy.dtype], k_in, k_out, p_out is None)
+    block_t, chunk = cut(n, t, offsets is not None, tiles, most_t, programs_of(dy), partials_of(x, dy, g), least_t)
     cuts = ends = None
     if offsets is None:
         chunks = n * -(-t // chunk)
@@ -32,7 +41,9 @@ def launch(
     partial = g if offsets is None and chunks == n else g.new_empty((chunks, k_out, k_in))
     with torch.cuda.device(dy.device):
         _C_cuda.project_grad(
+            arch,
             DTYPE_CODE[dy.dtype],
+            block_t,
             _positions(x),
             _positions(dy),
             None if p_in is None else matrix(p_in),
@@ -54,6 +65,39 @@ def launch(
             torch.cuda.current_stream(dy.device).cuda_stream,
         )
     return g
+
+
+def arch_of(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> int:
+    """80 or 90: whose kernels take these operands, on their device.
+
+    Raises:
+        RuntimeError: LOGRA_KERNELS_CUDA_PATH is neither sm_80 nor sm_90a.
+    """
+    if FORCED_PATH not in (None, "sm_80", "sm_90a"):
+        raise RuntimeError(f"LOGRA_KERNELS_CUDA_PATH is {FORCED_PATH!r}; it must be sm_80 or sm_90a, or unset")
+    if FORCED_PATH == "sm_80" or not _C_cuda.has_sm_90a() or torch.cuda.get_device_capability(dy.device) != (9, 0):
+        return 80
+    half = dy.dtype in (torch.bfloat16, torch.float16)
+    sides = [(v, p) for v, p in ((x, p_in), (dy, p_out)) if p is not None]
+    fetched = p_out is not None and all(v.dtype == p.dtype == dy.dtype and _mapped(v) and _mapped(p) for v, p in sides)
+    return 90 if half and fetched else 80
+
+
+def _mapped(v: Tensor) -> bool:
+    """Whether a tensor map describes v, [N, T, d] or [R, d]: aligned rows of neighbours, samples of whole rows."""
+    samples = (
+        v.stride(0) % v.stride(-2) == 0 and v.stride(0) >= v.stride(-2) if v.dim() == 3 and v.shape[0] > 1 else True
+    )
+    return (
+        v.numel() > 0
+        and samples
+        and v.stride(-1) == 1
+        and v.stride(-2) >= v.shape[-1]
+        and v.stride(-2) * v.element_size() % 16 == 0
+        and v.stride(0) * v.element_size() < 2**40
+        and v.data_ptr() % 16 == 0
+        and max(v.shape) < 2**31
+    )
 
 
 def _positions(v: Tensor) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 // Runs CUDA C++ kernels on a CPU, a fiber a thread, so that indices, barriers, swizzles and fragments are tested where
 // there is no device. The primitives of common/cuda_tile.cuh do here what the PTX manual says of them; an asynchronous
 // copy lands when it is waited for and not before. Fibers of a block run one after the other, from barrier to barrier,
-// in ascending or descending order.
+// in ascending or descending order. Those of common/cuda_bulk.cuh are in bulk_on_cpu.h.
 #pragma once
 #define LGK_CUDA_ON_CPU
 #include <ucontext.h>
@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -18,7 +19,9 @@
 #define __device__
 #define __global__
 #define __shared__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __trap() std::abort()
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct Dim3 {
@@ -46,17 +49,27 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   bool done = false;
-  int64_t barriers = 0, exchanges = 0;
+  int64_t barriers = 0, firsts = 0, exchanges = 0;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
 };
 
+struct Bulk;
+
+// In which order fibers run, and whether what is asynchronous on sm_90 happens at once or when it is waited for.
+struct Timing {
+  bool descending, copies_at_once, products_at_once;
+};
+
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<int> at_barrier;  // how many fibers have reached barrier i
+  std::vector<int> at_barrier, at_first;  // how many fibers have reached barrier i, of all and of the first ones
+  std::shared_ptr<Bulk> bulk;             // of bulk_on_cpu.h
   std::vector<std::vector<Exchange>> warps;
   ucontext_t scheduler;
   int current = 0;
+  Timing timing = {};
+  std::exception_ptr error;
   std::function<void()> body;
 };
 
@@ -66,7 +79,11 @@ inline Fiber& self() { return block->fibers[block->current]; }
 inline void yield() { swapcontext(&self().context, &block->scheduler); }
 
 inline void enter() {
-  block->body();
+  try {
+    block->body();
+  } catch (...) {
+    block->error = std::current_exception();
+  }
   self().done = true;
   yield();
 }
@@ -87,18 +104,26 @@ inline const Exchange& exchange(const uint64_t* words, int count) {
 
 inline Dim3 threadIdx, blockIdx, blockDim;
 
-inline void __syncthreads() {
-  const size_t turn = on_cpu::self().barriers++;
-  auto& counts = on_cpu::block->at_barrier;
+namespace on_cpu {
+
+// The calling fiber's `turn`th barrier of `threads` fibers.
+inline void meet(std::vector<int> Block::* at, size_t turn, int threads) {
+  auto& counts = block->*at;
   if (counts.size() <= turn) counts.resize(turn + 1, 0);
   ++counts[turn];
-  while (on_cpu::block->at_barrier[turn] < int(on_cpu::block->fibers.size())) on_cpu::yield();
+  while ((block->*at)[turn] < threads) yield();
+}
+
+}  // namespace on_cpu
+
+inline void __syncthreads() {
+  on_cpu::meet(&on_cpu::Block::at_barrier, on_cpu::self().barriers++, int(on_cpu::block->fibers.size()));
 }
 
 namespace on_cpu {
 
 // Runs kernel() for every thread of every block. Throws where threads wait for each other for ever.
-inline void launch(Dim3 grid, int threads, bool descending, const std::function<void()>& kernel) {
+inline void launch(Dim3 grid, int threads, Timing timing, const std::function<void()>& kernel) {
   blockDim = {unsigned(threads), 1};
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) {
@@ -106,6 +131,7 @@ inline void launch(Dim3 grid, int threads, bool descending, const std::function<
       here.fibers.resize(threads);
       here.warps.resize((threads + kWarp - 1) / kWarp);
       here.body = kernel;
+      here.timing = timing;
       block = &here;
       for (Fiber& fiber : here.fibers) {
         getcontext(&fiber.context);
@@ -117,15 +143,16 @@ inline void launch(Dim3 grid, int threads, bool descending, const std::function<
       for (int64_t round = 0;; ++round) {
         bool any = false;
         for (int i = 0; i < threads; ++i) {
-          here.current = descending ? threads - 1 - i : i;
+          here.current = timing.descending ? threads - 1 - i : i;
           if (here.fibers[here.current].done) continue;
           any = true;
           blockIdx = {x, y};
           threadIdx = {unsigned(here.current), 0};
           swapcontext(&here.scheduler, &here.fibers[here.current].context);
+          if (here.error) std::rethrow_exception(here.error);
         }
         if (!any) break;
-        if (round > 10'000'000) throw std::runtime_error("threads wait for each other");
+        if (round > 100'000) throw std::runtime_error("threads wait for each other");
       }
     }
   }

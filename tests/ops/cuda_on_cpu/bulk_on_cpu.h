@@ -1,0 +1,228 @@
+// The primitives of common/cuda_bulk.cuh on a CPU, from what the PTX manual says of them: mbarrier, bulk tensor copies,
+// wgmma. Copies land and products are computed at once or as late as can be, when somebody waits for them, as the
+// launch's timing says: late copies show what is read too early, early ones beside late products what is freed too
+// early. What a device would not do in good order throws: a copy to a barrier that the engine cannot see, products
+// without a fence, a descriptor that lanes do not agree on.
+#pragma once
+#include <map>
+#include <string>
+
+#include "cuda_on_cpu.h"
+
+namespace on_cpu {
+
+inline char* shared_memory;  // where shared address 0 is
+
+struct Phases {
+  int count = 0, arrivals_left = 0, phase = 0;
+  int64_t bytes_left = 0;
+  bool visible = false;                       // to the copy engine
+  std::vector<std::function<void()>> coming;  // copies that have not landed
+
+  void land() {
+    const auto copies = std::move(coming);
+    coming.clear();
+    for (const auto& copy : copies) copy();
+  }
+  void settle() {
+    if (arrivals_left < 0) throw std::runtime_error("more arrivals than a barrier expects");
+    if (arrivals_left > 0 || bytes_left != 0) return;
+    arrivals_left = count;
+    phase ^= 1;
+  }
+};
+
+struct Products {
+  bool fenced = false;
+  std::vector<std::function<void()>> open;
+  std::deque<std::vector<std::function<void()>>> groups;
+};
+
+struct Bulk {
+  std::map<const void*, Phases> barriers;
+  std::map<int, Products> of_thread;
+};
+
+inline Bulk& bulk() {
+  if (!block->bulk) block->bulk = std::make_shared<Bulk>();
+  return *block->bulk;
+}
+
+inline Phases& barrier_at(const void* barrier) {
+  const auto found = bulk().barriers.find(barrier);
+  if (found == bulk().barriers.end()) throw std::runtime_error("a barrier is used before it is initialised");
+  return found->second;
+}
+
+inline void must(bool holds, const char* what) {
+  if (!holds) throw std::runtime_error(what);
+}
+
+// A matrix in shared memory as wgmma finds it: bits 0-13 start, 16-29 and 32-45 leading and stride offset, all in 16
+// bytes, 49-51 base offset, 62-63 swizzle. K-major with 128-byte swizzle: eight rows of 128 bytes make a pattern, whose
+// 16-byte chunks are permuted by address bits 7-9; patterns along M or N lie a stride offset apart.
+struct Matrix {
+  uint32_t start, stride;
+
+  explicit Matrix(uint64_t descriptor) {
+    start = uint32_t(descriptor & 0x3fff) << 4;
+    stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
+    must((descriptor >> 62) == 1, "only the 128-byte swizzle is known here");
+    must((descriptor >> 49 & 7) == 0 && (start & 0x380) == 0, "the swizzle's pattern does not start at 1024 bytes");
+  }
+  uint16_t at(int row, int k) const {
+    uint32_t address = start + uint32_t(row / 8) * stride + uint32_t(row % 8) * 128 + uint32_t(k) * 2;
+    address ^= (address >> 7 & 7) << 4;
+    uint16_t number;
+    std::memcpy(&number, shared_memory + address, 2);
+    return number;
+  }
+};
+
+// m64nNk16: warp w of the group holds rows 16 w + g and + 8, columns 8 j + 2 t and + 1 of c.
+template <float (*kWiden)(uint16_t), int kColumns>
+void multiply_group(float (&c)[kColumns][4], uint64_t a, uint64_t b) {
+  const uint64_t words[] = {a, b};
+  const Exchange& all = exchange(words, 2);
+  for (int lane = 0; lane < kWarp; ++lane) {
+    must(all.words[lane][0] == a && all.words[lane][1] == b, "descriptors differ within a warp");
+  }
+  Products& products = bulk().of_thread[block->current];
+  must(products.fenced, "products without a fence before them");
+  const int lane = block->current % kWarp, row = block->current / kWarp % 4 * 16 + lane / 4;
+  float (*sums)[4] = c;
+  products.open.push_back([=] {
+    const Matrix left(a), right(b);
+    float numbers[2][16];
+    for (int h = 0; h < 2; ++h) {
+      for (int k = 0; k < 16; ++k) numbers[h][k] = kWiden(left.at(row + 8 * h, k));
+    }
+    for (int j = 0; j < kColumns; ++j) {
+      for (int e = 0; e < 4; ++e) {
+        for (int k = 0; k < 16; ++k) {
+          sums[j][e] += numbers[e / 2][k] * kWiden(right.at(j * 8 + lane % 4 * 2 + e % 2, k));
+        }
+      }
+    }
+  });
+  if (block->timing.products_at_once) products.open.back()(), products.open.pop_back();
+}
+
+}  // namespace on_cpu
+
+namespace lgk {
+
+struct TensorMap {
+  const char* data;
+  int64_t sizes[3], strides[2];  // of rows and samples, in bytes
+  int box_rows;
+};
+
+inline TensorMap tensor_map(const char*, const void* data, int64_t columns, int64_t rows, int64_t samples,
+                            int64_t row_stride, int64_t sample_stride, int box_rows) {
+  using on_cpu::must;
+  must(reinterpret_cast<uintptr_t>(data) % 16 == 0, "a tensor map's address is not aligned");
+  must(row_stride * 2 % 16 == 0 && sample_stride * 2 % 16 == 0, "a tensor map's stride is no multiple of 16 bytes");
+  must(row_stride >= columns && sample_stride >= row_stride, "a tensor map's stride is too small");
+  for (const int64_t size : {columns, rows, samples}) must(size > 0 && size <= int64_t(1) << 32, "a tensor map's size");
+  must(sample_stride * 2 < int64_t(1) << 40 && box_rows > 0 && box_rows <= 256, "a tensor map's stride or box");
+  return {static_cast<const char*>(data), {columns, rows, samples}, {row_stride * 2, sample_stride * 2}, box_rows};
+}
+
+using Barrier = uint64_t;
+
+inline uint32_t shared_address(const void* shared) {
+  return uint32_t(static_cast<const char*>(shared) - on_cpu::shared_memory);
+}
+
+inline void init_barrier(Barrier* barrier, int count) {
+  on_cpu::Phases fresh;
+  fresh.count = fresh.arrivals_left = count;
+  on_cpu::bulk().barriers[barrier] = fresh;
+}
+inline void show_to_engine() {
+  for (auto& [_, phases] : on_cpu::bulk().barriers) phases.visible = true;
+}
+inline void arrive(Barrier* barrier) {
+  on_cpu::Phases& phases = on_cpu::barrier_at(barrier);
+  --phases.arrivals_left;
+  phases.settle();
+}
+inline void arrive_expecting(Barrier* barrier, int bytes) {
+  on_cpu::barrier_at(barrier).bytes_left += bytes;
+  arrive(barrier);
+}
+inline void wait_for_phase(Barrier* barrier, int parity) {
+  on_cpu::Phases& phases = on_cpu::barrier_at(barrier);
+  while (phases.phase == parity) {
+    phases.land();
+    if (phases.phase == parity) on_cpu::yield();
+  }
+}
+
+inline void fetch_tile(char* tile, const TensorMap* map, Barrier* barrier, int column, int row, int sample) {
+  on_cpu::Phases& phases = on_cpu::barrier_at(barrier);
+  on_cpu::must(phases.visible, "the copy engine cannot see a barrier");
+  on_cpu::must(shared_address(tile) % 1024 == 0, "a swizzled tile does not start at a multiple of 1024 bytes");
+  phases.coming.push_back([=] {
+    for (int r = 0; r < map->box_rows; ++r) {
+      for (int c = 0; c < 64; ++c) {
+        uint16_t number = 0;
+        const int64_t at[] = {int64_t(column) + c, int64_t(row) + r, sample};
+        bool inside = true;
+        for (int i = 0; i < 3; ++i) inside = inside && at[i] >= 0 && at[i] < map->sizes[i];
+        if (inside) {
+          std::memcpy(&number, map->data + at[0] * 2 + at[1] * map->strides[0] + at[2] * map->strides[1], 2);
+        }
+        uint32_t address = shared_address(tile) + uint32_t(r * 128 + c * 2);
+        address ^= (address >> 7 & 7) << 4;
+        std::memcpy(on_cpu::shared_memory + address, &number, 2);
+      }
+    }
+    on_cpu::Phases& full = on_cpu::barrier_at(barrier);
+    full.bytes_left -= int64_t(map->box_rows) * 128;
+    full.settle();
+  });
+  if (on_cpu::block->timing.copies_at_once) phases.land();
+}
+
+template <int kThreads>
+void sync_first() {
+  on_cpu::must(on_cpu::block->current < kThreads, "a thread that does not count is at a barrier of the first ones");
+  on_cpu::meet(&on_cpu::Block::at_first, on_cpu::self().firsts++, kThreads);
+}
+
+template <int kRegisters>
+void drop_to_registers() {}
+template <int kRegisters>
+void rise_to_registers() {}
+
+inline void begin_products() { on_cpu::bulk().of_thread[on_cpu::block->current].fenced = true; }
+inline void commit_products() {
+  on_cpu::Products& products = on_cpu::bulk().of_thread[on_cpu::block->current];
+  products.groups.push_back(std::move(products.open));
+  products.open.clear();
+  products.fenced = false;
+}
+template <int kLeft>
+void wait_for_products() {
+  auto& groups = on_cpu::bulk().of_thread[on_cpu::block->current].groups;
+  for (; groups.size() > kLeft; groups.pop_front()) {
+    for (const auto& product : groups.front()) product();
+  }
+  const uint64_t none[] = {0};
+  on_cpu::exchange(none, 1);  // no lane goes on before the whole warp is here
+}
+template <int kColumns>
+void take_products(float (&)[kColumns][4]) {}
+
+template <int kColumns>
+void multiply_group_bf16(float (&c)[kColumns][4], uint64_t a, uint64_t b) {
+  on_cpu::multiply_group<on_cpu::bf16_to_float>(c, a, b);
+}
+template <int kColumns>
+void multiply_group_f16(float (&c)[kColumns][4], uint64_t a, uint64_t b) {
+  on_cpu::multiply_group<on_cpu::half_to_float>(c, a, b);
+}
+
+}  // namespace lgk
