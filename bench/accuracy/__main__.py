@@ -1,4 +1,4 @@
-"""python -m bench.accuracy --study {digits,fmnist}: the table, and bench/results/accuracy-<study>.json."""
+"""python -m bench.accuracy --study {digits,fmnist,patches}: the table, and bench/results/accuracy-<study>.json."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.perf_counter()
     found = truth(setting, data, progress=lambda n: say(f"  {n} models retrained, {time.perf_counter() - began:.0f} s"))
     globs = options.methods.split(",")
-    known = [*methods.registry().values(), *session.registry(setting.train).values()]
+    formulas = methods.registry().values() if setting.positions is None else ()  # which have one position a sample
+    known = [*formulas, *session.registry(setting).values()]
     chosen = [m for m in known if any(fnmatchcase(m.name, glob) for glob in globs)]
     rows = {method.name: table.Row.of(method) for method in chosen}
     for index in range(options.checkpoints or setting.checkpoints):
@@ -49,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
             scores = method(case)
             rows[method.name].add(scores, found, time.perf_counter() - began)
             say(f"  model {index} {method.name} {rows[method.name].lds[-1].mean():.3f}")
-        for name, (scores, seconds) in peers.scores(case, options.peers, say).items():
+        others = peers.scores(case, options.peers, say) if setting.positions is None else {}
+        for name, (scores, seconds) in others.items():
             rows.setdefault(name, table.Row.peer(name)).add(scores, found, seconds)
     agreement = ceiling(found)
     table.show(list(rows.values()), float(agreement.mean()))

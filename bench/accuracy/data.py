@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .setting import Setting
@@ -14,7 +15,7 @@ from .setting import Setting
 
 @dataclass(frozen=True)
 class Data:
-    """x [N, d_in] fp32 and y [N] int64 of the training rows, and of the queries."""
+    """x [N, d_in] fp32, positions side by side, and y [N] int64 of the training rows, and of the queries."""
 
     x: Tensor
     y: Tensor
@@ -23,12 +24,12 @@ class Data:
 
 
 def load(setting: Setting) -> Data:
-    """The first `train` rows and the first `queries` rows after them (digits) or of the test split (fmnist).
+    """The first `train` rows and the first `queries` rows after them (digits, patches) or of the test split (fmnist).
 
     Raises:
         FileNotFoundError: fmnist without its four IDX files under `$LOGRA_DATA/fashion-mnist`.
     """
-    if setting.study == "digits":
+    if setting.study in ("digits", "patches"):
         from sklearn.datasets import load_digits
 
         bunch = load_digits()
@@ -36,6 +37,8 @@ def load(setting: Setting) -> Data:
         x = torch.from_numpy(bunch.data[order].astype(np.float32)) / 16
         y = torch.from_numpy(bunch.target[order].astype(np.int64))
         x = (x - x.mean()) / x.std()
+        if setting.study == "patches":
+            x = F.unfold(x.view(-1, 1, 8, 8), 4, stride=2).transpose(1, 2).flatten(1)
         end = setting.train + setting.queries
         return Data(x[: setting.train], y[: setting.train], x[setting.train : end], y[setting.train : end])
     if "LOGRA_DATA" not in os.environ:

@@ -3,8 +3,6 @@
 Member m with seed s has its own initialisation and its own order of rows, so it is the same model in any company.
 """
 
-from itertools import pairwise
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,21 +15,23 @@ Weights = list[Tensor]  # for each layer W [M, d_in, d_out] and b [M, 1, d_out]
 _TOGETHER = 24  # members in one batch of products, so that weights and momenta stay near the processor
 
 
-def initial(widths: tuple[int, ...], seed: int) -> list[Tensor]:
-    """nn.Linear's own initialisation, U(+-1/sqrt(d_in)), from a generator of the member's own."""
+def initial(shapes: list[tuple[int, int]], seed: int) -> list[Tensor]:
+    """nn.Linear's own initialisation, U(+-1/sqrt(d_in)), from a generator of the member's own; shapes (d_in, d_out)."""
     generator = torch.Generator().manual_seed(seed)
     weights = []
-    for d_in, d_out in pairwise(widths):
+    for d_in, d_out in shapes:
         for shape in ((d_in, d_out), (1, d_out)):
             weights.append((torch.rand(shape, generator=generator) * 2 - 1) / d_in**0.5)
     return weights
 
 
 def logits(weights: Weights, x: Tensor) -> Tensor:
-    """[M, B, classes] of x [M, B, d_in] or [B, d_in]."""
+    """[M, B, classes] of x [M, B, d_in] or [B, d_in]. A layer narrower than what it is given is shared by positions."""
     x = x if x.dim() == 3 else x.expand(len(weights[0]), *x.shape)
+    samples = x.shape[1]
     for layer in range(0, len(weights), 2):
-        x = torch.baddbmm(weights[layer + 1], x, weights[layer])
+        x = x.reshape(len(x), -1, weights[layer].shape[1])
+        x = torch.baddbmm(weights[layer + 1], x, weights[layer]).reshape(len(x), samples, -1)
         if layer + 2 < len(weights):
             x = x.relu()
     return x
@@ -56,7 +56,7 @@ def train(setting: Setting, x: Tensor, y: Tensor, members: Tensor, seeds: list[i
 
 
 def _train_together(setting: Setting, x: Tensor, y: Tensor, members: Tensor, seeds: list[int]) -> Weights:
-    weights = [torch.stack(same) for same in zip(*(initial(setting.widths, seed) for seed in seeds), strict=True)]
+    weights = [torch.stack(same) for same in zip(*(initial(setting.shapes, seed) for seed in seeds), strict=True)]
     for weight in weights:
         weight.requires_grad_()
     optimizer = torch.optim.SGD(
@@ -90,9 +90,12 @@ def outcome(weights: Weights, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def module(weights: Weights, member: int) -> nn.Sequential:
-    """One member as an ordinary model, its linear layers named "0", "2", "4"."""
-    layers: list[nn.Module] = []
+    """One member as an ordinary model, its linear layers named "0", "2", "4"; with positions "1", "3", "6"."""
+    positions = weights[-2].shape[1] // weights[-4].shape[2]
+    layers: list[nn.Module] = [nn.Unflatten(1, (positions, -1))] if positions > 1 else []
     for i in range(0, len(weights), 2):
+        if positions > 1 and i == len(weights) - 2:
+            layers.append(nn.Flatten())
         w, b = weights[i][member], weights[i + 1][member, 0]
         linear = nn.Linear(*w.shape)
         with torch.no_grad():

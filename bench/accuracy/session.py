@@ -15,6 +15,7 @@ from logra_kernels.influence import row_mask
 from logra_kernels.run import Query
 
 from .gradients import Case
+from .setting import Setting
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Session:
         k: Its rank; 0 with "identity".
         damping: "default", a multiple of the mean eigenvalue of the block ("0.1") or of the whole layer ("1w").
         observed: How many training rows are observed before the first is logged.
+        sharing: Of `Run.observe`.
         mode: Of `Run.scores`.
         rows: "all", or the filter that leaves outliers out: "l2<0.99" keeps the rows below that quantile of the norm,
             "l2/l1<0.99" of its ratio to the L1 norm (Choe et al. 2024, appendix F.2); others score 0.
@@ -37,6 +39,7 @@ class Session:
     k: int = 64
     damping: str = "default"
     observed: int = 0
+    sharing: str = "expand"
     mode: str = "dot"
     rows: str = "all"
 
@@ -44,10 +47,11 @@ class Session:
     def name(self) -> str:
         parts = [f"run:{self.curvature}", f"{self.projection}{self.k or ''}", self.damping]
         parts += [f"seen{self.observed}"] if self.observed else []
-        return "/".join(parts + [part for part in (self.mode, self.rows) if part not in ("dot", "all")])
+        said = (self.sharing, self.mode, self.rows)
+        return "/".join(parts + [part for part in said if part not in ("expand", "dot", "all")])
 
     def __call__(self, case: Case) -> Tensor:
-        made = (self.curvature, self.projection, self.k, self.damping, self.observed)
+        made = (self.curvature, self.projection, self.k, self.damping, self.observed, self.sharing)
         run, query = case.last(made, lambda: self._asked(case))  # several sessions ask it in turn
         kept = None
         if self.rows != "all":
@@ -58,7 +62,8 @@ class Session:
         return run.scores(query, self.mode, rows=kept).nan_to_num(0.0)
 
     def _asked(self, case: Case) -> tuple[lk.Run, Query]:
-        store = case.once(("store", self.projection, self.k, self.observed), lambda: self._log(case))
+        observed = (self.observed, self.sharing)
+        store = case.once(("store", self.projection, self.k, *observed), lambda: self._log(case))
         options = {} if self.curvature == "default" else {"curvature": self.curvature}
         run = lk.Run(Path(store.name) / "store", case.model, damping=self._damping(), **options)
         with run, run.query([f"q{i}" for i in range(len(case.data.query_x))]) as query:
@@ -81,7 +86,7 @@ class Session:
         with lk.Run(Path(folder.name) / "store", case.model, projection=projection) as run:
             if self.observed:
                 sample = np.random.Generator(np.random.PCG64(case.index)).permutation(len(x))[: self.observed]
-                with run.observe():
+                with run.observe(sharing=self.sharing):
                     _backward(case, x[sample], y[sample])
             for start in range(0, len(x), 200):
                 part = slice(start, start + 200)
@@ -94,8 +99,26 @@ def _backward(case: Case, x: Tensor, y: Tensor) -> None:
     F.cross_entropy(case.model(x), y, reduction="sum").backward()
 
 
-def registry(rows: int) -> dict[str, Session]:
-    """Every session of a study with this many training rows, by name, those that share a store side by side."""
+def registry(setting: Setting) -> dict[str, Session]:
+    """Every session of a study, by name, those that share a store side by side."""
+    found = _one_position(setting.train) if setting.positions is None else _shared(setting.train)
+    return {session.name: session for session in found}
+
+
+def _shared(rows: int) -> list[Session]:
+    """Covariances over positions and over samples, for the projection and for the curvature."""
+    found = [Session(curvature, "orthonormal", 8) for curvature in ("identity", "raw", "shrunk")]
+    for sharing in ("expand", "reduce"):
+        seen = {"observed": rows, "sharing": sharing}
+        found += [Session(c, "identity", 0, damping=d, **seen) for c in ("kfac", "ekfac") for d in ("0.1", "1")]
+        for k in (4, 8, 16):
+            found += [Session(c, "pca", k, **seen) for c in ("raw", "shrunk", "kfac", "ekfac")]
+            found += [Session(c, "pca", k, damping="0.1", **seen) for c in ("raw", "shrunk", "kfac", "ekfac")]
+        found += [Session("shrunk", "pca", 8, observed=256, sharing=sharing)]
+    return found
+
+
+def _one_position(rows: int) -> list[Session]:
     found = [Session(), Session("raw", "orthonormal", damping="0.1")]  # without a look at the data; the paper's
     found += [Session("shrunk", "orthonormal", damping=d) for d in ("0.3", "1")]
     found += [Session("shrunk", kind, 16) for kind in ("orthonormal", "gaussian", "kaiming", "mask", "sjlt")]
@@ -105,5 +128,4 @@ def registry(rows: int) -> dict[str, Session]:
     found += [Session("shrunk", "pca", damping=d, observed=rows) for d in ("0.1", "2w", "3w")]
     found += [Session("raw", "pca", damping="0.1", observed=rows)]
     found += [Session(c, "pca", observed=rows) for c in ("kronecker", "corrected-kronecker", "kfac", "ekfac")]
-    found += [Session("shrunk", "pca", 16, observed=rows)]
-    return {session.name: session for session in found}
+    return [*found, Session("shrunk", "pca", 16, observed=rows)]

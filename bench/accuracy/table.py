@@ -85,7 +85,7 @@ def write(path: Path, setting: Setting, rows: list[Row], agreement: Tensor) -> N
     """One line a method, so that a diff shows what moved; methods not run this time stay if the setting does."""
     references = {row.name: row for row in rows if row.name in REFERENCES}
     head = {
-        "setting": {**asdict(setting), "key": setting.key},
+        "setting": {**setting.facts, "key": setting.key},
         "torch": torch.__version__,
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),

@@ -47,7 +47,7 @@ def test_a_member_is_the_same_model_in_any_company_and_equals_plain_sgd(data):
     for many, one in zip(together, alone, strict=True):
         torch.testing.assert_close(many[1], one[0], rtol=1e-4, atol=1e-5)
 
-    start = [w[None] for w in ensemble.initial(TINY.widths, 6)]
+    start = [w[None] for w in ensemble.initial(TINY.shapes, 6)]
     model = ensemble.module(start, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=TINY.lr, momentum=0.9, weight_decay=TINY.weight_decay)
     order = torch.from_numpy(np.random.Generator(np.random.PCG64(6)).permutation(12))
