@@ -5,7 +5,7 @@ from logra_kernels.curvature.fisher import RawFisher, RawFisher64
 from logra_kernels.curvature.kfac import COVARIANCES, EKFAC, KFAC, keep_covariances
 from logra_kernels.curvature.kronecker import CorrectedKronecker, Kronecker
 from logra_kernels.curvature.lowrank import LowRank
-from logra_kernels.curvature.model_fisher import ModelFisher
+from logra_kernels.curvature.model_fisher import ModelFisher, ModelFisher64
 from logra_kernels.curvature.observed import keep_observed, observed
 from logra_kernels.curvature.shrunk import Shrunk
 from logra_kernels.curvature.simple import Diagonal, Identity
@@ -25,6 +25,7 @@ CURVATURES: dict[str, type[Curvature]] = {
         KFAC,
         EKFAC,
         ModelFisher,
+        ModelFisher64,
         LowRank,
     )
 }
@@ -45,6 +46,7 @@ __all__ = [
     "Kronecker",
     "LowRank",
     "ModelFisher",
+    "ModelFisher64",
     "RawFisher",
     "RawFisher64",
     "RowSums",

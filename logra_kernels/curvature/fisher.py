@@ -8,9 +8,10 @@ from torch import Tensor
 from logra_kernels.curvature.blocks import width_of
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.solver import CholeskySolver, Solver, SpectralSolver
+from logra_kernels.curvature.statistics import thin_rows
 from logra_kernels.curvature.summed import SummedCurvature
 from logra_kernels.curvature.sums import GramSums, Progress
-from logra_kernels.store import GradientStore, Share
+from logra_kernels.store import GradientStore
 
 
 class RawFisher(SummedCurvature):
@@ -42,15 +43,8 @@ class RawFisher(SummedCurvature):
     @classmethod
     def of_sums(cls, store: GradientStore, sums: dict[str, Tensor], progress: Progress | None) -> Self:
         blocks = {name: total.div_(len(store)) for name, total in sums.items()}
-        columns = cls.columns(store.layers)
-        parts: dict[str, list[Tensor]] = {name: [] for name in columns if name not in blocks}
-        if parts:
-            for _, rows in store.every_block() if isinstance(store, Share) else store.blocks():
-                for name, own in parts.items():
-                    own.append(rows[:, columns[name]].float())
-                if progress is not None and not blocks:
-                    progress(len(rows))
-        return cls(store.layers, len(store), blocks, {name: torch.cat(rows) for name, rows in parts.items()})
+        missing = {name: part for name, part in cls.columns(store.layers).items() if name not in blocks}
+        return cls(store.layers, len(store), blocks, thin_rows(store, missing, None if blocks else progress))
 
     def solver(self, block: str, damping: Damping) -> Solver:
         if block in self.blocks:
@@ -65,7 +59,8 @@ class RawFisher(SummedCurvature):
 
 
 class RawFisher64(RawFisher):
-    """The same with products and sums in fp64."""
+    """The same with products, sums and solves in fp64."""
 
     kind = "raw-fp64"
     dtype = torch.float64
+    exact = True

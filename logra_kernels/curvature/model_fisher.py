@@ -12,10 +12,11 @@ import torch
 import xxhash
 from torch import Tensor
 
+from logra_kernels.curvature.blocks import width_of
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.observed import keep_observed, observed
-from logra_kernels.curvature.solver import CholeskySolver, Solver
-from logra_kernels.curvature.statistics import Curvature
+from logra_kernels.curvature.solver import CholeskySolver, Solver, Spanned
+from logra_kernels.curvature.statistics import Curvature, thin_rows
 from logra_kernels.curvature.sums import GramSums, Progress, RowSums
 from logra_kernels.errors import LograError
 from logra_kernels.store import GradientStore
@@ -27,14 +28,19 @@ class ModelFisher(Curvature):
     """H = mean over observed gradients of g g^T.
 
     Attributes:
-        blocks: Block name -> H, [d, d] fp32.
+        blocks: Block name -> H, [d, d].
+        thin: Block name -> the stored rows, [N, d] fp32; of the blocks with more dims than those.
     """
 
     kind = "fisher"
+    dtype = torch.float32  # that sums are kept and products taken in
 
-    def __init__(self, layers: dict[str, tuple[int, int]], rows: int, blocks: dict[str, Tensor]) -> None:
+    def __init__(
+        self, layers: dict[str, tuple[int, int]], rows: int, blocks: dict[str, Tensor], thin: dict[str, Tensor]
+    ) -> None:
         super().__init__(layers, rows)
         self.blocks = blocks
+        self.thin = thin
 
     @classmethod
     def sidecar(cls) -> str:
@@ -44,7 +50,7 @@ class ModelFisher(Curvature):
     @classmethod
     def empty(cls, layers: Mapping[str, tuple[int, int]]) -> GramSums:
         """Sums over no gradients yet; layers: name -> (k_out, k_in)."""
-        return GramSums(cls.columns(layers))
+        return GramSums(cls.columns(layers), cls.dtype)
 
     @classmethod
     def keep(cls, store: GradientStore, sums: RowSums) -> None:
@@ -68,9 +74,20 @@ class ModelFisher(Curvature):
     @classmethod
     def found(cls, store: GradientStore, progress: Progress | None) -> Self:
         sums, _ = cls._kept(store)
-        count = int(sums[_COUNT])
-        return cls(store.layers, len(store), {name: sums[name] / count for name in cls.columns(store.layers)})
+        count, columns = int(sums[_COUNT]), cls.columns(store.layers)
+        wide = {name: part for name, part in columns.items() if width_of(part) > len(store)}
+        blocks = {name: sums[name] / count for name in columns}
+        return cls(store.layers, len(store), blocks, thin_rows(store, wide))
 
     def solver(self, block: str, damping: Damping) -> Solver:
         h = self.blocks[block]
-        return CholeskySolver(block, h, self.added(block, damping, h.diagonal()))
+        solver = CholeskySolver(block, h, self.added(block, damping, h.diagonal()))
+        return Spanned(solver, self.thin[block]) if block in self.thin else solver
+
+
+class ModelFisher64(ModelFisher):
+    """The same with products, sums and solves in fp64."""
+
+    kind = "fisher-fp64"
+    dtype = torch.float64
+    exact = True

@@ -178,6 +178,33 @@ class SideBySide(Solver):
         return own[0] if len(own) == 1 else torch.cat(own, dim=1)
 
 
+class Spanned(Solver):
+    """Another solver that knows the span of the stored rows, which its own H need not have.
+
+    Args:
+        inner: That solves.
+        rows: The stored rows, [N, d] with N < d.
+    """
+
+    def __init__(self, inner: Solver, rows: Tensor) -> None:
+        self._inner, self.width, self.damping = inner, inner.width, inner.damping
+        self._span = torch.linalg.qr(rows.T.double()).Q
+
+    def settle(self, exact: bool) -> None:
+        self._inner.settle(exact)
+        self.dtype = self._inner.dtype
+        self._span = self._span.to(self.dtype)
+
+    def power(self, rows: Tensor, exponent: float) -> Tensor:
+        return self._inner.power(rows, exponent)
+
+    def toward_stored(self, rows: Tensor) -> Tensor:
+        return (self.power(rows, -1) @ self._span) @ self._span.T
+
+    def quadratic(self, rows: Tensor) -> Tensor:
+        return self._inner.quadratic(rows)
+
+
 def check_positive(layer: str, values: Tensor, damping: float, complete: bool) -> None:
     """Raise LograError unless every eigenvalue plus the damping is positive, those of unknown directions included."""
     if damping <= 0 and (not complete or bool((values <= 0).any())):

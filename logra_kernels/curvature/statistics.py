@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from logra_kernels.curvature.factor import Factor
 from logra_kernels.curvature.solver import Solver
 from logra_kernels.curvature.sums import Progress
 from logra_kernels.errors import LograError
-from logra_kernels.store import GradientStore, spread_of
+from logra_kernels.store import GradientStore, Share, spread_of
 
 
 class Curvature(ABC):
@@ -24,6 +25,7 @@ class Curvature(ABC):
         kind: Its name in `CURVATURES`; with a hash of `together` where layers share blocks.
         together: The layers that share a block, as `joining` was given them.
         joins: Whether layers can share a block.
+        exact: Whether it is solved with in fp64 even where fp32 would do.
         layers: Layer name -> (k_out, k_in), in the order of the rows' columns.
         members: Block name -> its layers; a layer by itself is a block of its own name.
         rows: How many rows it was taken over.
@@ -35,6 +37,7 @@ class Curvature(ABC):
     kind: str
     together: ClassVar[Groups] = ()
     joins: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
 
     def __init__(self, layers: dict[str, tuple[int, int]], rows: int) -> None:
         self.layers = layers
@@ -78,7 +81,7 @@ class Curvature(ABC):
         if not cls.joins:
             raise ValueError(
                 f"curvature: {cls.kind!r} is a Kronecker product of one layer's sides, so layers cannot share a block;"
-                " use identity, raw, raw-fp64, diagonal, shrunk, lowrank or fisher"
+                " use identity, raw, raw-fp64, diagonal, shrunk, lowrank, fisher or fisher-fp64"
             )
         facts = dict(groups) if isinstance(groups, Mapping) else list(groups)
         tag = xxhash.xxh3_64(json.dumps(facts).encode()).hexdigest()
@@ -146,7 +149,7 @@ class Curvature(ABC):
         chosen = Damping.of(damping, self.spread)
         solvers = {block: self.solver(block, chosen) for block in self.members}
         for solver in solvers.values():
-            solver.settle(exact)
+            solver.settle(exact or self.exact)
         return Factor(solvers, columns_of(self.layers, self.members), f"{self.kind} {self.hash}", self.content)
 
 
@@ -186,3 +189,17 @@ def blocks_of(store: GradientStore, columns: Mapping[str, Columns], progress: Pr
         yield {name: rows[:, part] for name, part in columns.items()}
         if progress is not None:
             progress(len(rows))
+
+
+def thin_rows(
+    store: GradientStore, columns: Mapping[str, Columns], progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """Block name -> all rows of the store (of all ranks, too), [N, d] fp32; for blocks with fewer rows than dims."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in columns}
+    if parts:
+        for _, rows in store.every_block() if isinstance(store, Share) else store.blocks():
+            for name, part in columns.items():
+                parts[name].append(rows[:, part].float())
+            if progress is not None:
+                progress(len(rows))
+    return {name: torch.cat(rows) for name, rows in parts.items()}

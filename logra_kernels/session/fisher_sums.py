@@ -51,7 +51,7 @@ class FisherSums:
         if self._observed is None:
             self._observed = self.model.empty(layers)
         self._observed = self._beside(self._observed, rows)
-        self._observed.add(rows.float())
+        self._observed.add(rows.detach().float())  # as rows are stored: what rounding takes from both alike cancels
 
     def _beside(self, sums: RowSums | HostSums, rows: Tensor) -> RowSums | HostSums:
         """The sums where these rows can be added to them."""

@@ -19,7 +19,13 @@ def block(kind: str, part: Tensor, shape: tuple[int, int]) -> Tensor:
     if kind == "identity":
         return torch.eye(part.shape[1], dtype=part.dtype)
     fisher = part.T @ part / n
-    if kind in ("raw", "raw-fp64", "lowrank", "fisher"):  # of full rank; where these very rows were observed
+    if kind in (
+        "raw",
+        "raw-fp64",
+        "lowrank",
+        "fisher",
+        "fisher-fp64",
+    ):  # of full rank; where these very rows were observed
         return fisher
     if kind == "diagonal":
         return fisher.diagonal().diag()

@@ -11,7 +11,7 @@ from logra_kernels.store import GradientStore
 
 LAYERS = {"a": (3, 4), "b": (2, 5)}
 WIDTHS = [12, 10]
-FROM_ROWS = [kind for kind in CURVATURES if kind not in ("kfac", "ekfac", "fisher")]
+FROM_ROWS = [kind for kind in CURVATURES if kind not in ("kfac", "ekfac", "fisher", "fisher-fp64")]
 DAMPINGS = [None, 1e-3, 10.0, Damping(relative=0.7)]
 
 

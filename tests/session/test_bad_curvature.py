@@ -46,7 +46,7 @@ def test_a_damping_that_is_none(tmp_path, bad):
             lk.Run(tmp_path / "s", run.model, damping=bad)
 
 
-@pytest.mark.parametrize("kind", ["raw", "raw-fp64", "fisher"])
+@pytest.mark.parametrize("kind", ["raw", "raw-fp64", "fisher", "fisher-fp64"])
 def test_rows_that_do_not_span_the_space_need_damping(tmp_path, kind):
     with lk.Run(tmp_path / "s", make_model(), projection=lk.Projection(rank=3), curvature=kind) as run:
         x, target = make_data(4)
@@ -87,7 +87,7 @@ def test_nan_rows_never_reach_a_curvature(tmp_path):
         assert all(block.isfinite().all() for block in kept.blocks.values())
 
 
-@pytest.mark.parametrize("kind", ["kfac", "ekfac", "fisher"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "fisher", "fisher-fp64"])
 def test_a_curvature_that_was_never_observed(tmp_path, kind):
     run, query = make_run(tmp_path / "s", projection=lk.Projection(rank=3), curvature=kind)
     with run, pytest.raises(LograError, match="inside `with run.observe"):
@@ -107,7 +107,7 @@ def test_the_curvature_of_another_store(tmp_path):
 
 
 @pytest.mark.parametrize("damping", [0.3, Damping(0.1), Damping(whole=1.0)])
-@pytest.mark.parametrize("kind", ["kfac", "ekfac", "fisher"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "fisher", "fisher-fp64"])
 def test_another_observation_makes_every_kept_answer_stale(tmp_path, kind, damping):
     options = {"projection": lk.Projection(rank=3), "curvature": kind}
     run, query = make_run(tmp_path / "s", **options)

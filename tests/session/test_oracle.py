@@ -1,5 +1,7 @@
 """Nothing projected: every curvature, damping and mode of a session equals the textbook formula on fp64 gradients."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from curvature.dense import block, damped, positions_block
@@ -10,15 +12,20 @@ from logra_kernels.curvature import CURVATURES, Damping
 from logra_kernels.influence import MODES
 
 T, Q = 3, 4
-SIZES = {"90 rows, 72 parameters": (90, 6, 8, 3), "40 rows, 1,600 parameters": (40, 20, 40, 20)}
+SIZES = {  # name: (rows, widths)
+    "90 rows, 72 parameters": (90, (6, 8, 3)),
+    "40 rows, 1,600 parameters": (40, (20, 40, 20)),
+    "30 rows, 5,000 parameters": (30, (40, 42, 40, 41)),
+}
 DAMPINGS = [None, 0.3, Damping(relative=1.5)]
 
 
 def make_case(size: str):
-    n, d_in, width, d_out = SIZES[size]
+    n, widths = SIZES[size]
     torch.manual_seed(5)
-    model = nn.Sequential(nn.Linear(d_in, width), nn.Tanh(), nn.Linear(width, d_out)).double()
-    x, y = (torch.randn(n + Q, T, d, dtype=torch.float64) for d in (d_in, d_out))
+    layers = [part for d_in, d_out in pairwise(widths) for part in (nn.Linear(d_in, d_out), nn.Tanh())]
+    model = nn.Sequential(*layers[:-1]).double()
+    x, y = (torch.randn(n + Q, T, d, dtype=torch.float64) for d in (widths[0], widths[-1]))
     return model, x, y
 
 
@@ -27,12 +34,17 @@ def loss_of(model, x, y):
 
 
 def sides(model, x, y):
-    """(x [n, T, d_in], dy [n, T, d_out]) of both layers, by autograd; a row is sum_t dy[t] (x) x[t]."""
-    before = model[0](x)
-    hidden = torch.tanh(before)
-    out = model[2](hidden)
-    dy = torch.autograd.grad(loss_of(nn.Identity(), out, y), [before, out])
-    return list(zip((x, hidden.detach()), dy, strict=True))
+    """(x [n, T, d_in], dy [n, T, d_out]) of every layer, by autograd; a row is sum_t dy[t] (x) x[t]."""
+    given, before = [], []
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            given.append(x.detach())
+            x = layer(x)
+            before.append(x)
+        else:
+            x = layer(x)
+    dy = torch.autograd.grad(nn.functional.mse_loss(x, y, reduction="sum"), before)
+    return list(zip(given, dy, strict=True))
 
 
 def scores_by_the_book(model, x, y, kind):
@@ -50,7 +62,8 @@ def scores_by_the_book(model, x, y, kind):
     for damping in DAMPINGS:
         dot, own, length = 0, 0, 0
         for h, g in zip(blocks, rows, strict=True):
-            solved = torch.linalg.solve(h if kind == "identity" else damped(h, damping), g[:n].T)
+            lower = torch.linalg.cholesky(h if kind == "identity" else damped(h, damping))
+            solved = torch.cholesky_solve(g[:n].T, lower)
             dot = dot + g[n:] @ solved
             own = own + (g[:n] * solved.T).sum(1)
             length = length + solved.square().sum(0)
@@ -70,7 +83,7 @@ def test_every_damping_and_mode(tmp_path, kind, size):
             if kind in ("kfac", "ekfac"):
                 with run.observe():
                     loss_of(model, x[part], y[part]).backward()
-            if kind == "fisher":
+            if kind.startswith("fisher"):
                 with run.observe_fisher():
                     loss_of(model, x[part], y[part]).backward()
             with run.log([str(i) for i in range(part.start, part.stop)]):
@@ -82,7 +95,7 @@ def test_every_damping_and_mode(tmp_path, kind, size):
                 wanted = exact[damping, mode]
                 got = run.scores(query, mode, damping).double()
                 error = float((got - wanted).abs().max() / wanted.abs().max())
-                # gradients that were only observed need not span the rows, so nothing of a query's solve can be left
-                # out, and its part outside of the rows' span, the largest by far where they are few, is rounded too
-                allowed = 5e-5 if kind == "fisher" and n < x.shape[2] * model[0].out_features else 1e-6
-                assert error <= allowed, f"{damping}, {mode}: {error:.1e}"
+                # sums of gradients that were only observed are solved with as they are, even where those are fewer than
+                # dims: in fp32 their rounding, 6e-8, grows by the condition of H + lambda I
+                few = n < max(layer.weight.numel() for layer in model if isinstance(layer, nn.Linear))
+                assert error <= (1e-4 if kind == "fisher" and few else 1e-6), f"{damping}, {mode}: {error:.1e}"
