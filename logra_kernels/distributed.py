@@ -73,7 +73,7 @@ class DistributedRun(Run):
         mine = self.commit() if self._store is not None else None
         sources: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(sources, self.path if mine is not None and len(mine) else "")
-        if "" in sources:
+        if mine is None or "" in sources:
             raise LograError(f"DistributedRun: rank {sources.index('')} has logged no rows; give every rank some")
         failed = [""]
         if dist.get_rank() == 0:
@@ -88,6 +88,7 @@ class DistributedRun(Run):
         self._store = Share(Path(self.whole))
         for name in (COVARIANCES, self._fisher.model.sidecar()):
             _add_up(self._store, name, mine)
+        self._fisher.join(mine, self._store)
         self._forget()
 
     @contextmanager
@@ -113,9 +114,9 @@ class DistributedRun(Run):
             raise LograError(f"DistributedRun: the rows are merged; {what} {self.whole} with Run")
 
 
-def _add_up(store: Share, name: str, mine: GradientStore | None) -> None:
+def _add_up(store: Share, name: str, mine: GradientStore) -> None:
     """Keep beside the merged store the sum of what was observed beside each rank's; a rank without adds nothing."""
-    kept = None if mine is None else observed(mine, name)
+    kept = observed(mine, name)
     own = {} if kept is None else kept[0]
     entries: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(entries, {entry: (tensor.shape, tensor.dtype) for entry, tensor in own.items()})

@@ -46,16 +46,25 @@ class SummedCurvature(Curvature):
 
     @classmethod
     def _over_ranks(cls, store: Share, rows: int | None, progress: Progress | None) -> RowSums:
-        mine, whole = cls.empty(store, rows), cls.empty(store, rows)
+        mine = cls.empty(store, rows)
         for _, block in store.blocks():
             mine.add(block)
             if progress is not None:
                 progress(len(block))
-        total = mine.total()
+        return cls._added_up(store, mine, rows)
+
+    @classmethod
+    def _added_up(cls, store: Share, mine: RowSums, rows: int | None) -> RowSums:
+        total, whole = mine.total(), cls.empty(store, rows)
         sum_over_ranks(store, total.values())
         whole.restore(total, len(store))
         cls.keep(store, whole)
         return whole
+
+    @classmethod
+    def join(cls, mine: GradientStore, store: Share) -> None:
+        """Keep beside a store that was merged of the ranks' own the sum of what is kept beside those; collective."""
+        cls._added_up(store, cls.sums(mine, len(store)), len(store))
 
     @classmethod
     def keep(cls, store: GradientStore, sums: RowSums) -> None:

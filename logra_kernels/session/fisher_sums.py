@@ -6,7 +6,7 @@ from torch import Tensor
 from logra_kernels.curvature import Curvature, ModelFisher, RawFisher, RowSums
 from logra_kernels.errors import LograError
 from logra_kernels.session.host_sums import HostSums
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, Share
 
 
 class FisherSums:
@@ -60,6 +60,11 @@ class FisherSums:
         if self._on_host and rows.device.type != "cpu":
             return HostSums(sums.to(torch.device("cpu")))
         return sums.to(rows.device)
+
+    def join(self, mine: GradientStore, store: Share) -> None:
+        """Give the store that ranks' own were merged into the sum of what each summed while logging; collective."""
+        if self._wanted:
+            self._raw.join(mine, store)
 
     def keep(self, store: GradientStore) -> None:
         """Keep them beside the store, all of whose rows are committed.
