@@ -4,18 +4,17 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from logra_kernels import influence
 from logra_kernels.curvature import CURVATURES, Curvature, Damping, Factor, Groups
-from logra_kernels.errors import LograError, StoreError, StoreMismatch
-from logra_kernels.nn import DEFAULT_KINDS, KINDS, Taps, capture, model_fingerprint, tappable
+from logra_kernels.errors import LograError, StoreError
+from logra_kernels.nn import DEFAULT_KINDS, KINDS, Taps, capture, model_fingerprint
 from logra_kernels.ops import RowFormat
 from logra_kernels.projection import Projection
-from logra_kernels.session import Analysis, FisherSums, Observation, Query
+from logra_kernels.session import Analysis, FisherSums, Observation, Query, agreed, check_settings, layers_here
 from logra_kernels.store import GradientStore, add_skipped, projection_of, read_skipped, sidecars_of
 
 Progress = Callable[[int], None]
@@ -100,10 +99,10 @@ class Run(Analysis):
         self._writing = False
         self._store = GradientStore.open(self.path) if GradientStore.exists(self.path) else None
         if self._store is not None:
-            projection = _agreed(projection, projection_of(self._store))
+            projection = agreed(projection, projection_of(self._store))
             bias = self._store.meta.get("bias", False) if bias is None else bias
             projection_dtype = projection_dtype or _PROJECTION_DTYPES[self._store.meta.get("projection_dtype")]
-            stored = self._layers_of(self._store)
+            stored = layers_here(self._store, self.model)
             if include is None and exclude is None and kinds is None:
                 include, kinds = stored, list(KINDS)
         self._skipped = read_skipped(self._store.path) if self._store is not None else []
@@ -129,7 +128,8 @@ class Run(Analysis):
             self._meta["projection_dtype"] = next(n for n, d in _PROJECTION_DTYPES.items() if d == projection_dtype)
         self.fingerprints = {"model": model_fingerprint(model), **(fingerprints or {})}
         if self._store is not None:
-            self._check(self._store, projection)
+            check_settings(self._store, self.taps.layers, projection, self._format, self._rank_c, self._meta)
+            self._store.check(self.fingerprints)
         self._kind.columns(self.taps.layers)  # refuses blocks that do not fit
         self._fisher = FisherSums(fisher_while_logging, self._kind, statistics_device is not None)
         self._observation = self._observes(self.taps, projection, decided=self._store is not None)
@@ -137,36 +137,6 @@ class Run(Analysis):
         self._factors: dict[float | Damping | None, Factor] = {}
         self._row_statistics: dict[float | Damping | None, dict[str, Tensor]] = {}
         self.taps.attach()
-
-    def _layers_of(self, store: GradientStore) -> list[str]:
-        here = tappable(getattr(self.model, "_orig_mod", self.model))
-        absent = [name for name in store.layers if name not in here]
-        if absent:
-            raise StoreMismatch(
-                f"the store {self.path} was made with another model: {len(absent)} of its {len(store.layers)} layers"
-                f" are not in this one ({', '.join(absent[:4])}{', ...' if len(absent) > 4 else ''}); give the model"
-                " it was logged with, or log this one into another store"
-            )
-        return list(store.layers)
-
-    def _check(self, store: GradientStore, projection: Projection | None) -> None:
-        differs = []
-        if store.layers != self.taps.layers:
-            differs.append(f"layers ({len(store.layers)} there, {len(self.taps.layers)} here)")
-        if projection is not None and store.projection != projection.to_dict():
-            differs.append(f"projection ({store.projection} there, {projection.to_dict()} here)")
-        if store.meta.get("bias", False) != self._bias:
-            differs.append(f"bias ({not self._bias} there, {self._bias} here)")
-        if store.rank_c != self._rank_c:
-            differs.append(f"rank_c ({store.rank_c} there, {self._rank_c} here)")
-        there, here = (meta.get("projection_dtype", "the model's") for meta in (store.meta, self._meta))
-        if there != here:
-            differs.append(f"projection_dtype ({there} there, {here} here)")
-        if store.format != self._format:
-            differs.append(f"dtype ({store.format} there, {self._format} here)")
-        if differs:
-            raise StoreMismatch(f"the store {self.path} was made with other settings: {'; '.join(differs)}")
-        store.check(self.fingerprints)
 
     @property
     def store(self) -> GradientStore:
@@ -457,10 +427,3 @@ class Run(Analysis):
                 self.store, factor, missing, curvature=self._kind.kind, damping=damping, progress=progress
             )
         return {name: kept[name] for name in wanted}
-
-
-def _agreed(projection: Projection | None, stored: Projection) -> Projection:
-    """The store's, unless the user's differs in more than factors that were learned for the store."""
-    if projection is None or projection == replace(stored, learned=None):
-        return stored
-    return projection

@@ -1,3 +1,4 @@
+from logra_kernels.session.agreement import agreed, check_settings, layers_here
 from logra_kernels.session.analysis import Analysis
 from logra_kernels.session.ensemble import Ensemble, ensemble, member_scores, tracin
 from logra_kernels.session.fisher_sums import FisherSums
@@ -16,7 +17,10 @@ __all__ = [
     "Sensitivity",
     "SharedObservation",
     "Verification",
+    "agreed",
+    "check_settings",
     "ensemble",
+    "layers_here",
     "member_scores",
     "tracin",
 ]

@@ -8,6 +8,7 @@ from session.models import loss_of, make_data, make_model
 
 import logra_kernels as lk
 from logra_kernels.curvature import GramSums, ModelFisher, RawFisher
+from logra_kernels.session import FisherSums
 from logra_kernels.session.host_sums import HostSums
 
 PARTS = {"a": slice(0, 5), "b": slice(5, 12)}
@@ -76,6 +77,14 @@ def test_what_fails_on_the_way_is_said(monkeypatch):
     sums.add(torch.randn(4, 12))
     with pytest.raises(MemoryError, match="no memory for sums"):
         sums.settled()
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_where_rows_of_a_device_are_summed(on_host):
+    sums, rows = GramSums(PARTS), torch.empty(2, 12, device="meta")
+    beside = FisherSums(True, RawFisher, on_host)._beside(sums, rows)
+    assert isinstance(beside, HostSums) == on_host
+    assert FisherSums(True, RawFisher, on_host)._beside(sums, torch.empty(2, 12)) is sums
 
 
 def test_an_unknown_device(tmp_path):
