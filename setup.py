@@ -49,7 +49,7 @@ class BuildKernels(build_ext):
     def _build_cuda(self, nvcc: str) -> None:
         target = Path(self.get_ext_fullpath("logra_kernels._C_cuda"))
         sources = [*sorted(glob("csrc/*/cuda.cu")), "python/cuda_module.cpp"]
-        headers = [*glob("csrc/*/cuda*.h"), *glob("csrc/*/*.cuh"), "csrc/common/check.h", "csrc/common/rows.h"]
+        headers = [*glob("csrc/*/cuda*.h"), *glob("csrc/*/*.cuh"), *glob("csrc/common/*.h"), "csrc/encoded/rows.h"]
         inputs = [*sources, *headers, "python/arguments.h", "setup.py"]
         if target.exists() and target.stat().st_mtime > max(os.path.getmtime(path) for path in inputs):
             return

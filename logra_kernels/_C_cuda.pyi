@@ -1,4 +1,4 @@
-from logra_kernels.ops._native import Matrix  # noqa: N999
+from logra_kernels.ops._native import Encoded, Matrix  # noqa: N999
 
 _Positions = tuple[int, ...]  # address, dtype code, strides of sample, row and column
 
@@ -26,5 +26,18 @@ def project_grad(
     d_out: int,
     k_in: int,
     k_out: int,
+    stream: int,
+) -> None: ...
+def score_block_tile(queries: int) -> tuple[int, int, int]: ...
+def score_block(
+    queries: Matrix,
+    rows: Matrix | Encoded,
+    out: int,
+    partial: int,
+    query_count: int,
+    row_count: int,
+    d: int,
+    piece: int,
+    pieces: int,
     stream: int,
 ) -> None: ...

@@ -2,8 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <variant>
+
 #include "arguments.h"
 #include "project_grad/cuda.h"
+#include "score_block/cuda.h"
 
 namespace py = pybind11;
 using namespace lgk;
@@ -34,6 +37,20 @@ project_grad::CudaSide side_of(const std::tuple<Address, int, int64_t, int64_t, 
   }
   side.d = d, side.k = k, side.is_float = dtype == 0;
   return side;
+}
+
+// Codes, scales, format code, whether scales are fp16, block, bytes and scales between rows.
+using Encoded = std::tuple<Address, Address, int, bool, int64_t, int64_t, int64_t>;
+
+EncodedRows encoded_of(const Encoded& rows) {
+  const auto& [codes, scales, code, half_scales, block, code_stride, scale_stride] = rows;
+  LGK_CHECK(code >= 3 && code <= 7, "score_block: format code " + std::to_string(code) + " is unknown");
+  LGK_CHECK(block >= 32 && (block & (block - 1)) == 0, "score_block: block must be a power of two from 32 on");
+  return {{static_cast<Code>(code), half_scales, block},
+          reinterpret_cast<const uint8_t*>(codes),
+          reinterpret_cast<const void*>(scales),
+          code_stride,
+          scale_stride};
 }
 
 }  // namespace
@@ -86,4 +103,33 @@ PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
       py::arg("p_out"), py::arg("weights"), py::arg("offsets"), py::arg("offset_stride"), py::arg("chunk_ends"),
       py::arg("out"), py::arg("partial"), py::arg("samples"), py::arg("length"), py::arg("chunk"), py::arg("chunks"),
       py::arg("d_in"), py::arg("d_out"), py::arg("k_in"), py::arg("k_out"), py::arg("stream"));
+  m.def(
+      "score_block_tile",
+      [](int64_t queries) {
+        const auto tile = score_block::tile(queries);
+        return std::make_tuple(tile.queries, tile.rows, tile.depth);
+      },
+      py::arg("queries"), "(queries and rows of a block's tile, numbers of D at a time)");
+  m.def(
+      "score_block",
+      [](const Matrix& queries, const std::variant<Matrix, Encoded>& rows, Address out, Address partial,
+         int64_t query_count, int64_t row_count, int64_t d, int64_t piece, int64_t pieces, Address stream) {
+        check_sizes("score_block", {query_count, row_count, d});
+        LGK_CHECK(piece > 0 && piece % score_block::tile(query_count).depth == 0 && pieces > 0 && pieces < 65536 &&
+                      (pieces - 1) * piece < d && d <= pieces * piece,
+                  "score_block: pieces do not cover D");
+        score_block::CudaArgs args = {};
+        args.queries = rows_of("score_block", queries);
+        if (const auto* numbers = std::get_if<Matrix>(&rows))
+          args.rows = rows_of("score_block", *numbers);
+        else
+          args.encoded = encoded_of(std::get<Encoded>(rows));
+        args.out = reinterpret_cast<float*>(out), args.partial = reinterpret_cast<float*>(partial);
+        args.query_count = query_count, args.row_count = row_count, args.d = d;
+        args.piece = piece, args.pieces = pieces;
+        py::gil_scoped_release unlocked;
+        score_block::score_block_cuda(args, reinterpret_cast<void*>(stream));
+      },
+      py::arg("queries"), py::arg("rows"), py::arg("out"), py::arg("partial"), py::arg("query_count"),
+      py::arg("row_count"), py::arg("d"), py::arg("piece"), py::arg("pieces"), py::arg("stream"));
 }

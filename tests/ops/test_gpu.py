@@ -92,6 +92,20 @@ def test_project_grad_in_cuda_by_either_path(monkeypatch, path, dtype, k):
         assert torch.equal(lk.project_grad(*args, offsets, backend="cuda"), got)
 
 
+@pytest.mark.skipif(_dispatch.cuda_error() is not None, reason="logra_kernels._C_cuda is not built")
+@pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int2", "sign"])
+def test_codes_scored_in_cuda(name, query_dtype):
+    for q, n, d in ((3, 1000, 5000), (200, 70, 98304)):
+        queries = torch.randn(q, d, device="cuda").to(query_dtype)
+        rows = lk.quantize_rows(torch.randn(n, d, device="cuda"), lk.RowFormat.of(name))
+        numbers = lk.dequantize_rows(rows)
+        got = lk.score_block(queries, rows, backend="cuda")
+        naive = queries.float() @ numbers.T
+        assert_as_good_as_naive(got, queries.double() @ numbers.double().T, naive)
+        assert torch.equal(lk.score_block(queries, rows, backend="cuda"), got)
+
+
 def test_more_than_2_to_31_elements():
     x = torch.zeros(3, 1 << 14, 1 << 16, device="cuda", dtype=torch.bfloat16)
     x[2, -1] = 1

@@ -1,9 +1,9 @@
 """How samples are cut into chunks of positions, so that one long sample and many short ones both fill a GPU."""
 
-import torch
 from torch import Tensor
 
-PROGRAMS_PER_PROCESSOR = 2  # what is aimed at where a sample is cut; fewer leave gaps, more cost partial sums
+from logra_kernels.ops._device import PROGRAMS_PER_PROCESSOR
+
 SHARE_OF_PARTIALS = 16  # partial sums are at most what is read over this
 LEAST_BLOCK_T = 16
 BUSY = 0.9  # the share of processors with work that is good enough not to halve the blocks
@@ -35,10 +35,3 @@ def cut(
 def partials_of(x: Tensor, dy: Tensor, g: Tensor) -> int:
     """How many partial sums of one sample's size a call may write."""
     return max(1, (x.nbytes + dy.nbytes) // (SHARE_OF_PARTIALS * max(1, g[0].nbytes)))
-
-
-def programs_of(tensor: Tensor) -> int:
-    """How many programs keep the tensor's device busy."""
-    if not tensor.is_cuda:
-        return 1
-    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(tensor.device).multi_processor_count

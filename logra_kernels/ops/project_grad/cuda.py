@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from logra_kernels import _C_cuda
+from logra_kernels.ops._device import programs_of
 from logra_kernels.ops._native import DTYPE_CODE, matrix
-from logra_kernels.ops.project_grad.chunks import cut, partials_of, programs_of
+from logra_kernels.ops.project_grad.chunks import cut, partials_of
 
 FORCED_PATH = os.environ.get("LOGRA_KERNELS_CUDA_PATH")
 

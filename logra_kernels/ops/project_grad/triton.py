@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from logra_kernels.ops._check import accumulator_dtype
+from logra_kernels.ops._device import programs_of
 from logra_kernels.ops._tile import (
     OPTIONS,
     accumulator,
@@ -24,7 +25,7 @@ from logra_kernels.ops._tile import (
     must_upcast,
 )
 from logra_kernels.ops._tune import tile_for
-from logra_kernels.ops.project_grad.chunks import cut, partials_of, programs_of
+from logra_kernels.ops.project_grad.chunks import cut, partials_of
 from logra_kernels.ops.project_grad.configs import TILES, Tile, candidates, key_of
 
 SAMPLES_AT_ONCE = 1024  # whose chunks are counted side by side where a program looks for its own

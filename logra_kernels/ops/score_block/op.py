@@ -130,7 +130,7 @@ def score_block(
         rows: [N, D], fp32, bf16, fp16 or fp64, any strides; or rows in a stored format.
         query_format: "int8" rounds the queries to int8 with a scale for as many numbers as share one in the rows, 512
             at most: the fastest, for rows with scales. Relative error of a score about 0.7 % of |q| |g| / sqrt(D).
-        backend: "auto", "cpp", "triton" or "reference"; an unavailable one raises RuntimeError.
+        backend: "auto", "cpp", "triton", "cuda" or "reference"; an unavailable one raises RuntimeError.
 
     Returns:
         [Q, N] in fp32; fp64 for fp64 rows.

@@ -90,7 +90,7 @@ void multiply_group(float (&c)[kColumns][4], uint64_t a, uint64_t b) {
   Products& products = bulk().of_thread[block->current];
   must(products.fenced, "products without a fence before them");
   const int lane = block->current % kWarp, row = block->current / kWarp % 4 * 16 + lane / 4;
-  float (*sums)[4] = c;
+  float(*sums)[4] = c;
   products.open.push_back([=] {
     const Matrix left(a), right(b);
     float numbers[2][16];

@@ -107,7 +107,7 @@ inline Dim3 threadIdx, blockIdx, blockDim;
 namespace on_cpu {
 
 // The calling fiber's `turn`th barrier of `threads` fibers.
-inline void meet(std::vector<int> Block::* at, size_t turn, int threads) {
+inline void meet(std::vector<int> Block::*at, size_t turn, int threads) {
   auto& counts = block->*at;
   if (counts.size() <= turn) counts.resize(turn + 1, 0);
   ++counts[turn];
