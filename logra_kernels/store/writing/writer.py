@@ -36,6 +36,7 @@ class _Flush:
 @dataclass(frozen=True)
 class _Queued:
     piece: Piece
+    nbytes: int
     arrival: Callable[[], None] | None
 
 
@@ -105,7 +106,7 @@ class BackgroundWriter:
                 lambda: self._failure or not self._queued_bytes or self._queued_bytes + nbytes <= self._max_bytes
             )
             self._raise_failure()
-            self._queue.append(_Queued(piece, arrival))
+            self._queue.append(_Queued(piece, nbytes, arrival))
             self._queued_bytes += nbytes
             self._changed.notify_all()
 
@@ -205,7 +206,7 @@ class BackgroundWriter:
             if self._assembled == self.manifest.rows_per_shard:
                 self._write()
         with self._changed:
-            self._queued_bytes -= _nbytes(item.piece)
+            self._queued_bytes -= item.nbytes
             self._changed.notify_all()
 
     def _write(self) -> None:
