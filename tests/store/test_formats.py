@@ -164,3 +164,18 @@ def test_a_damaged_scale_is_found(tmp_path):
     path.write_bytes(data)
     with pytest.raises(StoreError, match="checksum does not fit"):
         GradientStore.open(tmp_path / "s").read(0, 1)
+
+
+def test_queries_that_are_rounded_too(tmp_path):
+    store = lk.GradientStore.open(write(tmp_path / "s", 40, "int8"))
+    queries, scale = rows_of(3, seed=1), torch.rand(40)
+    rows = lk.quantize_rows(rows_of(40), "int8")
+    expected = lk.score_block(queries, rows, query_format="int8") * scale
+    torch.testing.assert_close(store.score(queries, scale, query_format="int8"), expected)
+    values, index = store.topk(queries, 5, scale, query_format="int8")
+    torch.testing.assert_close(values, expected.topk(5).values)
+    assert torch.equal(index, expected.topk(5).indices)
+    with pytest.raises(lk.StoreError, match="'int8' does not go with rows kept as fp32"):
+        lk.GradientStore.open(write(tmp_path / "plain", 5)).score(queries, query_format="int8")
+    with pytest.raises(lk.StoreError, match="'int4' does not go with"):
+        store.topk(queries, 5, query_format="int4")

@@ -247,32 +247,46 @@ class Reader:
             values, index = merge((values, index), (best, mine.to(queries.device)[places]), k, largest)
         return values, index
 
-    def score(self, queries: Tensor, row_scale: Tensor | None, max_bytes: int | None = None) -> Tensor:
+    def score(
+        self,
+        queries: Tensor,
+        row_scale: Tensor | None,
+        max_bytes: int | None = None,
+        query_format: str | None = None,
+    ) -> Tensor:
         """[Q, N] fp32 on the queries' device."""
-        queries, row_scale = self.check(queries, row_scale)
+        queries, row_scale = self.check(queries, row_scale, query_format)
         out = queries.new_zeros((queries.shape[0], self.manifest.rows), dtype=torch.float32)
         for first, rows in on_device(self._blocks_to_score(len(queries), max_bytes), queries.device):
             part = slice(first, first + len(rows))
-            scores = scores_of(self.manifest, queries, rows)
+            scores = scores_of(self.manifest, queries, rows, query_format)
             out[:, part] = scores if row_scale is None else scores * row_scale[part]
         return out
 
     def topk(
-        self, queries: Tensor, k: int, row_scale: Tensor | None, largest: bool, max_bytes: int | None = None
+        self,
+        queries: Tensor,
+        k: int,
+        row_scale: Tensor | None,
+        largest: bool,
+        max_bytes: int | None = None,
+        query_format: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """values and row numbers [Q, min(k, N)] on the queries' device; NaN first, then by score, then by row."""
-        queries, row_scale = self.check(queries, row_scale)
+        queries, row_scale = self.check(queries, row_scale, query_format)
         if k < 1:
             raise StoreError(f"k is {k}; it must be at least 1")
         values = queries.new_zeros((queries.shape[0], 0), dtype=torch.float32)
         index = queries.new_zeros((queries.shape[0], 0), dtype=torch.int64)
         for first, rows in on_device(self._blocks_to_score(len(queries), max_bytes), queries.device):
             scale = None if row_scale is None else row_scale[first : first + len(rows)]
-            block = topk_of(self.manifest, queries, rows, k, scale, largest)
+            block = topk_of(self.manifest, queries, rows, k, scale, largest, query_format)
             values, index = merge((values, index), (block[0], block[1] + first), k, largest)
         return values, index
 
-    def check(self, queries: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def check(
+        self, queries: Tensor, row_scale: Tensor | None, query_format: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Both as the scoring ops take them.
 
         Raises:
@@ -283,6 +297,13 @@ class Reader:
             raise StoreError(
                 f"queries {tuple(queries.shape)} {queries.dtype} must be floating point [Q, {dim}],"
                 " as long as the store's rows"
+            )
+        if query_format is not None and (
+            query_format != "int8" or not self.manifest.format.scaled or self.manifest.rank
+        ):
+            raise StoreError(
+                f"query_format {query_format!r} does not go with rows kept as {self.manifest.kept_as}; it may be 'int8'"
+                " for rows in fp8, int8 and below that are not kept as factors"
             )
         queries = queries.detach()
         form = self.manifest.format

@@ -13,19 +13,25 @@ from logra_kernels.store.format import Manifest
 Ranked = tuple[Tensor, Tensor]  # values and row numbers [Q, k]: NaN first, then by score, then by row
 
 
-def scores_of(manifest: Manifest, queries: Tensor, rows: EncodedRows) -> Tensor:
+def scores_of(manifest: Manifest, queries: Tensor, rows: EncodedRows, query_format: str | None = None) -> Tensor:
     """[Q, n]"""
     if manifest.rank is None:
-        return score_block(queries, rows)
+        return score_block(queries, rows, query_format=query_format)
     return score_factored(queries, stored_numbers(rows), manifest.sizes, manifest.rank)
 
 
 def topk_of(
-    manifest: Manifest, queries: Tensor, rows: EncodedRows, k: int, row_scale: Tensor | None, largest: bool
+    manifest: Manifest,
+    queries: Tensor,
+    rows: EncodedRows,
+    k: int,
+    row_scale: Tensor | None,
+    largest: bool,
+    query_format: str | None = None,
 ) -> Ranked:
     """The k best of a block, numbered within it."""
     if manifest.rank is None:
-        return score_topk(queries, rows, k, row_scale, largest=largest)
+        return score_topk(queries, rows, k, row_scale, largest=largest, query_format=query_format)
     scores = scores_of(manifest, queries, rows)
     scores = scores if row_scale is None else scores * row_scale
     k = min(k, scores.shape[1])

@@ -48,10 +48,17 @@ class Share(GradientStore):
         """`blocks` over the rows of all ranks."""
         return super().blocks()
 
-    def score(self, queries: Tensor, row_scale: Tensor | None = None, *, max_bytes: int | None = None) -> Tensor:
+    def score(
+        self,
+        queries: Tensor,
+        row_scale: Tensor | None = None,
+        *,
+        max_bytes: int | None = None,
+        query_format: str | None = None,
+    ) -> Tensor:
         out = queries.new_zeros((len(queries), len(self)), dtype=torch.float32)
         for first, rows in self.encoded_blocks(max_bytes):
-            out[:, first : first + len(rows)] = scores_of(self.manifest, queries, rows.to(queries.device))
+            out[:, first : first + len(rows)] = scores_of(self.manifest, queries, rows.to(queries.device), query_format)
         sum_over_ranks(self, [out])
         return out if row_scale is None else out.mul_(row_scale.to(out.device))
 
@@ -63,11 +70,12 @@ class Share(GradientStore):
         largest: bool = True,
         *,
         max_bytes: int | None = None,
+        query_format: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         values, index = queries.new_zeros(len(queries), 0), queries.new_zeros((len(queries), 0), dtype=torch.int64)
         for first, rows in self.encoded_blocks(max_bytes):
             scale = None if row_scale is None else row_scale[first : first + len(rows)].to(queries.device)
-            found = topk_of(self.manifest, queries, rows.to(queries.device), k, scale, largest)
+            found = topk_of(self.manifest, queries, rows.to(queries.device), k, scale, largest, query_format)
             values, index = torch.cat([values, found[0]], 1), torch.cat([index, found[1] + first], 1)
             values, index = _first(values, index, k, largest)
         return _first(*gather_from_ranks(self, values, index), k, largest)
