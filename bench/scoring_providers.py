@@ -1,11 +1,11 @@
 """The same rows in everybody's own form, and everybody's way to score them: what bench_scoring.py times.
 
-Peers are taken where they can be imported. LogIX gets its batches of 16 as views of a mapped file, and no curvature:
-its l-RelatIF ("cosine") then computes each row's self-influence without the solve that it would repeat too.
+Peers are taken where they can be imported. LogIX gets its batches of 16 as views of a mapped file. For l-RelatIF
+("cosine") it is given the identity as its KFAC curvature: what it does to every row for each query is then what it does
+with any, and the answer is the one that is checked. Queries are solved for beforehand.
 """
 
 import json
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +20,7 @@ TOP = 100
 SIDE = 64  # of a layer's G
 LOGIX_BATCH, LOGIX_ROWS = 16, 512  # rows LogIX is timed on at most: its time is proportional to them
 FORMATS = ("fp32", "bf16", "fp16", "int8", "int4")
+OWN = {form: (form, None) for form in FORMATS} | {"int8, int8 queries": ("int8", "int8")}  # provider -> rows, queries
 
 Answer = tuple[Tensor, Tensor] | Tensor  # the best scores and their rows, or all scores
 
@@ -53,11 +54,9 @@ class Rows:
         return np.memmap(self.plain / "gradients.bin", np.float32, "r", shape=(self.count, self.dim))
 
 
-def ours(rows: Rows, form: str, queries: Tensor, mode: str) -> Callable[[], Answer]:
-    store = GradientStore.open(rows.folder / form)
-    queries = queries.bfloat16() if form == "bf16" else queries
-    scale = rows.norm.reciprocal() if mode == "relatif" else None
-    return lambda: store.topk(queries, TOP, row_scale=scale)
+def ours(store: GradientStore, queries: Tensor, scale: Tensor | None, query_format: str | None) -> Callable[[], Answer]:
+    queries = queries.bfloat16() if store.dtype == "bf16" else queries
+    return lambda: store.topk(queries, TOP, row_scale=scale, query_format=query_format)
 
 
 def numpy_matmul(rows: Rows, queries: Tensor, mode: str) -> Callable[[], Answer]:
@@ -75,8 +74,8 @@ def logix(rows: Rows, queries: Tensor, mode: str) -> Callable[[], Answer]:
     from logix.state import LogIXState
 
     influence_function.tqdm = lambda loader, **_: loader
-    logging.getLogger("LogIX").setLevel(logging.ERROR)
-    scorer = influence_function.InfluenceFunction(LogIXState())
+    state = LogIXState()
+    scorer = influence_function.InfluenceFunction(state)
     names = list(layers_of(rows.dim))
     asked = [str(query) for query in range(len(queries))], _by_layer(queries, names)
     mapped = _tensor(rows.memmap())[:LOGIX_ROWS]
@@ -87,7 +86,10 @@ def logix(rows: Rows, queries: Tensor, mode: str) -> Callable[[], Answer]:
             yield [str(start + row) for row in range(len(part))], _by_layer(part, names)
 
     how = "cosine" if mode == "relatif" else "dot"
-    return lambda: scorer.compute_influence_all(asked, batches(), mode=how, precondition=False)["influence"]
+    if how == "cosine":
+        state.covariance_state = {name: {"forward": torch.eye(SIDE), "backward": torch.eye(SIDE)} for name in names}
+    options = {"mode": how, "precondition": False, "damping": 0.0}
+    return lambda: scorer.compute_influence_all(asked, batches(), **options)["influence"]
 
 
 def bergson(rows: Rows, queries: Tensor, mode: str) -> Callable[[], Answer]:

@@ -329,7 +329,7 @@ class GradientStore(Facts):
             queries: [Q, D], preconditioned already; the result is on their device.
             row_scale: A factor for each row's score, [N].
             max_bytes: Of rows scored at a time; a shard, or 256 MB, by default.
-            query_format: "int8" rounds the queries as well, for rows in fp8, int8 and below (`score_block`): faster where
+            query_format: "int8" rounds the queries too, for rows in fp8, int8 and below (`score_block`): faster where
                 the machine multiplies int8, at an error of its own.
 
         Returns:

@@ -298,9 +298,8 @@ class Reader:
                 f"queries {tuple(queries.shape)} {queries.dtype} must be floating point [Q, {dim}],"
                 " as long as the store's rows"
             )
-        if query_format is not None and (
-            query_format != "int8" or not self.manifest.format.scaled or self.manifest.rank
-        ):
+        plain = not self.manifest.format.scaled or self.manifest.rank is not None
+        if query_format is not None and (query_format != "int8" or plain):
             raise StoreError(
                 f"query_format {query_format!r} does not go with rows kept as {self.manifest.kept_as}; it may be 'int8'"
                 " for rows in fp8, int8 and below that are not kept as factors"
