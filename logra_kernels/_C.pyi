@@ -1,6 +1,8 @@
 # ruff: noqa: N999
 """What the native library offers. Tensors are raw addresses with a dtype code and strides, see ops/_native.py."""
 
+from collections.abc import Callable
+
 from logra_kernels.ops._native import Encoded, Matrix, Positions
 
 def isa() -> str: ...
@@ -23,6 +25,18 @@ def project_grad(
     k_out: int,
     n_threads: int,
 ) -> None: ...
+def project_grad_adder(
+    x: Positions,
+    dy: Positions,
+    p_in: Matrix | None,
+    p_out: Matrix | None,
+    samples: int,
+    length: int,
+    d_in: int,
+    d_out: int,
+    k_in: int,
+    k_out: int,
+) -> Callable[[int, int, int, int, int, bool, int], None]: ...
 def accumulate_gram(g: Matrix, out: int, rows: int, d: int, n_threads: int) -> None: ...
 def quantize_rows(
     g: Matrix,

@@ -43,7 +43,7 @@ struct Projector {
   int64_t ld() const { return round_up(k, kernels.lanes) + kernels.lanes; }
   int64_t packed_size() const { return side.has_projection ? projection.packed_size() : 0; }
   int64_t pack_tasks() const { return side.has_projection ? projection.pack_tasks() : 0; }
-  int64_t scratch_size() const { return side.has_projection ? projection.scratch_size(kMostTileRows) : 0; }
+  int64_t scratch_size(int64_t rows) const { return side.has_projection ? projection.scratch_size(rows) : 0; }
   int64_t work() const { return side.has_projection ? d * k : k; }
 
   // Positions start .. start + rows - 1 into rows at.. of the block, weighed. One of weight 0 counts as zeros, whatever
@@ -106,20 +106,21 @@ template <typename T>
 struct Accumulator {
   const Projector<T>&x, &dy;
   T* out;
+  bool add_to_out;
   int64_t tasks_per_part() const { return ceil_div(dy.k, kOuterRows); }
 
   // Rows task * kOuterRows.. of the part's G. `at` is the part's first row in the blocks.
   void add(const Part& part, int64_t at, int64_t task, T* sum) const {
     const int64_t row = task * kOuterRows, rows = std::min(kOuterRows, dy.k - row);
     T* g = out + (part.sample * dy.k + row) * x.k;
-    if (part.count == 0) std::fill_n(g, rows * x.k, T{0});
+    if (part.count == 0 && !add_to_out) std::fill_n(g, rows * x.k, T{0});
     for (int64_t start = 0; start < part.count; start += kPositions) {
       const int64_t end = std::min(part.count, start + kPositions);
       for (int64_t t = start; t < end; t += kPanel) {
         x.kernels.outer(dy.block + (at + t) * dy.ld() + row, dy.ld(), rows, x.block + (at + t) * x.ld(), x.ld(), x.k,
                         std::min(kPanel, end - t), sum, x.ld(), t > start);
       }
-      const bool store = part.first && start == 0;
+      const bool store = part.first && start == 0 && !add_to_out;
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < x.k; ++j) g[i * x.k + j] = sum[i * x.ld() + j] + (store ? T{0} : g[i * x.k + j]);
       }
@@ -127,25 +128,33 @@ struct Accumulator {
   }
 };
 
-// Run by every thread of a parallel region.
+// Run by every thread of a parallel region, or by the only one outside of any: there the runtime's calls would take as
+// long as a tiny layer.
+template <typename F>
+void share_tasks(int64_t tasks, int n_threads, F run) {
+  if (n_threads == 1) {
+    for (int64_t task = 0; task < tasks; ++task) run(task);
+    return;
+  }
+#pragma omp for schedule(dynamic)
+  for (int64_t task = 0; task < tasks; ++task) run(task);
+}
+
 template <typename T>
-void run_block(const Projector<T>& x, const Projector<T>& dy, const Rows& weights, T* out, const Part* parts,
-               int64_t count, T* scratch, int n_threads) {
+void run_block(const Projector<T>& x, const Projector<T>& dy, const Rows& weights, const Accumulator<T>& sums,
+               const Part* parts, int64_t count, T* scratch, int n_threads) {
   const int64_t start = parts[0].start, positions = parts[count - 1].start + parts[count - 1].count - start;
   const int64_t tile = tile_rows(positions, x.kernels.row_tile, n_threads), tiles = ceil_div(positions, tile);
   const bool dy_first = dy.work() > x.work();  // the larger tasks first, so that the threads end together
-#pragma omp for schedule(dynamic)
-  for (int64_t task = 0; task < 2 * tiles; ++task) {
+  share_tasks(2 * tiles, n_threads, [&](int64_t task) {
     const int64_t at = task % tiles * tile, rows = std::min(tile, positions - at);
     const bool is_dy = (task < tiles) == dy_first;
     (is_dy ? dy : x).project(start + at, rows, at, weights, is_dy, scratch);
-  }
-  const Accumulator<T> sums = {x, dy, out};
-#pragma omp for schedule(dynamic)
-  for (int64_t task = 0; task < count * sums.tasks_per_part(); ++task) {
+  });
+  share_tasks(count * sums.tasks_per_part(), n_threads, [&](int64_t task) {
     const Part& part = parts[task / sums.tasks_per_part()];
     sums.add(part, part.start - start, task % sums.tasks_per_part(), scratch);
-  }
+  });
 }
 
 }  // namespace
@@ -159,31 +168,37 @@ void project_grad(const Side& x_side, const Side& dy_side, const Rows& weights, 
       threads_for(double(positions) * (double(shape.d_in) * shape.k_in + double(shape.d_out) * shape.k_out), n_threads);
   Projector<T> x(x_side, shape.d_in, shape.k_in), dy(dy_side, shape.d_out, shape.k_out);
   const int64_t share = std::max(kPositions, kTileNumbers / (x.ld() + dy.ld()) / kernels.row_tile * kernels.row_tile);
-  const int64_t capacity = std::min(share * n_threads, std::max(kPositions, positions));
+  const int64_t capacity = std::min(share * n_threads, positions);
   const Plan plan = make_plan(shape, capacity);
 
-  const int64_t scratch_size = round_up(
-      std::max({x.scratch_size(), dy.scratch_size(), (kOuterRows + kernels.row_tile) * x.ld()}), kernels.lanes);
-  const Buffer<T> x_packed(x.packed_size()), dy_packed(dy.packed_size());
-  const Buffer<T> x_block((capacity + kernels.row_tile) * x.ld()), dy_block((capacity + kernels.row_tile) * dy.ld());
-  const Buffer<T> scratch(scratch_size * n_threads);
-  x.projection.packed = x_packed.data();
-  x.block = x_block.data();
-  dy.projection.packed = dy_packed.data();
-  dy.block = dy_block.data();
+  // one allocation: a tiny layer's time is its library calls
+  const auto whole_lines = [](int64_t numbers) { return round_up(numbers, kCacheLine / int64_t{sizeof(T)}); };
+  const int64_t tile = std::min(kMostTileRows, capacity), sum_rows = std::min(kOuterRows, dy.k) + kernels.row_tile;
+  const int64_t scratch_size = whole_lines(std::max({x.scratch_size(tile), dy.scratch_size(tile), sum_rows * x.ld()}));
+  const int64_t block_rows = capacity + kernels.row_tile;
+  const Buffer<T> memory(whole_lines(x.packed_size()) + whole_lines(dy.packed_size()) +
+                         whole_lines(block_rows * x.ld()) + whole_lines(block_rows * dy.ld()) +
+                         scratch_size * n_threads);
+  x.projection.packed = memory.data();
+  dy.projection.packed = x.projection.packed + whole_lines(x.packed_size());
+  x.block = dy.projection.packed + whole_lines(dy.packed_size());
+  dy.block = x.block + whole_lines(block_rows * x.ld());
+  T* scratch = dy.block + whole_lines(block_rows * dy.ld());
+  const Accumulator<T> sums = {x, dy, out, shape.add};
 
-#pragma omp parallel num_threads(n_threads)
-  {
-    T* mine = scratch.data() + scratch_size * omp_get_thread_num();
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < x.pack_tasks() + dy.pack_tasks(); ++task) {
+  const auto work = [&](int thread) {
+    T* mine = scratch + scratch_size * thread;
+    share_tasks(x.pack_tasks() + dy.pack_tasks(), n_threads, [&](int64_t task) {
       task < x.pack_tasks() ? x.projection.pack(task, mine) : dy.projection.pack(task - x.pack_tasks(), mine);
-    }
+    });
     for (size_t block = 0; block + 1 < plan.blocks.size(); ++block) {
       const int64_t first = plan.blocks[block], count = plan.blocks[block + 1] - first;
-      if (count > 0) run_block(x, dy, weights, out, plan.parts.data() + first, count, mine, n_threads);
+      if (count > 0) run_block(x, dy, weights, sums, plan.parts.data() + first, count, mine, n_threads);
     }
-  }
+  };
+  if (n_threads == 1) return work(0);
+#pragma omp parallel num_threads(n_threads)
+  work(omp_get_thread_num());
 }
 
 template void project_grad<float>(const Side&, const Side&, const Rows&, float*, Shape, int);

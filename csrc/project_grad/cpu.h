@@ -14,6 +14,7 @@ struct Shape {
   int64_t samples, length;
   const int64_t* offsets;
   int64_t d_in, d_out, k_in, k_out;
+  bool add;  // to what `out` holds
 
   int64_t start(int64_t n) const { return offsets != nullptr ? offsets[n] : n * length; }
 };

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from logra_kernels.errors import LograError
 from logra_kernels.nn.adapters import DEFAULT_KINDS, Adapter, ExpertAdapter
 from logra_kernels.nn.covariance import Covariances
+from logra_kernels.nn.direct import LinearHook
 from logra_kernels.nn.experts import TappedExperts
 from logra_kernels.nn.hook import Hook, Probe
 from logra_kernels.nn.layers import Layer, find_layers
@@ -43,9 +45,15 @@ class Taps:
     """
 
     def __init__(
-        self, model: nn.Module, projection: Projection, layers: Sequence[Layer], projection_dtype: torch.dtype | None
+        self,
+        model: nn.Module,
+        projection: Projection,
+        layers: Sequence[Layer],
+        projection_dtype: torch.dtype | None,
+        in_graph: bool,
     ) -> None:
         self.projection = projection
+        self.in_graph = in_graph
         self.active = False
         self.weights: Tensor | None = None
         self.offsets: Tensor | None = None
@@ -61,7 +69,8 @@ class Taps:
         routed: dict[nn.Module, dict[str, Hook]] = {}
         for layer in self._layers:
             for module, adapter in layer.holders:
-                hook = Hook(layer.name, adapter, self._probes[layer.name], self)
+                plain = type(module) is nn.Linear and len(adapter.parameters(module)) == 1
+                hook = (LinearHook if plain else Hook)(layer.name, adapter, self._probes[layer.name], self)
                 if isinstance(adapter, ExpertAdapter):
                     routed.setdefault(module, {})[adapter.part] = hook
                 else:
@@ -169,7 +178,13 @@ class Taps:
 
     @property
     def probes(self) -> dict[str, Tensor]:
-        """Layer name -> the zero leaf [N, k_out, k_in] whose gradient is the projected one, for `autograd.grad`."""
+        """Layer name -> the zero leaf [N, k_out, k_in] whose gradient is the projected one, for `autograd.grad`.
+
+        Raises:
+            LograError: The taps were made without `in_graph`.
+        """
+        if not self.in_graph:
+            raise LograError("capture: probes are in autograd's graph only with capture(..., in_graph=True)")
         return {name: probe.leaf for name, probe in self._probes.items() if probe.leaf is not None}
 
     @property
@@ -202,6 +217,7 @@ def capture(
     kinds: Sequence[str] = DEFAULT_KINDS,
     bias: bool = False,
     projection_dtype: torch.dtype | None = None,
+    in_graph: bool = False,
 ) -> Taps:
     """Tap a model's layers: inside the `with`, each sample's projected gradient ends in `taps.grads`.
 
@@ -221,6 +237,9 @@ def capture(
         projection_dtype: What linear layers' activations and gradients are multiplied with the factors in; sums are in
             fp32 all the same. None is the model's own dtype; bf16 rounds those of an fp32 model, which halves the cost
             where bf16 is the faster; fp32 keeps the factors of a 16-bit model exact. An fp64 model keeps fp64.
+        in_graph: Make every tap a node of autograd's graph, so that `torch.autograd.grad(loss, taps.probes.values())`
+            works. Without it, eager models on the CPU are tapped more cheaply where a weight gets a gradient too, and
+            `backward()` is what gathers.
 
     Raises:
         ValueError: An unknown kind, a pattern that matches no layer, or another dtype than bf16 and fp32.
@@ -228,4 +247,4 @@ def capture(
     if projection_dtype not in (None, torch.bfloat16, torch.float32):
         raise ValueError(f"capture: projection_dtype is {projection_dtype}; it must be torch.bfloat16 or torch.float32")
     layers = find_layers(model, include, exclude, kinds, bias)
-    return Taps(model, projection or Projection(), layers, projection_dtype)
+    return Taps(model, projection or Projection(), layers, projection_dtype, in_graph)

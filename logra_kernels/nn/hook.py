@@ -54,10 +54,11 @@ class Probe:
                 self._cast[x, y] = cast
         return cast
 
-    def renew(self, samples: int) -> None:
+    def renew(self, samples: int) -> Tensor:
         # 4 bytes seen as [N, k_out, k_in]: only the gradient's shape counts
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         self.leaf = zero.expand(samples, *self.k).requires_grad_()
+        return self.leaf
 
 
 class Hook:
@@ -72,16 +73,7 @@ class Hook:
         adapter, probe = self.adapter, self.probe
         x = args[0] if args else kwargs[adapter.argument]
         adapter.check(self.name, x)
-        if probe.leaf is None:
-            if torch.compiler.is_compiling():
-                raise RuntimeError(
-                    "capture: a compiled model needs its batch size beforehand: call taps.reset(batch_size)"
-                )
-            if self.taps.samples is None:
-                self.taps.samples = x.shape[0]
-            probe.renew(self.taps.samples)
-        leaf = probe.leaf
-        assert leaf is not None
+        self._leaf(x)
         offsets = self.taps.offsets
         if offsets is not None:
             shape = adapter.positions(x, y)
@@ -92,12 +84,6 @@ class Hook:
                     " with other positions must be excluded"
                 )
             offsets = offsets.to(y.device)
-        elif leaf.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun; call"
-                " taps.reset() between batches; exclude layers whose inputs are not [N, ...], or, where a model"
-                " flattens samples and positions, give their limits as offsets"
-            )
         weights = self.taps.weights
         if weights is not None:
             shape = adapter.positions(x, y)
@@ -111,11 +97,29 @@ class Hook:
             adapter, x = parallel(self.name, adapter, x, y)
         return self.tap(adapter, y, x, weights, offsets)
 
+    def _leaf(self, x: Tensor) -> Tensor:
+        """The probe's, made with the batch's first layer where it was not begun with a size."""
+        taps, leaf = self.taps, self.probe.leaf
+        if leaf is None:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "capture: a compiled model needs its batch size beforehand: call taps.reset(batch_size)"
+                )
+            if taps.samples is None:
+                taps.samples = x.shape[0]
+            leaf = self.probe.renew(taps.samples)
+        if taps.offsets is None and leaf.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun; call"
+                " taps.reset() between batches; exclude layers whose inputs are not [N, ...], or, where a model"
+                " flattens samples and positions, give their limits as offsets"
+            )
+        return leaf
+
     def tap(self, adapter: Adapter, y: Tensor, x: Tensor, weights: Tensor | None, offsets: Tensor | None) -> Tensor:
         """y with the tap behind it; everything fits, and there is a leaf."""
-        probe = self.probe
         # ids and norms are projected beside dy
-        p_in, p_out = probe.factors(x.dtype if adapter.projects_x else y.dtype, y.dtype)
+        p_in, p_out = self.probe.factors(x.dtype if adapter.projects_x else y.dtype, y.dtype)
         if self.taps.mode is not None:
             return self.taps.mode.tap(self.name, adapter, y, x, p_in, p_out, weights)
-        return Tap.apply(y, x, probe.leaf, p_in, p_out, weights, offsets, adapter)
+        return Tap.apply(y, x, self.probe.leaf, p_in, p_out, weights, offsets, adapter)

@@ -1,10 +1,10 @@
-from logra_kernels.ops._dispatch import Backend, FallbackWarning, backends
+from logra_kernels.ops._dispatch import Backend, FallbackWarning, backends, plain
 from logra_kernels.ops._factored import MOST_RANK, factored_dim, rebuild_rows
 from logra_kernels.ops._format import FORMATS, EncodedRows, RowFormat
 from logra_kernels.ops.accumulate_gram import accumulate_gram
 from logra_kernels.ops.dequantize_rows import dequantize_rows
 from logra_kernels.ops.factor_rows import factor_rows
-from logra_kernels.ops.project_grad import project_grad
+from logra_kernels.ops.project_grad import AddProjectGrad, add_project_grad, project_grad
 from logra_kernels.ops.project_rows import project_rows
 from logra_kernels.ops.quantize_rows import quantize_rows
 from logra_kernels.ops.score_block import score_block
@@ -14,15 +14,18 @@ from logra_kernels.ops.score_topk import score_topk
 __all__ = [
     "FORMATS",
     "MOST_RANK",
+    "AddProjectGrad",
     "Backend",
     "EncodedRows",
     "FallbackWarning",
     "RowFormat",
     "accumulate_gram",
+    "add_project_grad",
     "backends",
     "dequantize_rows",
     "factor_rows",
     "factored_dim",
+    "plain",
     "project_grad",
     "project_rows",
     "quantize_rows",

@@ -84,6 +84,11 @@ def _order(op: str, device: str) -> tuple[str, ...]:
     return tuple(name for name in _ORDER.get(device, ("reference",)) if name != "cuda" or op in _CUDA_OPS)
 
 
+def plain(tensor: torch.Tensor) -> bool:
+    """Whether it is a plain tensor on the CPU that nothing transforms."""
+    return type(tensor) is torch.Tensor and tensor.is_cpu and not _dispatch_modes() and _transforms() is None
+
+
 def eager(tensor: torch.Tensor) -> bool:
     """Whether an op may call its launcher itself and save the dispatcher's microseconds, which tiny layers feel.
 
@@ -135,6 +140,12 @@ def launcher(op: str, device: str, asked: str, function: str = "launch") -> Call
         raise RuntimeError(f"{op}: backend {name!r} is not available here: {why} (have: {have})")
     module = importlib.import_module(f"logra_kernels.ops.{op}.{_MODULE[name]}")
     return getattr(module, op if name == "reference" and function == "launch" else function)
+
+
+@cache
+def is_native(op: str) -> bool:
+    """Whether tensors on the CPU get the C++ implementation of `op`."""
+    return launcher(op, "cpu", "auto").__module__ == f"logra_kernels.ops.{op}.{_MODULE['cpp']}"
 
 
 @cache

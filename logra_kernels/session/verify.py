@@ -209,7 +209,8 @@ def _check_shapes(taps: Taps, loss: Loss, samples: int, packed: bool) -> list[st
 
 def _captured(taps: Taps, loss: Loss, samples: int, offsets: Tensor | None) -> tuple[Grads, list[str]]:
     taps.reset(samples, offsets=offsets)
-    taps.active = True
+    in_graph = taps.in_graph
+    taps.active = taps.in_graph = True
     try:
         value = _call(loss, slice(0, samples))
         if not value.requires_grad:
@@ -219,7 +220,7 @@ def _captured(taps: Taps, loss: Loss, samples: int, offsets: Tensor | None) -> t
         probes = taps.probes
         grads = dict(zip(probes, _gradients(value, list(probes.values())), strict=True))
     finally:
-        taps.active = False
+        taps.active, taps.in_graph = False, in_graph
     silent = [name for name, grad in grads.items() if grad is None or not bool(grad.any())]
     found = {name: grad.double() for name, grad in grads.items() if grad is not None and name not in silent}
     bad = [name for name, grad in found.items() if not bool(grad.isfinite().all())]

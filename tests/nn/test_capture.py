@@ -84,7 +84,7 @@ def test_frozen_weights_and_untouched_weight_gradients():
 
 def test_autograd_grad_of_probes():
     model, (x, target) = Net(), data()
-    with lk.capture(model, SMALL) as taps:
+    with lk.capture(model, SMALL, in_graph=True) as taps:
         loss = loss_of(model, x, target)
         grads = torch.autograd.grad(loss, list(taps.probes.values()))
     got = dict(zip(taps.probes, grads, strict=True))

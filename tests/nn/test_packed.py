@@ -78,7 +78,7 @@ def test_against_autograd_and_probes_and_frozen_weights():
         return nn.functional.mse_loss(model(x.flatten(0, 1)[a:b]), target.flatten(0, 1)[a:b], reduction="sum")
 
     model.requires_grad_(False)
-    with lk.capture(model, SMALL) as taps:
+    with lk.capture(model, SMALL, in_graph=True) as taps:
         taps.reset(offsets=torch.tensor([0, 5, 9, 16, 24]))
         loss = nn.functional.mse_loss(model(x), target, reduction="sum")
         grads = torch.autograd.grad(loss, list(taps.probes.values()))

@@ -148,7 +148,7 @@ def test_parameters_as_a_matrix():
     transformers = pytest.importorskip("transformers.pytorch_utils")
     model = nn.Sequential(transformers.Conv1D(8, 6), nn.Tanh(), nn.Linear(8, 3))
     x = torch.randn(1, T, 6)
-    with lk.capture(model, lk.Projection(kind="identity"), bias=True) as taps:
+    with lk.capture(model, lk.Projection(kind="identity"), bias=True, in_graph=True) as taps:
         loss = model(x).square().sum()
         for name, probe in taps.probes.items():
             ((module, adapter),) = taps.holders[name]

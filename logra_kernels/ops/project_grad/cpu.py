@@ -1,5 +1,7 @@
 """C++ launcher of project_grad."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -45,3 +47,21 @@ def launch(
         torch.get_num_threads(),
     )
     return out
+
+
+def prepare_add(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> Callable[..., None]:
+    """f(x, dy, g, add): G of contiguous x [N, T, d_in] and of dy [N * T, d_out] to g, or added to it."""
+    (n, t, d_in), d_out = x.shape, dy.shape[-1]
+    k_in = d_in if p_in is None else p_in.shape[0]
+    k_out = d_out if p_out is None else p_out.shape[0]
+    factors = None if p_in is None else matrix(p_in), None if p_out is None else matrix(p_out)
+    native = _C.project_grad_adder(positions(x), positions(dy), *factors, n, t, d_in, d_out, k_in, k_out)
+
+    threads = torch.get_num_threads
+
+    def add_project_grad(
+        x: Tensor, dy: Tensor, g: Tensor, add: bool, _held: tuple[Tensor | None, Tensor | None] = (p_in, p_out)
+    ) -> None:
+        native(x.data_ptr(), dy.data_ptr(), *dy.stride(), g.data_ptr(), add, threads())  # type: ignore[call-arg, arg-type]
+
+    return add_project_grad

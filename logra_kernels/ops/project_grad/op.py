@@ -6,13 +6,14 @@ A batch is R positions cut into N samples by `offsets`; a dense [N, T, d] batch 
 """
 
 import weakref
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype, check_factor, check_tensors
-from logra_kernels.ops._dispatch import LIB, eager, launcher
+from logra_kernels.ops._dispatch import LIB, eager, is_native, launcher
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -84,6 +85,63 @@ def _check_shape(name: str, p: Tensor, k: str, positions: str, v: Tensor) -> Non
         )
 
 
+def _check(
+    x: Tensor,
+    dy: Tensor,
+    p_in: Tensor | None,
+    p_out: Tensor | None,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+) -> None:
+    check_tensors("project_grad", x=x, dy=dy, p_in=p_in, p_out=p_out, weights=weights)
+    dims = 3 if offsets is None else 2
+    if x.dim() != dims or dy.dim() != dims or x.shape[:-1] != dy.shape[:-1]:
+        layout = "[N, T, d]" if offsets is None else "[R, d]"
+        raise ValueError(
+            f"project_grad: x {tuple(x.shape)} and dy {tuple(dy.shape)} must both be {layout} and agree but in d"
+        )
+    if p_in is not None:
+        check_factor("project_grad", "x", x, "p_in", p_in)
+        _check_shape("p_in", p_in, "k_in", "x", x)
+    if p_out is not None:
+        check_factor("project_grad", "dy", dy, "p_out", p_out)
+        _check_shape("p_out", p_out, "k_out", "dy", dy)
+    if x.dtype != dy.dtype and not (p_in is None and x.dtype == accumulator_dtype(dy.dtype)):
+        raise ValueError(f"project_grad: x is {x.dtype} and dy is {dy.dtype}; only an x that is projected may differ")
+    if offsets is not None and (offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype not in INTEGERS):
+        raise ValueError(f"project_grad: offsets {tuple(offsets.shape)} {offsets.dtype} must be [N+1] int32 or int64")
+    if offsets is not None and offsets.device != x.device:
+        raise ValueError(f"project_grad: offsets is on {offsets.device} and x on {x.device}; move one")
+    if weights is not None:
+        if weights.shape != dy.shape[:-1]:
+            raise ValueError(f"project_grad: weights {tuple(weights.shape)} must be {tuple(dy.shape[:-1])}, as dy")
+        if weights.dtype != accumulator_dtype(dy.dtype):
+            raise ValueError(f"project_grad: weights is {weights.dtype}; it must be {accumulator_dtype(dy.dtype)}")
+
+
+AddProjectGrad = Callable[[Tensor, Tensor, Tensor, bool], None]  # x, dy, g, whether g is added to or overwritten
+
+
+def add_project_grad(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> AddProjectGrad | None:
+    """`g += project_grad(x, dy, p_in, p_out)` as a function of x, dy and g, checked here for a layer's many batches.
+
+    It takes plain CPU tensors of these dtypes outside of autograd: x [N, T, d_in] of this shape and contiguous, dy
+    [N * T, d_out] of any strides, g [N, k_out, k_in] contiguous in the dtype that `project_grad` returns.
+
+    Returns:
+        None where tensors on the CPU do not get the C++ implementation.
+
+    Raises:
+        ValueError: As `project_grad`.
+    """
+    _check(x, dy, p_in, p_out, None, None)
+    return (
+        launcher("project_grad", "cpu", "auto", "prepare_add")(x, dy, p_in, p_out)
+        if is_native("project_grad")
+        else None
+    )
+
+
 def project_grad(
     x: Tensor,
     dy: Tensor,
@@ -114,29 +172,6 @@ def project_grad(
     Raises:
         ValueError: Sizes, dtypes, devices or offsets do not fit, or a projection has more rows than features.
     """
-    check_tensors("project_grad", x=x, dy=dy, p_in=p_in, p_out=p_out, weights=weights)
-    dims = 3 if offsets is None else 2
-    if x.dim() != dims or dy.dim() != dims or x.shape[:-1] != dy.shape[:-1]:
-        layout = "[N, T, d]" if offsets is None else "[R, d]"
-        raise ValueError(
-            f"project_grad: x {tuple(x.shape)} and dy {tuple(dy.shape)} must both be {layout} and agree but in d"
-        )
-    if p_in is not None:
-        check_factor("project_grad", "x", x, "p_in", p_in)
-        _check_shape("p_in", p_in, "k_in", "x", x)
-    if p_out is not None:
-        check_factor("project_grad", "dy", dy, "p_out", p_out)
-        _check_shape("p_out", p_out, "k_out", "dy", dy)
-    if x.dtype != dy.dtype and not (p_in is None and x.dtype == accumulator_dtype(dy.dtype)):
-        raise ValueError(f"project_grad: x is {x.dtype} and dy is {dy.dtype}; only an x that is projected may differ")
-    if offsets is not None and (offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype not in INTEGERS):
-        raise ValueError(f"project_grad: offsets {tuple(offsets.shape)} {offsets.dtype} must be [N+1] int32 or int64")
-    if offsets is not None and offsets.device != x.device:
-        raise ValueError(f"project_grad: offsets is on {offsets.device} and x on {x.device}; move one")
-    if weights is not None:
-        if weights.shape != dy.shape[:-1]:
-            raise ValueError(f"project_grad: weights {tuple(weights.shape)} must be {tuple(dy.shape[:-1])}, as dy")
-        if weights.dtype != accumulator_dtype(dy.dtype):
-            raise ValueError(f"project_grad: weights is {weights.dtype}; it must be {accumulator_dtype(dy.dtype)}")
+    _check(x, dy, p_in, p_out, offsets, weights)
     call = _launch if eager(dy) else _op
     return call(x, dy, p_in, p_out, offsets, weights, backend)

@@ -1,0 +1,152 @@
+"""The tap that is no node of the graph: a hook on the gradient of y, at a fraction of an autograd Function's cost.
+
+    forward    nothing: a weight that gets a gradient keeps x alive anyway
+    backward   probe.grad[n] += sum_t (P_out dy[n,t]) (x) (P_in x[n,t])
+
+A probe that stands in the graph gets its gradient from `backward()`, and not from an `autograd.grad` of something else.
+So does this one: what counts are the backward passes in which the layer's weight gets its own gradient.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.compiler import is_compiling
+
+from logra_kernels.nn.adapters import Adapter
+from logra_kernels.nn.hook import Hook, Probe
+from logra_kernels.ops import AddProjectGrad, add_project_grad, plain
+
+if TYPE_CHECKING:
+    from logra_kernels.nn.capture import Taps
+
+_executes = torch._C._will_engine_execute_node
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_OURS = -1  # other hooks' handles count from 0
+
+
+class _LastHook(dict):
+    """A tensor's hooks, ours behind all that are added later: they may change the gradient, as the weight sees it."""
+
+    def __setitem__(self, handle: int, hook: Callable) -> None:
+        ours = self.pop(_OURS)
+        super().__setitem__(handle, hook)
+        super().__setitem__(_OURS, ours)
+
+
+def _gets_gradient(weight: Tensor, node: Node) -> bool:
+    """Whether the backward that runs adds to weight.grad; `node` is what did so when last seen."""
+    try:
+        if _executes(node):
+            return True
+        now = get_gradient_edge(weight).node  # moving a weight to another dtype and back has made another
+        return now is not node and _executes(now)
+    except RuntimeError:  # the weight's gradient is what autograd.grad returns
+        return False
+
+
+def _gather(
+    kept: list[Tensor], add: AddProjectGrad, leaf: Tensor, weight: Tensor, node: Node, dy: Tensor | None
+) -> Tensor | None:
+    """The hook: x as the forward kept it, what to do with it, where the gradient goes, and whose it goes with."""
+    if not kept:
+        return None  # torch says so itself where a graph was not retained
+    x = kept[0] if _graph_is_kept() else kept.pop()
+    if not _gets_gradient(weight, node):
+        return None
+    g = leaf.grad
+    if dy is None:
+        if g is None:
+            leaf.grad = torch.zeros(leaf.shape, dtype=leaf.dtype)
+        return None
+    rows = dy if dy.dim() == 2 else dy.flatten(0, -2)
+    if g is not None:
+        add(x, rows, g, True)
+    else:
+        leaf.grad = g = torch.empty(leaf.shape, dtype=leaf.dtype)
+        add(x, rows, g, False)
+    if not dy.requires_grad or not torch.is_grad_enabled():
+        return None
+    # a gradient of dy would miss the part that goes by way of the probe's
+    return torch._C._functions.DelayedError("capture: a tap cannot be differentiated twice", 1)(dy)
+
+
+class LinearHook(Hook):
+    """The hook on an nn.Linear, which taps it directly where that can be done.
+
+    That is in eager mode on the CPU where the weight gets a gradient, so that x is kept as it is, and nobody has hooks
+    on y yet. But where saved tensors are packed, as checkpointing does, x is not kept.
+    """
+
+    def __init__(self, name: str, adapter: Adapter, probe: Probe, taps: "Taps") -> None:
+        super().__init__(name, adapter, probe, taps)
+        self._add: AddProjectGrad | None = None
+        self._weight: Tensor | None = None
+        self._dtype: torch.dtype | None = None
+        self._x_shape: torch.Size | None = None
+        self._k: tuple[int, int] | None = None
+        self._node: Node
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
+        taps, x = self.taps, args[0] if args else kwargs["input"]
+        if (
+            taps.active
+            and not is_compiling()
+            and not taps.in_graph
+            and taps.mode is None
+            and taps.offsets is None
+            and taps.weights is None
+            and y.requires_grad
+            and plain(y)
+            and self._tap(module._parameters.get("weight"), x, y)
+        ):
+            return None
+        return super().__call__(module, args, kwargs, y)
+
+    def _tap(self, weight: Tensor | None, x: Tensor, y: Tensor) -> bool:
+        """Whether it could be done."""
+        # in-place code writes to a view's base, and a gradient comes there past the view
+        at = y._base if y._is_view() else y
+        if (
+            at is None
+            or at._backward_hooks is not None
+            or weight is None
+            or not weight.requires_grad
+            or type(x) is not Tensor
+            or not x.is_contiguous()
+            or _saving_hooks(True) is not None
+        ):
+            return False
+        probe = self.probe
+        if (
+            weight is not self._weight
+            or weight.dtype is not self._dtype
+            or x.shape != self._x_shape
+            or probe.k is not self._k  # other factors come with another
+        ):
+            self._prepare(weight, x, y)
+        if self._add is None or x.dtype is not self._dtype or y.dtype is not self._dtype:
+            return False
+        leaf = probe.leaf
+        if leaf is None or leaf.shape[0] != x.shape[0]:
+            leaf = self._leaf(x)
+        # the two steps of Tensor.register_hook, without the handle it makes, which costs as much again
+        at._backward_hooks = _LastHook({_OURS: partial(_gather, [x], self._add, leaf, weight, self._node)})
+        at.grad_fn._register_hook_dict(at)  # type: ignore[union-attr]
+        return True
+
+    def _prepare(self, weight: Tensor, x: Tensor, y: Tensor) -> None:
+        """Work out what weight, shapes and factors decide; a layer that cannot be tapped directly has no `_add`."""
+        self.adapter.check(self.name, x)
+        self._weight, self._dtype, self._x_shape, self._k = weight, weight.dtype, x.shape, self.probe.k
+        self._add = None
+        if type(weight) is not nn.Parameter or not x.numel() or not x.dtype == y.dtype == weight.dtype:
+            return
+        rows = x.detach().reshape(len(x), -1, x.shape[-1])
+        factors = self.probe.factors(x.dtype, y.dtype)
+        self._add = add_project_grad(rows, y.detach().reshape(*rows.shape[:2], -1), *factors)
+        self._node = get_gradient_edge(weight).node
