@@ -18,7 +18,7 @@ from logra_kernels.store import GradientStore
 
 TOP = 100
 SIDE = 64  # of a layer's G
-LOGIX_BATCH, LOGIX_ROWS = 16, 512  # rows LogIX is timed on at most: its time is proportional to them
+LOGIX_BATCH, LOGIX_ROWS = 16, 256  # rows LogIX is timed on at most: its time is proportional to them
 FORMATS = ("fp32", "bf16", "fp16", "int8", "int4")
 OWN = {form: (form, None) for form in FORMATS} | {"int8, int8 queries": ("int8", "int8")}  # provider -> rows, queries
 
