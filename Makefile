@@ -41,9 +41,7 @@ test-gpu:
 
 bench-gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	mkdir -p build
-	PYTHONPATH=. $(PYTHON) -m pytest bench --benchmark-json=build/bench.json
-	$(PYTHON) bench/record.py build/bench.json
+	PYTHONPATH=.:tests $(PYTHON) bench/bench_gpu.py
 
 wheel: $(VENV)/torch.stamp
 	$(PIP) build

@@ -50,15 +50,20 @@ def step(model: nn.Module, ids: Tensor) -> None:
 class Hooks:
     """The plain way: keep P x in a forward hook, project dy and sum the outer products in a tensor hook, by torch."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, within: tuple[str, ...] = (".mlp.",)) -> None:
         self.grads: dict[str, Tensor] = {}
         self.handles = []
+        self.layers = []
         projection = lk.Projection(rank=RANK)
         for name, layer in model.named_modules():
-            if isinstance(layer, nn.Linear) and ".mlp." in name:
-                p_in = projection.factor(name, "in", layer.in_features)
-                p_out = projection.factor(name, "out", layer.out_features)
-                self.handles.append(layer.register_forward_hook(self._hook(name, p_in, p_out)))
+            if isinstance(layer, nn.Linear) and any(part in name for part in within):
+                p_in = projection.factor(name, "in", layer.in_features).to(layer.weight)
+                p_out = projection.factor(name, "out", layer.out_features).to(layer.weight)
+                self.layers.append((layer, self._hook(name, p_in, p_out)))
+        self.attach()
+
+    def attach(self) -> None:
+        self.handles = [layer.register_forward_hook(hook) for layer, hook in self.layers]
 
     def _hook(self, name: str, p_in: Tensor, p_out: Tensor) -> Callable:
         def forward(layer: nn.Module, args: tuple, y: Tensor) -> None:
