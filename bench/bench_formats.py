@@ -5,8 +5,8 @@
 Accuracy: the stories260K store's rows in each format against fp32, top-100 agreement over held-out queries by
 influence and by l-RelatIF, of rows as they are and of rows whitened before they are quantised (needs LOGRA_DATA).
 Rates: resident rows, warm, each case checked against fp64 first; the cases take turns, and each keeps its best round.
-`memory` is a plain read of as many bytes in the same rounds. Prints a table and writes one file for each into
-bench/results.
+`memory` is a plain read of 400 MiB in the same rounds, `torch` its own product of the same numbers. Prints a table and
+writes one file for each into bench/results.
 """
 
 import argparse
@@ -34,7 +34,9 @@ from logra_kernels.ops import FORMATS  # noqa: E402
 TOP, ROUNDS = 100, 5
 QUERIES, LONGEST = 100, 256  # held-out stories, and the tokens kept of a story
 DIM_SHOWN = 98304  # of the bytes a row takes
-QUERY_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
+DEFAULT = "16 bits"  # what fp32 queries are beside integer codes unless told otherwise
+QUERY_FORMATS = (DEFAULT, "fp32", "int8")
+READ_BYTES = 400 << 20  # beyond any cache
 
 
 def accuracy() -> list[dict]:
@@ -112,35 +114,40 @@ def rates(count: int, dim: int, queries: int) -> list[dict]:
     encoded = {name: lk.quantize_rows(g, name) for name in FORMATS}
     calls: dict[tuple[str, str], Callable[[], Tensor]] = {}
     for name, rows in encoded.items():
-        kinds = QUERY_FORMATS if rows.format.scaled else {"fp32": torch.float32}
-        for kind, dtype in kinds.items() if name != "bf16" else [("bf16", torch.bfloat16)]:
-            given, option = q.to(dtype), "int8" if kind == "int8" else None
+        given = q.bfloat16() if name == "bf16" else q
+        for kind in QUERY_FORMATS if rows.format.scaled else (name,) if name == "bf16" else ("fp32",):
+            option = kind if rows.format.scaled and kind != DEFAULT else None
             calls[name, kind] = lambda rows=rows, given=given, option=option: lk.score_block(
                 given, rows, query_format=option
             )
     for (name, kind), call in calls.items():
         check(call(), q, encoded[name], kind)
+    for name in ("fp32", "bf16"):
+        given = q.to(encoded[name].codes.dtype)
+        calls[name, "torch"] = lambda rows=encoded[name].codes, given=given: given @ rows.T
     del g
-    reads = {name: torch.ones(rows.nbytes // 4) for name, rows in encoded.items()}
-    for name, plain in reads.items():
-        calls[name, "memory"] = plain.sum
+    plain = torch.ones(READ_BYTES // 4)
+    calls["", "memory"] = plain.sum
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(ROUNDS):
         for key, call in calls.items():
             started = time.perf_counter()
             call()
             best[key] = min(best[key], time.perf_counter() - started)
-    return [row_of(key, took, best, encoded[key[0]], queries) for key, took in best.items() if key[1] != "memory"]
+    bandwidth = READ_BYTES / best.pop(("", "memory"))
+    return [row_of(key, took, best["fp32", "fp32"], bandwidth, encoded[key[0]], queries) for key, took in best.items()]
 
 
-def row_of(key: tuple[str, str], took: float, best: dict, rows: lk.EncodedRows, queries: int) -> dict:
+def row_of(
+    key: tuple[str, str], took: float, fp32: float, bandwidth: float, rows: lk.EncodedRows, queries: int
+) -> dict:
     name, kind = key
     count, dim = rows.shape
     return {
         "shape": f"Q{queries} N{count} D{dim}", "format": name, "queries": kind, "best_ms": round(took * 1e3, 3),
         "gflops": round(2 * queries * count * dim / took / 1e9, 1), "pairs_per_s": round(queries * count / took),
-        "gbytes_per_s": round(rows.nbytes / took / 1e9, 2), "of_memory": round(best[name, "memory"] / took, 3),
-        "times_fp32": round(best["fp32", "fp32"] / took, 3),
+        "gbytes_per_s": round(rows.nbytes / took / 1e9, 2), "memory_gbytes_per_s": round(bandwidth / 1e9, 2),
+        "of_memory": round(rows.nbytes / took / bandwidth, 3), "times_fp32": round(fp32 / took, 3),
     }  # fmt: skip
 
 
@@ -149,7 +156,7 @@ def check(got: Tensor, queries: Tensor, rows: lk.EncodedRows, kind: str) -> None
     sample = slice(0, len(rows), max(1, len(rows) // 64))
     exact = queries.double() @ lk.dequantize_rows(rows[sample]).double().T
     error = ((got[:, sample].double() - exact).norm() / exact.norm()).item()
-    allowed = {"fp32": 1e-5, "bf16": 5e-3, "int8": 2e-2}[kind]
+    allowed = {"fp32": 1e-5, DEFAULT: 1e-4, "bf16": 5e-3, "int8": 2e-2}[kind]
     if not error < allowed:
         raise SystemExit(f"{rows.format} with {kind} queries: relative error {error:.1e}, allowed {allowed:.0e}")
 

@@ -22,7 +22,7 @@ inline EncodedRows encoded_of(const char* op, const Encoded& rows) {
 }
 
 inline void check_digits(const char* op, int digits) {
-  LGK_CHECK(digits >= 0 && digits <= 3, std::string(op) + ": " + std::to_string(digits) + " digits; 0 to 3 are known");
+  LGK_CHECK(digits >= 0 && digits <= 2, std::string(op) + ": " + std::to_string(digits) + " digits; 0 to 2 are known");
 }
 
 }  // namespace lgk

@@ -16,6 +16,7 @@ constexpr int64_t kRun = 8192;             // numbers of a row for which b is pa
 constexpr int64_t kStrip = 512;            // numbers of a row that are decoded at a time
 constexpr int64_t kStripLd = kStrip + 16;  // rows a power of 2 apart would share cache sets
 constexpr int64_t kColumns = 256;
+constexpr int64_t kTaskRows = 16;  // rows that meet few columns before the next run does
 
 struct Run {
   const Products<float>& products;
@@ -91,7 +92,7 @@ void multiply_wide(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, in
   }
 }
 
-// For few columns: rows decoded into the cache, a run at a time, and multiplied there.
+// For few columns: rows decoded into the registers or the cache, a run at a time, and multiplied there.
 void multiply_narrow(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
                      int n_threads) {
   const EncodedKernels& decoder = encoded_kernels();
@@ -103,21 +104,31 @@ void multiply_narrow(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, 
   const Buffer<float> packed(round_up(width, kernels.row_tile) * ldb);
   kernels.pack_rows(b, 0, n, 0, depth, packed.data(), ldb);
   std::fill(packed.data() + n * ldb, packed.data() + width * ldb, 0.0f);
-  const int64_t ld = run + lanes, size = round_up(kDotRows * (ld + width * lanes), kCacheLine);
+  const int64_t ld = run + lanes, size = round_up(kDotRows * ld + kTaskRows * width * lanes, kCacheLine);
   const Buffer<float> scratch(size * n_threads);
+  const bool fused = a.encoding.code == Code::kF8 && decoder.few_f8 != nullptr;
+  const int64_t task = std::min(kTaskRows, round_up(ceil_div(m, 4 * n_threads), kDotRows));
 
 #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
-  for (int64_t i = 0; i < m; i += kDotRows) {
-    float *decoded = scratch.data() + size * omp_get_thread_num(), *sums = decoded + kDotRows * ld;
-    const int64_t rows = std::min(kDotRows, m - i);
+  for (int64_t i = 0; i < m; i += task) {
+    float *decoded = scratch.data() + size * omp_get_thread_num(), *all = decoded + kDotRows * ld;
+    const int64_t rows = std::min(task, m - i);
     for (int64_t k = 0; k < depth; k += run) {
       const int64_t here = std::min(run, depth - k);
-      for (int64_t r = 0; r < rows; ++r) decoder.decode(a, i + r, k, here, decoded + r * ld);
-      kernels.dot(matrix(decoded, Dtype::kF32, ld, 1), 0, rows, 0, here, packed.data() + k, ldb, width, sums, k > 0);
+      for (int64_t r = 0; r < rows; r += kDotRows) {
+        float* sums = all + r * width * lanes;
+        const int64_t count = std::min(kDotRows, rows - r);
+        if (fused) {
+          decoder.few_f8(a, i + r, count, k, here, packed.data() + k, ldb, width, sums, k > 0);
+          continue;
+        }
+        for (int64_t x = 0; x < count; ++x) decoder.decode(a, i + r + x, k, here, decoded + x * ld);
+        kernels.dot(matrix(decoded, Dtype::kF32, ld, 1), 0, count, 0, here, packed.data() + k, ldb, width, sums, k > 0);
+      }
     }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < n; ++j) {
-        float* lane = sums + (r * width + j) * lanes;
+        float* lane = all + (r * width + j) * lanes;
         for (int64_t half = lanes / 2; half > 0; half /= 2) {
           for (int64_t x = 0; x < half; ++x) lane[x] += lane[x + half];
         }

@@ -19,21 +19,12 @@ namespace {
 
 constexpr int64_t kAheadBytes = 2048;
 
-LGK_INLINE int64_t unit_bytes(Code code) {
+constexpr int64_t unit_bytes(Code code) {
   return code == Code::kI8 ? kUnit : code == Code::kI4 ? kUnit / 2 : code == Code::kI2 ? kUnit / 4 : kUnit / 8;
 }
 
 // GCC 12 warns of its own undefined operands in the unmasked intrinsics.
 LGK_INLINE __m512 as_floats(__m512i x) { return _mm512_maskz_cvtepi32_ps(0xffff, x); }
-
-LGK_INLINE float sum_lanes(__m512 x) {
-  alignas(64) float lanes[16];
-  _mm512_store_ps(lanes, x);
-  for (int half = 8; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
 
 // sum + four products in each lane. GCC 12 copies the operands of the intrinsic to and fro.
 LGK_INLINE void add_products(__m512i& sum, __m512i codes, __m512i digits) {
@@ -66,22 +57,19 @@ LGK_INLINE Unit load_unit(const uint8_t* p) {
 }
 
 template <Code kCode>
-void expand_units(const uint8_t* codes, int64_t units, int64_t ahead, uint8_t* out) {
-  const int64_t bytes = unit_bytes(kCode);
+void expand_units(const uint8_t* codes, int64_t units, uint8_t* out) {
   for (int64_t u = 0; u < units; ++u) {
-    const Unit unit = load_unit<kCode>(codes + u * bytes);
-    __builtin_prefetch(codes + u * bytes + ahead, 0, 2);
-    if constexpr (kCode == Code::kI8) __builtin_prefetch(codes + u * bytes + 64 + ahead, 0, 2);
+    const Unit unit = load_unit<kCode>(codes + u * unit_bytes(kCode));
     _mm512_storeu_si512(out + u * kUnit, unit.low);
     _mm512_storeu_si512(out + u * kUnit + 64, unit.high);
   }
 }
 
-void expand(Code code, const uint8_t* codes, int64_t units, int64_t ahead, uint8_t* out) {
-  if (code == Code::kI8) return expand_units<Code::kI8>(codes, units, ahead, out);
-  if (code == Code::kI4) return expand_units<Code::kI4>(codes, units, ahead, out);
-  if (code == Code::kI2) return expand_units<Code::kI2>(codes, units, ahead, out);
-  expand_units<Code::kSign>(codes, units, ahead, out);
+void expand(Code code, const uint8_t* codes, int64_t units, uint8_t* out) {
+  if (code == Code::kI8) return expand_units<Code::kI8>(codes, units, out);
+  if (code == Code::kI4) return expand_units<Code::kI4>(codes, units, out);
+  if (code == Code::kI2) return expand_units<Code::kI2>(codes, units, out);
+  expand_units<Code::kSign>(codes, units, out);
 }
 
 float largest(const float* x, int64_t n) {
@@ -131,15 +119,40 @@ void to_digits(Code code, const float* x, float inverse, int digits, int8_t* out
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_maskz_cvtepi32_epi8(0xffff, low));
       _mm512_store_si512(whole + i, _mm512_maskz_srai_epi32(0xffff, _mm512_sub_epi32(number, low), 8));
     }
-    __m512i sum = _mm512_loadu_si512(sums + digit * kLaneSums);
+    __m512i sum = _mm512_setzero_si512();
     add_products(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(to));
     add_products(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(to + 64));
-    _mm512_storeu_si512(sums + digit * kLaneSums, sum);
+    alignas(64) int32_t lanes[16];
+    _mm512_store_si512(lanes, sum);
+    sums[digit] = 0;
+    for (int i = 0; i < 16; ++i) sums[digit] += lanes[i];
   }
 }
 
-void tile(const uint8_t* a, int64_t lda, const int8_t* b, int64_t units, const int32_t* start, const float* a_scale,
-          const float* b_scale, float* c, int64_t ldc) {
+void widen(const uint16_t* halves, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 kept = static_cast<__mmask16>(n - i < 16 ? (1 << (n - i)) - 1 : 0xffff);
+    _mm512_mask_storeu_ps(out + i, kept, _mm512_maskz_cvtph_ps(kept, _mm256_maskz_loadu_epi16(kept, halves + i)));
+  }
+}
+
+// sums [2] = the whole sums of both digits, or of two vectors of queries with one.
+template <int kDigits>
+LGK_INLINE void add_scaled(const __m512i (&sum)[2], __m512 scale, const __m512 (&b_scale)[2], float* to) {
+  if constexpr (kDigits == 1) {
+    for (int v = 0; v < 2; ++v) {
+      const __m512 product = _mm512_mul_ps(as_floats(sum[v]), b_scale[v]);
+      _mm512_storeu_ps(to + 16 * v, _mm512_fmadd_ps(product, scale, _mm512_loadu_ps(to + 16 * v)));
+    }
+  } else {
+    const __m512 whole = _mm512_fmadd_ps(as_floats(sum[1]), _mm512_set1_ps(256.0f), as_floats(sum[0]));
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_mul_ps(whole, b_scale[0]), scale, _mm512_loadu_ps(to)));
+  }
+}
+
+template <int kDigits>
+void tile_digits(const uint8_t* a, int64_t lda, const int8_t* b, int64_t units, const int32_t* start,
+                 const float* a_scale, const float* b_scale, float* c, int64_t ldc) {
   __m512i sum[kTileCodes][2];
 #pragma GCC unroll 16
   for (int i = 0; i < kTileCodes; ++i) {
@@ -159,96 +172,112 @@ void tile(const uint8_t* a, int64_t lda, const int8_t* b, int64_t units, const i
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) third[i] += 4;
-    b += 4 * kTileQueries;
+    b += 4 * kTileColumns;
   }
-  const __m512 left = _mm512_loadu_ps(b_scale), right = _mm512_loadu_ps(b_scale + 16);
+  const __m512 scales[2] = {_mm512_loadu_ps(b_scale), kDigits == 1 ? _mm512_loadu_ps(b_scale + 16) : __m512{}};
 #pragma GCC unroll 16
-  for (int i = 0; i < kTileCodes; ++i) {
-    const __m512 scale = _mm512_set1_ps(a_scale[i]);
-    float* to = c + i * ldc;
-    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_mul_ps(as_floats(sum[i][0]), left), scale, _mm512_loadu_ps(to)));
-    _mm512_storeu_ps(to + 16,
-                     _mm512_fmadd_ps(_mm512_mul_ps(as_floats(sum[i][1]), right), scale, _mm512_loadu_ps(to + 16)));
+  for (int i = 0; i < kTileCodes; ++i) add_scaled<kDigits>(sum[i], _mm512_set1_ps(a_scale[i]), scales, c + i * ldc);
+}
+
+void tile(const uint8_t* a, int64_t lda, const int8_t* b, int digits, int64_t units, const int32_t* start,
+          const float* a_scale, const float* b_scale, float* c, int64_t ldc) {
+  const auto run = digits == 1 ? tile_digits<1> : tile_digits<2>;
+  run(a, lda, b, units, start, a_scale, b_scale, c, ldc);
+}
+
+// A lane's eight products of a unit fit 32 bits with both digits.
+template <Code kCode, int kDigits, int kQueries>
+LGK_INLINE void few_unit(const uint8_t* from, const int8_t* b, const float* scale, __m512 (&total)[kQueries]) {
+  const Unit unit = load_unit<kCode>(from);
+#pragma GCC unroll 4
+  for (int q = 0; q < kQueries; ++q) {
+    __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 2
+    for (int digit = kDigits - 1; digit >= 0; --digit) {
+      const int8_t* digits = b + (q * kDigits + digit) * kUnit;
+      add_products(sum, unit.low, _mm512_loadu_si512(digits));
+      add_products(sum, unit.high, _mm512_loadu_si512(digits + 64));
+      if (digit > 0) sum = _mm512_maskz_slli_epi32(0xffff, sum, 8);
+    }
+    total[q] = _mm512_fmadd_ps(as_floats(sum), _mm512_set1_ps(scale[q * kFewUnits]), total[q]);
   }
 }
 
-template <Code kCode, int kColumns>
-void few_columns(const uint8_t* const* rows, const uint8_t* const* last, int64_t units, int64_t units_per_span,
-                 const float* a_scale, const int8_t* b, const int32_t* start, const float* b_scale, float* sums) {
+template <Code kCode, int kDigits, int kQueries>
+void few_queries(const uint8_t* const* rows, const uint8_t* const* last, int64_t units, const float* a_scale,
+                 const int8_t* b, const float* b_scale, const float* b_sum, int64_t ldb, float* sums, bool add) {
   constexpr int kRows = kFewRows;
-  const int64_t bytes = unit_bytes(kCode);
-  __m512 total[kRows][kColumns];
-#pragma GCC unroll 4
+  constexpr int64_t kBytes = unit_bytes(kCode), kLineUnits = kBytes < 64 ? 64 / kBytes : 1;
+  alignas(64) float scales[kRows][kQueries][kFewUnits];
+  __m512 total[kRows][kQueries];
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 3
-    for (int j = 0; j < kColumns; ++j) total[i][j] = _mm512_setzero_ps();
-  }
-  for (int64_t u = 0; u < units;) {
-    const int64_t end = u + units_per_span < units ? u + units_per_span : units;
-    __m512i sum[kRows][kColumns];
-#pragma GCC unroll 3
-    for (int j = 0; j < kColumns; ++j) {
-      const __m512i first = _mm512_loadu_si512(start + j * kLaneSums);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) sum[i][j] = first;
-    }
-    for (; u < end; ++u, b += kColumns * kUnit) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) {
-        const uint8_t* from = u + 1 < units ? rows[i] + u * bytes : last[i];
-        const Unit unit = load_unit<kCode>(from);
-        __builtin_prefetch(from + kAheadBytes);
-        if constexpr (kCode == Code::kI8) __builtin_prefetch(from + kAheadBytes + 64);
-#pragma GCC unroll 3
-        for (int j = 0; j < kColumns; ++j) {
-          add_products(sum[i][j], unit.low, _mm512_loadu_si512(b + j * kUnit));
-          add_products(sum[i][j], unit.high, _mm512_loadu_si512(b + j * kUnit + 64));
-        }
+    for (int q = 0; q < kQueries; ++q) {
+      __m512 sum = add ? _mm512_loadu_ps(sums + (i * kQueries + q) * kFewLanes) : _mm512_setzero_ps();
+      for (int64_t u = 0; u < units; u += kFewLanes) {
+        const __m512 scale = _mm512_loadu_ps(a_scale + i * kFewUnits + u);
+        sum = _mm512_fnmadd_ps(scale, _mm512_loadu_ps(b_sum + q * ldb + u), sum);
+        _mm512_store_ps(scales[i][q] + u, _mm512_mul_ps(scale, _mm512_loadu_ps(b_scale + q * ldb + u)));
       }
+      total[i][q] = sum;
     }
-#pragma GCC unroll 4
+  }
+  const int64_t whole = last == nullptr ? units : units - 1;
+  for (int64_t u = 0; u < whole;) {
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 3
-      for (int j = 0; j < kColumns; ++j) {
-        total[i][j] = _mm512_fmadd_ps(as_floats(sum[i][j]), _mm512_set1_ps(a_scale[i] * b_scale[j]), total[i][j]);
+      for (int64_t line = 0; line < kBytes; line += 64) {
+        __builtin_prefetch(rows[i] + u * kBytes + kAheadBytes + line, 0, 2);
       }
     }
-    a_scale += kRows;
-    start += kColumns * kLaneSums;
-    b_scale += kColumns;
+    const int64_t end = u + kLineUnits < whole ? u + kLineUnits : whole;
+    for (; u < end; ++u, b += kQueries * kDigits * kUnit) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        few_unit<kCode, kDigits, kQueries>(rows[i] + u * kBytes, b, scales[i][0] + u, total[i]);
+      }
+    }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kColumns; ++j) sums[i * kColumns + j] = sum_lanes(total[i][j]);
+    if (whole < units) few_unit<kCode, kDigits, kQueries>(last[i], b, scales[i][0] + whole, total[i]);
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) _mm512_storeu_ps(sums + (i * kQueries + q) * kFewLanes, total[i][q]);
   }
+}
+
+template <Code kCode, int kDigits>
+void few_digits(const uint8_t* const* rows, const uint8_t* const* last, int64_t units, const float* a_scale,
+                const int8_t* b, const float* b_scale, const float* b_sum, int64_t ldb, int64_t queries, float* sums,
+                bool add) {
+  const auto run = queries == 1   ? few_queries<kCode, kDigits, 1>
+                   : queries == 2 ? few_queries<kCode, kDigits, 2>
+                   : queries == 3 ? few_queries<kCode, kDigits, 3>
+                                  : few_queries<kCode, kDigits, 4>;
+  run(rows, last, units, a_scale, b, b_scale, b_sum, ldb, sums, add);
 }
 
 template <Code kCode>
-void few_code(const uint8_t* const* rows, const uint8_t* const* last, int64_t units, int64_t units_per_span,
-              const float* a_scale, const int8_t* b, const int32_t* start, const float* b_scale, int64_t columns,
-              float* sums) {
-  if (columns == 1) {
-    few_columns<kCode, 1>(rows, last, units, units_per_span, a_scale, b, start, b_scale, sums);
-  } else if (columns == 2) {
-    few_columns<kCode, 2>(rows, last, units, units_per_span, a_scale, b, start, b_scale, sums);
-  } else {
-    few_columns<kCode, 3>(rows, last, units, units_per_span, a_scale, b, start, b_scale, sums);
-  }
+void few_code(const uint8_t* const* rows, const uint8_t* const* last, int64_t units, const float* a_scale,
+              const int8_t* b, int digits, const float* b_scale, const float* b_sum, int64_t ldb, int64_t queries,
+              float* sums, bool add) {
+  const auto run = digits == 1 ? few_digits<kCode, 1> : few_digits<kCode, 2>;
+  run(rows, last, units, a_scale, b, b_scale, b_sum, ldb, queries, sums, add);
 }
 
-void few(Code code, const uint8_t* const* rows, const uint8_t* const* last, int64_t units, int64_t units_per_span,
-         const float* a_scale, const int8_t* b, const int32_t* start, const float* b_scale, int64_t columns,
-         float* sums) {
+void few(Code code, const uint8_t* const* rows, const uint8_t* const* last, int64_t units, const float* a_scale,
+         const int8_t* b, int digits, const float* b_scale, const float* b_sum, int64_t ldb, int64_t queries,
+         float* sums, bool add) {
   const auto run = code == Code::kI8   ? few_code<Code::kI8>
                    : code == Code::kI4 ? few_code<Code::kI4>
                    : code == Code::kI2 ? few_code<Code::kI2>
                                        : few_code<Code::kSign>;
-  run(rows, last, units, units_per_span, a_scale, b, start, b_scale, columns, sums);
+  run(rows, last, units, a_scale, b, digits, b_scale, b_sum, ldb, queries, sums, add);
 }
 
 }  // namespace
 
 extern const IntegerKernels kIntegersV4Vnni;
-const IntegerKernels kIntegersV4Vnni = {expand, largest, to_digits, tile, few};
+const IntegerKernels kIntegersV4Vnni = {expand, largest, to_digits, widen, tile, few};
 
 }  // namespace lgk
 #endif

@@ -1,43 +1,49 @@
-// Products of integer codes with queries in fixed point, exact within a block; for machines that multiply bytes.
+// Products of integer codes with queries in fixed point, exact within a unit or more; for machines that multiply bytes.
 //
 // A query's numbers q become, block by block, the nearest of n * u with a whole n in `digits` signed bytes; codes are
 // unsigned bytes, offset by the format's constant. A unit is kUnit numbers in the order in which a format's codes
-// expand; a span of units shares its scales and one 32-bit sum a lane.
+// expand; a span of units shares its scales.
 #pragma once
 #include "encoded/rows.h"
 
 namespace lgk {
 
 constexpr int64_t kUnit = 128;
-constexpr int64_t kMostSpan = 512;    // numbers; a lane's sum stays below 2^24, which fp32 holds
+constexpr int64_t kMostSpan = 512;  // numbers; a 32-bit sum of a span stays below 2^24, which fp32 holds
+constexpr int kMostDigits = 2;
 constexpr int64_t kTileCodes = 12;    // rows of a tile
-constexpr int64_t kTileQueries = 32;  // columns of a tile
-constexpr int64_t kFewRows = 4;       // rows read side by side
-constexpr int64_t kLaneSums = 16;     // sums of every fourth group of four numbers
-constexpr int64_t kFewQueries = 3;    // columns that few takes at most
+constexpr int64_t kTileColumns = 32;  // digits of queries in a tile
+constexpr int64_t kFewRows = 8;       // rows read side by side
+constexpr int64_t kFewQueries = 4;    // queries that few takes at most
+constexpr int64_t kFewUnits = 64;     // units that few takes at most
+constexpr int64_t kFewLanes = 16;     // sums of every sixteenth group of four numbers
 
 struct IntegerKernels {
-  // Codes of whole units to unsigned bytes, kUnit a unit. Fetches what lies `ahead` bytes further on.
-  void (*expand)(Code code, const uint8_t* codes, int64_t units, int64_t ahead, uint8_t* out);
+  // Codes of whole units to unsigned bytes, kUnit a unit.
+  void (*expand)(Code code, const uint8_t* codes, int64_t units, uint8_t* out);
 
   // The largest magnitude; NaN or Inf if there is one.
   float (*largest)(const float* x, int64_t n);
 
-  // x [kUnit] * inverse to `digits` bytes a number, low digits first: out[digit][kUnit] in the expanded order. Adds
-  // their sums to sums[digit][kLaneSums].
+  // x [kUnit] * inverse to `digits` bytes a number, low digits first: out[digit][kUnit] in the expanded order, and
+  // their sums.
   void (*to_digits)(Code code, const float* x, float inverse, int digits, int8_t* out, int32_t* sums);
 
-  // c[i][j] += a_scale[i] b_scale[j] (start[j] + sum a(i, k) b(j, k)) over units of one span. a: rows lda apart; b
-  // [units][kUnit / 4][kTileQueries][4].
-  void (*tile)(const uint8_t* a, int64_t lda, const int8_t* b, int64_t units, const int32_t* start,
+  // fp16 to fp32.
+  void (*widen)(const uint16_t* halves, int64_t n, float* out);
+
+  // c[i][q] += a_scale[i] b_scale[q] sum over units of one span of a(i, k) b(q, k), for kTileCodes rows and
+  // kTileColumns / digits queries. a: rows lda apart; b [units][kUnit / 4][digits][queries][4]; start [digits][queries]
+  // is added to the digits' sums.
+  void (*tile)(const uint8_t* a, int64_t lda, const int8_t* b, int digits, int64_t units, const int32_t* start,
                const float* a_scale, const float* b_scale, float* c, int64_t ldc);
 
-  // sums[i][j] = the same over all spans, for kFewRows rows of codes as they lie and `columns` columns. The last unit
-  // is read from `last`. a_scale [spans][kFewRows]; b [units][columns][kUnit]; b_scale [spans]
-  // [columns]; start [spans][columns][kLaneSums]
-  void (*few)(Code code, const uint8_t* const* rows, const uint8_t* const* last, int64_t units, int64_t units_per_span,
-              const float* a_scale, const int8_t* b, const int32_t* start, const float* b_scale, int64_t columns,
-              float* sums);
+  // sums[i][q][lane] (+)= sum over units u <= kFewUnits of a_scale[i][u] (b_scale[q][u] sum a(i, k) b(q, k) -
+  // b_sum[q][u]), for kFewRows rows of codes as they lie and `queries` of them. Where `last` is given the last unit is
+  // read from there. b [units][queries][digits][kUnit]; scales are padded to whole vectors of kFewLanes.
+  void (*few)(Code code, const uint8_t* const* rows, const uint8_t* const* last, int64_t units, const float* a_scale,
+              const int8_t* b, int digits, const float* b_scale, const float* b_sum, int64_t ldb, int64_t queries,
+              float* sums, bool add);
 };
 
 // Null where the instruction set in use has none.

@@ -11,7 +11,7 @@ constexpr int64_t kFewColumns = 8;
 // c[i][j] = sum_k a[i][k] b[j][k] for i < m, j < n, k < depth; sizes 0 are allowed and a sum of nothing is 0.
 //
 // digits 0: fp32 products of the decoded numbers with b. Otherwise, where the machine multiplies bytes, b in fixed
-// point of so many bytes (1 to 3) a number and span of at most kMostSpan numbers (encoded/integers.h): exact sums of a
+// point of so many bytes (1 or 2) a number and span of at most kMostSpan numbers (encoded/integers.h): exact sums of a
 // span, added in order. Integer codes in blocks of kUnit numbers and more have this; all else goes the first way.
 // Neither m nor the thread count changes the bits of a result.
 void multiply_encoded(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,

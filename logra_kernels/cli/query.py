@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search", choices=["exact", "index"], default="exact", help="index reads only what `logra index` shortlists"
     )
+    parser.add_argument(
+        "--query-format", choices=["int8", "fp32"], help="of a quantised store's queries: the fastest, or the finest"
+    )
     parser.add_argument("--bottom", action="store_true", help="the lowest scores: rows that taught it otherwise")
     parser.add_argument("--mode", choices=["relatif", "dot"], default="relatif", help="of scoring (default relatif)")
     parser.add_argument("--damping", type=float, help="lambda; default as the projection needs")
@@ -110,7 +113,13 @@ def _ask(
         nll, tokens = causal_lm.losses(model, batch.to(next(model.parameters()).device))
         nll.sum().backward()
     top = asking.topk(
-        query, k=args.k, mode=args.mode, damping=args.damping, largest=not args.bottom, search=args.search
+        query,
+        k=args.k,
+        mode=args.mode,
+        damping=args.damping,
+        largest=not args.bottom,
+        search=args.search,
+        query_format=args.query_format,
     )
     answers = [
         Answer(

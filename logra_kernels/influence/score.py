@@ -122,6 +122,7 @@ def topk(
     largest: bool = True,
     rows: Tensor | None = None,
     search: str = "exact",
+    query_format: str | None = None,
 ) -> TopK:
     """The k rows with the highest (or lowest) influence on each query, in one streaming pass and bounded memory.
 
@@ -131,24 +132,27 @@ def topk(
         largest: False for the lowest scores.
         rows: A bool mask [N]; the others are passed over.
         search: "index" reads and scores only a shortlist from the store's index, `GradientStore.search`.
+        query_format: "int8" for the fastest exact search of rows with scales, "fp32" for the finest; `score_block`.
 
     Raises:
-        ValueError: As in `scores`, k < 1, or an index cannot serve this mode or a mask.
+        ValueError: As in `scores`, k < 1, an index cannot serve this mode, a mask or a query_format, or the rows that.
         StoreError: There is no index, or one of other rows.
     """
     if search not in SEARCHES:
         raise ValueError(f"influence: search is {search!r}; it must be one of {', '.join(SEARCHES)}")
     scale, shift = adjustment(mode, statistics, len(store))
     if search == "index":
-        if shift is not None or rows is not None:
-            raise ValueError("influence: search='index' serves neither mode 'l2' nor a mask rows=; use search='exact'")
+        if shift is not None or rows is not None or query_format is not None:
+            raise ValueError(
+                "influence: search='index' serves neither mode 'l2' nor a mask rows= nor query_format=; use 'exact'"
+            )
         _check(store, solved, k, None)
         values, indices = store.search(solved, k, row_scale=scale, largest=largest)
         return TopK(values, indices, [store.ids_of(row) for row in indices])
     if shift is not None or rows is not None:
-        return _ranked(store, solved, k, scale, shift, rows, (largest,))[0]
+        return _ranked(store, solved, k, scale, shift, rows, (largest,), query_format)[0]
     _check(store, solved, k, rows)
-    values, indices = store.topk(solved, k, row_scale=scale, largest=largest)
+    values, indices = store.topk(solved, k, row_scale=scale, largest=largest, query_format=query_format)
     return TopK(values, indices, [store.ids_of(row) for row in indices])
 
 
@@ -183,6 +187,7 @@ def _ranked(
     shift: Tensor | None,
     rows: Tensor | None,
     ends: tuple[bool, ...],
+    query_format: str | None = None,
 ) -> list[TopK]:
     """A `TopK` for each end asked for (True: largest), with scores adjusted and rows left out block by block."""
     _check(store, solved, k, rows)
@@ -191,7 +196,8 @@ def _ranked(
     for start, block in store.encoded_blocks(block_bytes(store, len(solved))):
         part = slice(start, start + len(block))
         index = torch.arange(part.start, part.stop) if rows is None else rows[part].nonzero()[:, 0] + start
-        found = score_block(solved, (block if rows is None else block[rows[part]]).to(device))
+        mine = (block if rows is None else block[rows[part]]).to(device)
+        found = score_block(solved, mine, query_format=query_format)
         found = found if scale is None else found * scale[index].to(device)
         found = found if shift is None else found + shift[index].to(device)
         for i, largest in enumerate(ends):

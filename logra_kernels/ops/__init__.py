@@ -7,13 +7,14 @@ from logra_kernels.ops.factor_rows import factor_rows
 from logra_kernels.ops.project_grad import AddProjectGrad, add_project_grad, project_grad
 from logra_kernels.ops.project_rows import project_rows
 from logra_kernels.ops.quantize_rows import quantize_rows
-from logra_kernels.ops.score_block import score_block
+from logra_kernels.ops.score_block import QUERY_FORMATS, score_block
 from logra_kernels.ops.score_factored import score_factored
 from logra_kernels.ops.score_topk import score_topk
 
 __all__ = [
     "FORMATS",
     "MOST_RANK",
+    "QUERY_FORMATS",
     "AddProjectGrad",
     "Backend",
     "EncodedRows",

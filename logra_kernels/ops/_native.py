@@ -32,11 +32,6 @@ def encoded(rows: EncodedRows) -> Encoded:
     return (codes.data_ptr(), scales.data_ptr(), form.code, form.scale == "fp16", form.block or 0, *strides)
 
 
-def digits_of(queries: Tensor, int8_queries: bool) -> int:
-    """Bytes that hold a query's number on a machine that multiplies bytes: 3 are as accurate as fp32."""
-    return 1 if int8_queries else 3 if queries.dtype == torch.float32 else 2
-
-
 def row_major(rows: EncodedRows) -> EncodedRows:
     """The same rows; copied where a row's codes or scales are not neighbours in memory."""
     codes, scales = rows.codes, rows.scales

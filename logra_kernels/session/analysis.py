@@ -98,6 +98,7 @@ class Analysis(ABC):
         layers: bool = False,
         rows: Tensor | None = None,
         search: str = "exact",
+        query_format: str | None = None,
     ) -> influence.TopK:
         """The k stored rows of highest influence on each query, streamed in bounded memory.
 
@@ -108,12 +109,15 @@ class Analysis(ABC):
             layers: Also give each layer's part of the scores.
             rows: Rows that are left out are never among the k.
             search: "index" reads only the rows that the store's index shortlists; see `build_index`.
+            query_format: "int8" for the fastest exact search of rows with scales, "fp32" for the finest; `score_block`.
 
         Raises:
             ValueError, LograError: As in `scores`; or there is no index of the rows as they are.
         """
         factor, solved, own = self._asked(query, mode, damping)
-        top = influence.topk(self.store, solved, k, mode, own, largest=largest, rows=rows, search=search)
+        top = influence.topk(
+            self.store, solved, k, mode, own, largest=largest, rows=rows, search=search, query_format=query_format
+        )
         if not layers:
             return top
         parts = influence.layer_scores(self.store, solved, top.indices, mode, own, factor=factor)

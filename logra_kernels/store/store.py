@@ -329,14 +329,13 @@ class GradientStore(Facts):
             queries: [Q, D], preconditioned already; the result is on their device.
             row_scale: A factor for each row's score, [N].
             max_bytes: Of rows scored at a time; a shard, or 256 MB, by default.
-            query_format: "int8" rounds the queries too, for rows in fp8, int8 and below (`score_block`): faster where
-                the machine multiplies int8, at an error of its own.
+            query_format: How queries enter the product with rows that have scales, as in `score_block`.
 
         Returns:
             [Q, N] fp32.
 
         Raises:
-            StoreError: Sizes do not fit, or a shard is damaged.
+            StoreError: Sizes or a query_format do not fit the rows, or a shard is damaged.
         """
         return self._current().score(queries, row_scale, max_bytes, query_format)
 

@@ -54,6 +54,21 @@ def test_modes_ends_and_masks(case, mode, damping):
     assert few.ids == [["r11"]] * 3
 
 
+def test_query_formats_of_quantised_rows(tmp_path):
+    dim, keep = 300, torch.arange(40) % 3 != 0
+    with GradientStore.create(tmp_path / "s", {"a": (1, dim)}, "int8", rows_per_shard=16) as writer:
+        writer.append(torch.randn(40, dim), [str(i) for i in range(40)])
+    store, queries = GradientStore.open(tmp_path / "s"), torch.randn(3, dim)
+    wanted = store.score(queries, query_format="int8")
+    assert not torch.equal(wanted, store.score(queries, query_format="fp32"))
+    for rows, scores in ((None, wanted), (keep, wanted.masked_fill(~keep, -torch.inf))):
+        found = influence.topk(store, queries, 5, "dot", rows=rows, query_format="int8")
+        torch.testing.assert_close(found.values, scores.topk(5).values)
+        torch.testing.assert_close(wanted.gather(1, found.indices), found.values)
+    with pytest.raises(ValueError, match="search='index' serves neither .* query_format"):
+        influence.topk(store, queries, 5, "dot", search="index", query_format="int8")
+
+
 def test_ties_keep_row_order_over_blocks(tmp_path, monkeypatch):
     with GradientStore.create(tmp_path / "s", {"a": (1, 2)}, rows_per_shard=4) as writer:
         writer.append(torch.ones(11, 2), [f"r{i}" for i in range(11)])

@@ -1,3 +1,3 @@
-from logra_kernels.ops.score_block.op import score_block
+from logra_kernels.ops.score_block.op import QUERY_FORMATS, score_block
 
-__all__ = ["score_block"]
+__all__ = ["QUERY_FORMATS", "score_block"]

@@ -6,7 +6,7 @@ from torch import Tensor
 from logra_kernels import _C
 from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._format import EncodedRows
-from logra_kernels.ops._native import digits_of, encoded, matrix, row_major
+from logra_kernels.ops._native import encoded, matrix, row_major
 
 
 def launch(queries: Tensor, rows: Tensor) -> Tensor:
@@ -16,10 +16,9 @@ def launch(queries: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-def launch_encoded(queries: Tensor, rows: EncodedRows, int8_queries: bool) -> Tensor:
+def launch_encoded(queries: Tensor, rows: EncodedRows, digits: int) -> Tensor:
     (q, d), n = queries.shape, len(rows)
     out = torch.empty(q, n, dtype=torch.float32)
     rows = row_major(rows)
-    digits = digits_of(queries, int8_queries)
     _C.score_block_encoded(matrix(queries), encoded(rows), out.data_ptr(), q, n, d, digits, torch.get_num_threads())
     return out

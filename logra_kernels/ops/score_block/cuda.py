@@ -17,8 +17,8 @@ def launch(queries: Tensor, rows: Tensor) -> Tensor:
     return _scores(queries, rows, matrix(rows))
 
 
-def launch_encoded(queries: Tensor, rows: EncodedRows, int8_queries: bool) -> Tensor:
-    """`int8_queries` says that the queries hold no other numbers, which this one makes no use of."""
+def launch_encoded(queries: Tensor, rows: EncodedRows, digits: int) -> Tensor:
+    """Products in bf16 parts, whatever `digits` allows."""
     rows = row_major(rows)
     return _scores(queries, rows, encoded(rows))
 

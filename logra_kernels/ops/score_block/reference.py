@@ -12,6 +12,6 @@ def score_block(queries: Tensor, rows: Tensor) -> Tensor:
     return queries.to(dtype) @ rows.to(dtype).T
 
 
-def launch_encoded(queries: Tensor, rows: EncodedRows, int8_queries: bool) -> Tensor:
-    """`int8_queries` says that the queries hold no other numbers, which this one makes no use of."""
+def launch_encoded(queries: Tensor, rows: EncodedRows, digits: int) -> Tensor:
+    """Products in fp32, whatever `digits` allows."""
     return queries.float() @ dequantize_rows(rows).T

@@ -10,6 +10,6 @@ def launch(queries: Tensor, rows: Tensor) -> Tensor:
     return score(queries, rows)
 
 
-def launch_encoded(queries: Tensor, rows: EncodedRows, int8_queries: bool) -> Tensor:
-    """`int8_queries` says that the queries hold no other numbers, which this one makes no use of."""
+def launch_encoded(queries: Tensor, rows: EncodedRows, digits: int) -> Tensor:
+    """Products in fp32, whatever `digits` allows."""
     return score_encoded(queries, rows)

@@ -6,7 +6,7 @@ from torch import Tensor
 from logra_kernels import _C
 from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._format import EncodedRows
-from logra_kernels.ops._native import digits_of, encoded, matrix, row_major
+from logra_kernels.ops._native import encoded, matrix, row_major
 
 
 def launch(queries: Tensor, rows: Tensor, k: int, row_scale: Tensor | None, largest: bool) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def launch(queries: Tensor, rows: Tensor, k: int, row_scale: Tensor | None, larg
 
 
 def launch_encoded(
-    queries: Tensor, rows: EncodedRows, k: int, row_scale: Tensor | None, largest: bool, int8_queries: bool
+    queries: Tensor, rows: EncodedRows, k: int, row_scale: Tensor | None, largest: bool, digits: int
 ) -> tuple[Tensor, Tensor]:
     (q, d), n = queries.shape, len(rows)
     k = min(k, n)
@@ -49,7 +49,7 @@ def launch_encoded(
         d,
         k,
         largest,
-        digits_of(queries, int8_queries),
+        digits,
         torch.get_num_threads(),
     )
     return values, indices

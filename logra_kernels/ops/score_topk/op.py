@@ -40,7 +40,7 @@ _op = torch.ops.logra_kernels.score_topk.default
 
 LIB.define(
     "score_topk_encoded(Tensor queries, Tensor codes, Tensor scales, str format, int block, str scale, int k,"
-    " Tensor? row_scale, bool largest, bool int8_queries, str backend) -> (Tensor, Tensor)"
+    " Tensor? row_scale, bool largest, int digits, str backend) -> (Tensor, Tensor)"
 )
 
 
@@ -54,12 +54,12 @@ def _launch_encoded(
     k: int,
     row_scale: Tensor | None,
     largest: bool,
-    int8_queries: bool,
+    digits: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     rows = EncodedRows(RowFormat(format, block, scale), queries.shape[1], codes, scales)
     launch = launcher("score_topk", codes.device.type, backend, "launch_encoded")
-    return launch(queries, rows, k, row_scale, largest, int8_queries)
+    return launch(queries, rows, k, row_scale, largest, digits)
 
 
 LIB.impl("score_topk_encoded", _launch_encoded, "CPU")
@@ -77,7 +77,7 @@ def _fake_encoded(
     k: int,
     row_scale: Tensor | None,
     largest: bool,
-    int8_queries: bool,
+    digits: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], min(k, codes.shape[0]))
@@ -115,9 +115,9 @@ def score_topk(
         ValueError: Sizes, dtypes or devices do not fit, or k < 1.
     """
     rows = numbers_of("score_topk", rows, query_format)
-    rounded = False
+    digits = 0
     if isinstance(rows, EncodedRows):
-        queries, rounded = check_encoded("score_topk", queries, rows, query_format)
+        queries, digits = check_encoded("score_topk", queries, rows, query_format)
     else:
         check_scores("score_topk", queries, rows)
     if k < 1:
@@ -133,5 +133,5 @@ def score_topk(
     if isinstance(rows, EncodedRows):
         form = rows.format
         encoded = rows.codes, rows.scales, form.name, form.block, form.scale
-        return _op_encoded(queries, *encoded, k, row_scale, largest, rounded, backend)
+        return _op_encoded(queries, *encoded, k, row_scale, largest, digits, backend)
     return _op(queries, rows, k, row_scale, largest, backend)

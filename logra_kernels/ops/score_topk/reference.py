@@ -16,9 +16,9 @@ def score_topk(
 
 
 def launch_encoded(
-    queries: Tensor, rows: EncodedRows, k: int, row_scale: Tensor | None, largest: bool, int8_queries: bool
+    queries: Tensor, rows: EncodedRows, k: int, row_scale: Tensor | None, largest: bool, digits: int
 ) -> tuple[Tensor, Tensor]:
-    """`int8_queries` says that the queries hold no other numbers, which this one makes no use of."""
+    """Products in fp32, whatever `digits` allows."""
     return _best(queries.float() @ dequantize_rows(rows).T, k, row_scale, largest)
 
 

@@ -22,9 +22,9 @@ def launch(queries: Tensor, rows: Tensor, k: int, row_scale: Tensor | None, larg
 
 
 def launch_encoded(
-    queries: Tensor, rows: EncodedRows, k: int, row_scale: Tensor | None, largest: bool, int8_queries: bool
+    queries: Tensor, rows: EncodedRows, k: int, row_scale: Tensor | None, largest: bool, digits: int
 ) -> tuple[Tensor, Tensor]:
-    """`int8_queries` says that the queries hold no other numbers, which this one makes no use of."""
+    """Products in fp32, whatever `digits` allows."""
 
     def scores(span: slice) -> Tensor:
         return score_encoded(queries, rows[span], None if row_scale is None else row_scale[span])

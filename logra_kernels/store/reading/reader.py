@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.errors import StoreError
-from logra_kernels.ops import EncodedRows
+from logra_kernels.ops import QUERY_FORMATS, EncodedRows
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.encoding import decode, row_sums, wrap
 from logra_kernels.store.format import Manifest, Shard, read_manifest
@@ -299,10 +299,10 @@ class Reader:
                 " as long as the store's rows"
             )
         plain = not self.manifest.format.scaled or self.manifest.rank is not None
-        if query_format is not None and (query_format != "int8" or plain):
+        if query_format is not None and (query_format not in QUERY_FORMATS or plain):
             raise StoreError(
-                f"query_format {query_format!r} does not go with rows kept as {self.manifest.kept_as}; it may be 'int8'"
-                " for rows in fp8, int8 and below that are not kept as factors"
+                f"query_format {query_format!r} does not go with rows kept as {self.manifest.kept_as}; it may be"
+                f" {' or '.join(map(repr, QUERY_FORMATS))} for rows in fp8, int8 and below that are not kept as factors"
             )
         queries = queries.detach()
         form = self.manifest.format

@@ -14,9 +14,15 @@ Ranked = tuple[Tensor, Tensor]  # values and row numbers [Q, k]: NaN first, then
 
 
 def scores_of(manifest: Manifest, queries: Tensor, rows: EncodedRows, query_format: str | None = None) -> Tensor:
-    """[Q, n]"""
+    """[Q, n]; `query_format` as in `score_block`.
+
+    Raises:
+        ValueError: A query_format for rows that have no scales or are kept as factors.
+    """
     if manifest.rank is None:
         return score_block(queries, rows, query_format=query_format)
+    if query_format is not None:
+        raise ValueError(f"query_format {query_format!r} is for dense rows with scales; leave it out for factors")
     return score_factored(queries, stored_numbers(rows), manifest.sizes, manifest.rank)
 
 
@@ -32,7 +38,7 @@ def topk_of(
     """The k best of a block, numbered within it."""
     if manifest.rank is None:
         return score_topk(queries, rows, k, row_scale, largest=largest, query_format=query_format)
-    scores = scores_of(manifest, queries, rows)
+    scores = scores_of(manifest, queries, rows, query_format)
     scores = scores if row_scale is None else scores * row_scale
     k = min(k, scores.shape[1])
     if not scores.numel():
