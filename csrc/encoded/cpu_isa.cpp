@@ -12,15 +12,25 @@ extern const EncodedKernels kEncodedBase;
 #if LGK_HAS_X86_SETS
 extern const EncodedKernels kEncodedV3, kEncodedV4;
 extern const IntegerKernels kIntegersV4Vnni;
+extern const decltype(EncodedKernels::few_f8) kFewF8V4Vbmi;
 #endif
 
 namespace {
 
-const EncodedKernels& choose() {
+#if LGK_HAS_X86_SETS
+bool beyond_v4() {
+  const std::string isa = isa_name();
+  return isa == "v4vnni" || isa == "v4bf16";
+}
+#endif
+
+EncodedKernels choose() {
   const std::string isa = isa_name();
 #if LGK_HAS_X86_SETS
+  EncodedKernels wide = kEncodedV4;
+  if (beyond_v4() && __builtin_cpu_supports("avx512vbmi")) wide.few_f8 = kFewF8V4Vbmi;
   if (isa == "v3") return kEncodedV3;
-  if (isa != "base") return kEncodedV4;
+  if (isa != "base") return wide;
 #endif
   return kEncodedBase;
 }
@@ -28,13 +38,13 @@ const EncodedKernels& choose() {
 }  // namespace
 
 const EncodedKernels& encoded_kernels() {
-  static const EncodedKernels& chosen = choose();
+  static const EncodedKernels chosen = choose();
   return chosen;
 }
 
 const IntegerKernels* integer_kernels() {
 #if LGK_HAS_X86_SETS
-  static const bool have = std::string(isa_name()) == "v4vnni" || std::string(isa_name()) == "v4bf16";
+  static const bool have = beyond_v4();
   return have && __builtin_cpu_supports("avx512vnni") ? &kIntegersV4Vnni : nullptr;
 #else
   return nullptr;
