@@ -95,7 +95,8 @@ def score_encoded(queries: Tensor, rows: EncodedRows, row_scale: Tensor | None =
             CODE=form.code, EACH=8 // form.bits, BLOCK=form.block,
             BF16=queries.dtype == torch.bfloat16 and not INTERPRETED,
             BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=32 if queries.element_size() > 2 else min(form.block or 64, 64),
-            PRECISION=fp32_precision(), num_warps=4, **OPTIONS,
+            # codes are exact in tf32: three products keep the queries' 22 leading bits on the tensor cores
+            PRECISION="tf32x3" if fp32_precision() == "ieee" else fp32_precision(), num_warps=4, **OPTIONS,
         )  # fmt: skip
     return scores
 

@@ -62,7 +62,7 @@ def signature_of(kernel: JITFunction, args: tuple, options: dict) -> tuple[dict,
     return signature, constants, attributes
 
 
-def compiling_instead(arch: int, kernels: list[str]):
+def compiling_instead(arch: int, kernels: list[str], machine: list[str]):
     def run(self: JITFunction, *args, grid, warmup, **options):
         signature, constants, attributes = signature_of(self, args, options)
         source = ASTSource(self, signature, constants, attributes)
@@ -70,6 +70,7 @@ def compiling_instead(arch: int, kernels: list[str]):
         assert made.asm["cubin"]
         assert made.metadata.shared <= SHARED[arch], f"{made.metadata.shared} bytes of shared memory"
         kernels.append(self.__name__)
+        machine.append(made.asm["ptx"])
 
     return run
 
@@ -156,12 +157,14 @@ def main(arch: int, name: str) -> None:
     dtype = getattr(torch, "float32" if name == "tf32" else name)
     for case, launch in (cases(dtype) | chunks(dtype, arch) | (variants(dtype) if name == "bfloat16" else {})).items():
         kernels: list[str] = []
-        JITFunction.run = compiling_instead(arch, kernels)
-        line = {"case": case, "kernels": kernels, "error": None}
+        machine: list[str] = []
+        JITFunction.run = compiling_instead(arch, kernels, machine)
+        line: dict = {"case": case, "kernels": kernels, "error": None}
         try:
             launch()
         except Exception as error:
             line["error"] = f"{type(error).__name__}: {error}"[:2000]
+        line["tensor_cores"] = any("mma." in code for code in machine)
         print(json.dumps(line), flush=True)
 
 

@@ -46,3 +46,6 @@ def test_compiles(arch, dtype):
         compiled = [line["kernels"] for line in lines if line["case"].partition(",")[0] == op]
         assert compiled or (op == "score_encoded" and dtype != "bfloat16")
         assert all(kernels in launches for kernels in compiled)
+    if dtype == "bfloat16":
+        scores = [line for line in lines if line["case"].partition(",")[0] in ("score_block", "score_encoded")]
+        assert all(line["tensor_cores"] for line in scores if line["case"] != "score_block, mixed")
