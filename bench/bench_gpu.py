@@ -5,12 +5,13 @@ with the build before it.
     python bench/bench_gpu.py project_grad scoring       some of them
 
 Each provider's numbers are checked before they are timed. A part's rows are written to bench/results/gpu-DEVICE.json as
-soon as the part is done, in place of its earlier ones; when the time is over, the parts that are left are named.
+soon as the part is done, in place of its earlier ones; parts that failed or found no time are named at the end.
 """
 
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from itertools import chain
 
@@ -34,20 +35,30 @@ PARTS: dict[str, Callable[[], Iterator[dict]]] = {
 
 
 def run(parts: list[str], keep: Callable[[str, list[dict]], None], seconds: float = SECONDS) -> list[str]:
-    """Measures the parts and gives each one's rows to `keep`; the names of those that there was no time for."""
+    """Measures the parts and gives each one's rows to `keep`; the names of those that are not whole.
+
+    A part that fails keeps none of its rows, and the others go on.
+    """
     begun, left = time.monotonic(), []
+
+    def late() -> bool:
+        return time.monotonic() - begun > seconds
+
     for part in parts:
         rows: list[dict] = []
-        over = time.monotonic() - begun > seconds
-        for row in iter(()) if over else PARTS[part]():
-            rows.append(row)
-            print(row, flush=True)
-            over = time.monotonic() - begun > seconds
-            if over:
-                break
+        try:
+            for row in iter(()) if late() else PARTS[part]():
+                rows.append(row)
+                print(row, flush=True)
+                if late():
+                    break
+        except Exception:
+            traceback.print_exc()
+            left.append(part)
+            continue
         if rows:
             keep(part, rows)
-        if over:
+        if late():
             left.append(part)
     return left
 
@@ -56,13 +67,16 @@ def run(parts: list[str], keep: Callable[[str, list[dict]], None], seconds: floa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("part", PARTS)
 def bench_gpu(benchmark, part):
-    benchmark.pedantic(run, args=([part], lambda *_: None), rounds=1)
+    assert benchmark.pedantic(run, args=([part], lambda *_: None), rounds=1) == []
 
 
 def main(parts: list[str]) -> None:
     unknown = [part for part in parts if part not in PARTS]
-    if unknown or not torch.cuda.is_available():
-        sys.exit(f"no such part: {unknown}; there are {', '.join(PARTS)}" if unknown else "bench_gpu: no CUDA device")
+    if unknown:
+        sys.exit(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        print("bench_gpu: skipped, there is no CUDA device")
+        return
     from machine import commit, triton_version
     from record import RESULTS, slug, text
 
@@ -80,7 +94,7 @@ def main(parts: list[str]) -> None:
 
     left = run(parts or list(PARTS), keep)
     if left:
-        print(f"out of time, not whole: {', '.join(left)}")
+        sys.exit(f"not whole, by an error above or for lack of time: {', '.join(left)}")
 
 
 if __name__ == "__main__":

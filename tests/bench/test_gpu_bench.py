@@ -48,3 +48,15 @@ def test_parts_that_there_is_no_time_for_are_named(monkeypatch):
     assert bench_gpu.run(["a", "b"], kept.__setitem__) == []
     assert kept == {"a": [{"n": 1}, {"n": 2}], "b": [{"n": 3}]}
     assert bench_gpu.run(["a", "b"], kept.__setitem__, seconds=-1) == ["a", "b"]
+
+
+def test_a_part_that_fails_keeps_nothing_and_stops_no_other(monkeypatch):
+    def wrong():
+        yield {"n": 1}
+        raise AssertionError
+
+    kept = {}
+    monkeypatch.setitem(bench_gpu.PARTS, "a", wrong)
+    monkeypatch.setitem(bench_gpu.PARTS, "b", lambda: iter([{"n": 3}]))
+    assert bench_gpu.run(["a", "b"], kept.__setitem__) == ["a"]
+    assert kept == {"b": [{"n": 3}]}
