@@ -1,8 +1,8 @@
-"""Everything that is to be measured on one CUDA device, in one call of at most eight minutes
-with the build before it.
+"""Everything that is to be measured on one CUDA device, in one call of at most eight minutes,
+the build before it included.
 
     python bench/bench_gpu.py                            all parts
-    python bench/bench_gpu.py project_grad scoring       some of them
+    python bench/bench_gpu.py project_grad resident      some of them
 
 Each provider's numbers are checked before they are timed. A part's rows are written to bench/results/gpu-DEVICE.json as
 soon as the part is done, in place of its earlier ones; parts that failed or found no time are named at the end.
