@@ -102,3 +102,13 @@ def score_factored(
     n_rows: int,
     n_threads: int,
 ) -> None: ...
+def score_factored_encoded(
+    queries: Matrix,
+    factors: Encoded,
+    sizes: list[tuple[int, int]],
+    rank: int,
+    out: int,
+    n_queries: int,
+    n_rows: int,
+    n_threads: int,
+) -> None: ...

@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include "arguments.h"
+#include "encoded.h"
 #include "score_factored/cpu.h"
 
 namespace py = pybind11;
@@ -26,6 +27,25 @@ void bind_score_factored(py::module_& m) {
         } else {
           score_factored::score_factored(queries, factors, layers, reinterpret_cast<float*>(out), shape, n_threads);
         }
+      },
+      py::arg("queries"), py::arg("factors"), py::arg("sizes"), py::arg("rank"), py::arg("out"), py::arg("n_queries"),
+      py::arg("n_rows"), py::arg("n_threads"));
+  m.def(
+      "score_factored_encoded",
+      [](const Matrix& query_tensor, const Encoded& encoded, const LayerSizes& sizes, int64_t rank, Address out,
+         int64_t n_queries, int64_t n_rows, int n_threads) {
+        const char* op = "score_factored";
+        const Factored layers = factored_of(op, sizes, rank);
+        check_sizes(op, {n_queries, layers.columns});
+        check_sizes(op, {n_rows, layers.factors});
+        check_sizes(op, {n_queries, n_rows});
+        check_threads(op, n_threads);
+        const Rows queries = rows_of(op, query_tensor);
+        LGK_CHECK(queries.dtype != Dtype::kF64, "score_factored: queries on encoded factors are fp32, bf16 or fp16");
+        const EncodedRows factors = encoded_of(op, encoded);
+        py::gil_scoped_release unlocked;
+        score_factored::score_encoded(queries, factors, layers, reinterpret_cast<float*>(out), {n_queries, n_rows},
+                                      n_threads);
       },
       py::arg("queries"), py::arg("factors"), py::arg("sizes"), py::arg("rank"), py::arg("out"), py::arg("n_queries"),
       py::arg("n_rows"), py::arg("n_threads"));

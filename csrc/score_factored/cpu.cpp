@@ -7,6 +7,7 @@
 #include "common/buffer.h"
 #include "common/kernels.h"
 #include "common/threads.h"
+#include "encoded/kernels.h"
 
 namespace lgk::score_factored {
 namespace {
@@ -42,7 +43,13 @@ struct Group {
 // Scratch of a thread.
 template <typename T>
 struct Tile {
-  T *pack, *u, *v, *a, *product, *scores;
+  T *pack, *u, *v, *a, *product, *scores, *decoded;
+};
+
+// One layer's factors of a tile of rows: numbers from `column` on in rows from `row` on.
+struct Part {
+  Rows factors;
+  int64_t column, row;
 };
 
 // What both ways of scoring share.
@@ -54,6 +61,7 @@ struct Base {
   const FactorKernels<T>& factor_kernels;
   const Products<T>& products;
   Rows queries, factors;
+  const EncodedRows* encoded;  // in place of `factors`, if there are any
   const Factored& layers;
   int64_t n_queries, tile_rows;
 
@@ -62,10 +70,31 @@ struct Base {
   int64_t vectors() const { return tile_rows * layers.rank; }
   int64_t score_ld() const { return ld(n_queries); }
 
-  // One side of a layer's factors of a tile of rows, widened, in rows of `ld`.
-  void stage(int64_t column, int64_t size, int64_t row, int64_t rows, T* dst) const {
-    kernels.pack_rows(vectors_in(factors, column, layers.rank, size), row * layers.rank, rows * layers.rank, 0, size,
-                      dst, ld(size));
+  // Codes are decoded from whole bytes on.
+  static constexpr int64_t kWhole = 8;
+  int64_t decoded_ld(const FactoredLayer& layer) const {
+    return encoded == nullptr ? 0 : padded(layers.rank * (layer.k_out + layer.k_in) + kWhole);
+  }
+
+  Part part(const FactoredLayer& layer, int64_t row, int64_t rows, T* scratch) const {
+    if (encoded == nullptr) return {factors, layer.factor, row};
+    const int64_t ahead = layer.factor % kWhole, n = ahead + layers.rank * (layer.k_out + layer.k_in);
+    float* decoded = reinterpret_cast<float*>(scratch);
+    for (int64_t r = 0; r < rows; ++r) {
+      encoded_kernels().decode(*encoded, row + r, layer.factor - ahead, n, decoded + r * decoded_ld(layer));
+    }
+    return {matrix(decoded, Dtype::kF32, decoded_ld(layer), 1), ahead, 0};
+  }
+
+  // `rank` vectors of one side of a layer for each of a tile's rows.
+  Rows vectors_of(const Part& part, int64_t column, int64_t size) const {
+    return vectors_in(part.factors, part.column + column, layers.rank, size);
+  }
+
+  // The same, widened, in rows of `ld`.
+  void stage(const Part& part, int64_t column, int64_t size, int64_t rows, T* dst) const {
+    kernels.pack_rows(vectors_of(part, column, size), part.row * layers.rank, rows * layers.rank, 0, size, dst,
+                      ld(size));
   }
 };
 
@@ -107,10 +136,12 @@ struct Contracted : Base<T> {
     const FactoredLayer& layer = plan.layer;
     const int64_t rank = layers.rank, count = rows * rank, step = kPanel * products.terms;
     const int64_t a_panel = round_up(count, products.row_tile) * kTileLd;
-    const Rows v = vectors_in(this->factors, layer.factor + rank * layer.k_out, rank, layer.k_in);
-    this->stage(layer.factor, layer.k_out, row, rows, tile.u);
+    const Part part = this->part(layer, row, rows, tile.decoded);
+    const Rows v = this->vectors_of(part, rank * layer.k_out, layer.k_in);
+    this->stage(part, 0, layer.k_out, rows, tile.u);
     for (int64_t k = 0; k < layer.k_in; k += step) {
-      products.pack_rows(v, row * rank, count, k, std::min(step, layer.k_in - k), tile.a + k / step * a_panel, kTileLd);
+      products.pack_rows(v, part.row * rank, count, k, std::min(step, layer.k_in - k), tile.a + k / step * a_panel,
+                         kTileLd);
     }
     const int64_t product_ld = this->ld(product_columns(layer));
     for (const Panel& panel : plan.panels) {
@@ -123,12 +154,21 @@ struct Contracted : Base<T> {
   }
 };
 
-// A tile of rows is rebuilt a panel at a time and multiplied by the queries.
-template <typename T>
+// A tile of rows is rebuilt a panel at a time and multiplied by the queries: as tiles, or, for a few of them, by dot
+// products whose lanes are summed once a layer.
+template <typename T, bool kByDots>
 struct Rebuilt : Base<T> {
   using Base<T>::layers, Base<T>::kernels, Base<T>::n_queries, Base<T>::kStride;
 
-  int64_t product_columns(const FactoredLayer&) const { return n_queries; }
+  int64_t width() const {
+    int64_t width = 1;
+    while (width < n_queries) width *= 2;
+    return width;
+  }
+  int64_t product_columns(const FactoredLayer&) const { return kByDots ? width() * kernels.lanes : n_queries; }
+  int64_t packed_size(int64_t depth) const {
+    return kByDots ? round_up(width(), kernels.row_tile) * this->padded(depth) : this->padded(n_queries) * depth;
+  }
   int64_t a_size(const FactoredLayer&) const { return round_up(this->tile_rows, kernels.row_tile) * kTileLd; }
   int64_t v_size(const FactoredLayer& layer) const { return padded_vectors() * this->ld(layer.k_in); }
   int64_t padded_vectors() const { return round_up(this->vectors(), kernels.row_tile); }
@@ -142,29 +182,58 @@ struct Rebuilt : Base<T> {
       for (int64_t k = 0; k < layer.k_in; k += kPanel) {
         const int64_t here = std::min(kPanel, layer.k_in - k);
         panels.push_back({0, n_queries, i, count, k, here, count * here, packed});
-        packed += this->padded(n_queries) * count * here;
+        packed += packed_size(count * here);
       }
     }
   }
 
   void pack(const FactoredLayer& layer, const Panel& panel, T* dst, T* scratch) const {
-    kernels.pack_columns(this->queries, 0, n_queries, layer.column + panel.out * layer.k_in + panel.in, panel.depth,
-                         dst, scratch);
+    const int64_t column = layer.column + panel.out * layer.k_in + panel.in, ld = this->padded(panel.depth);
+    if (kByDots) {
+      kernels.pack_rows(this->queries, 0, n_queries, column, panel.depth, dst, ld);
+      std::fill(dst + n_queries * ld, dst + width() * ld, T{0});
+    } else {
+      kernels.pack_columns(this->queries, 0, n_queries, column, panel.depth, dst, scratch);
+    }
+  }
+
+  void multiply(const Panel& panel, const T* packed, int64_t rows, const Tile<T>& tile, bool add) const {
+    if (kByDots) {
+      const Dtype dtype = sizeof(T) == sizeof(double) ? Dtype::kF64 : Dtype::kF32;
+      kernels.dot(matrix(tile.a, dtype, kTileLd, 1), 0, rows, 0, panel.depth, packed, this->padded(panel.depth),
+                  width(), tile.product, add);
+    } else {
+      kernels.multiply(tile.a, kStride, rows, packed, n_queries, panel.depth, tile.product, this->score_ld(), add);
+    }
+  }
+
+  // A row's scores by this layer.
+  const T* scores_of(const Tile<T>& tile, int64_t r) const {
+    if (!kByDots) return tile.product + r * this->score_ld();
+    T* sums = tile.product + r * width() * kernels.lanes;
+    for (int64_t q = 0; q < n_queries; ++q) {
+      T* lane = sums + q * kernels.lanes;
+      for (int64_t half = kernels.lanes / 2; half > 0; half /= 2) {
+        for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
+      }
+      sums[q] = lane[0];
+    }
+    return sums;
   }
 
   void score(const LayerPlan& plan, const T* packed, int64_t row, int64_t rows, const Tile<T>& tile, bool add) const {
     const FactoredLayer& layer = plan.layer;
     const int64_t ldu = this->ld(layer.k_out), ldv = this->ld(layer.k_in), ld = this->score_ld();
-    this->stage(layer.factor, layer.k_out, row, rows, tile.u);
-    this->stage(layer.factor + layers.rank * layer.k_out, layer.k_in, row, rows, tile.v);
+    const Part part = this->part(layer, row, rows, tile.decoded);
+    this->stage(part, 0, layer.k_out, rows, tile.u);
+    this->stage(part, layers.rank * layer.k_out, layer.k_in, rows, tile.v);
     for (const Panel& panel : plan.panels) {
       this->factor_kernels.rebuild(tile.u + panel.out, ldu, tile.v + panel.in, ldv, layers.rank, rows, panel.outs,
                                    panel.ins, tile.a, kTileLd);
-      kernels.multiply(tile.a, kStride, rows, packed + panel.packed, n_queries, panel.depth, tile.product, ld,
-                       panel.packed > plan.panels[0].packed);
+      multiply(panel, packed + panel.packed, rows, tile, panel.packed > plan.panels[0].packed);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const T* from = tile.product + r * ld;
+      const T* from = scores_of(tile, r);
       T* to = tile.scores + r * ld;
       for (int64_t q = 0; q < n_queries; ++q) to[q] = add ? to[q] + from[q] : from[q];
     }
@@ -199,7 +268,7 @@ void write_scores(const T* scores, int64_t ld, int64_t rows, int64_t queries, T*
 template <typename T, class Way>
 void run(const Way& way, T* out, int64_t n_rows, int n_threads) {
   const std::vector<Group> groups = plan_groups(way);
-  int64_t packed_size = 0, u_size = 0, v_size = 0, a_size = 0, columns = 0;
+  int64_t packed_size = 0, u_size = 0, v_size = 0, a_size = 0, columns = 0, decoded_ld = 0;
   for (const Group& group : groups) {
     packed_size = std::max(packed_size, group.packed);
     for (const LayerPlan& plan : group.layers) {
@@ -207,13 +276,16 @@ void run(const Way& way, T* out, int64_t n_rows, int n_threads) {
       u_size = std::max(u_size, vectors * way.ld(plan.layer.k_out));
       v_size = std::max(v_size, way.v_size(plan.layer));
       a_size = std::max(a_size, way.a_size(plan.layer));
+      decoded_ld = std::max(decoded_ld, way.decoded_ld(plan.layer));
       columns = std::max(columns, way.product_columns(plan.layer));
     }
   }
   const int64_t pack_size = way.kernels.lanes * kTileLd;
   const int64_t product_size = round_up(way.vectors(), way.kernels.row_tile) * way.ld(columns);
   const int64_t score_size = round_up(way.tile_rows, way.kernels.row_tile) * way.score_ld();
-  const int64_t size = round_up(pack_size + u_size + v_size + a_size + product_size + score_size, kCacheLine);
+  const int64_t decoded_size = way.tile_rows * decoded_ld;
+  const int64_t size =
+      round_up(pack_size + u_size + v_size + a_size + product_size + score_size + decoded_size, kCacheLine);
   const Buffer<T> packed(packed_size), scratch(size * n_threads);
   std::fill_n(scratch.data(), size * n_threads, T{0});
 
@@ -227,6 +299,7 @@ void run(const Way& way, T* out, int64_t n_rows, int n_threads) {
     tile.a = tile.v + v_size;
     tile.product = tile.a + a_size;
     tile.scores = tile.product + product_size;
+    tile.decoded = tile.scores + score_size;
     for (const Group& group : groups) {
 #pragma omp for schedule(static)
       for (size_t task = 0; task < group.tasks.size(); ++task) {
@@ -248,15 +321,14 @@ void run(const Way& way, T* out, int64_t n_rows, int n_threads) {
 // Whether v is multiplied first: the flops of that grow with the rank, those of rebuilding do not grow with the
 // queries.
 bool contracts(int64_t queries, int64_t rank) {
-  constexpr int64_t kRebuildCost = 12;  // multiply-adds of a query that rebuilding a number once costs, measured
-  return rank == 1 || queries * (rank - 1) <= kRebuildCost;
+  // multiply-adds of a query that rebuilding a number once costs, measured; less where few queries take dot products
+  const int64_t rebuild_cost = queries <= kFew ? 8 : 12;
+  return rank == 1 || queries * (rank - 1) <= rebuild_cost;
 }
 
-}  // namespace
-
 template <typename T>
-void score_factored(const Rows& queries, const Rows& factors, const Factored& layers, T* out, Shape shape,
-                    int n_threads) {
+void score(const Rows& queries, const Rows& factors, const EncodedRows* encoded, const Factored& layers, T* out,
+           Shape shape, int n_threads) {
   if (shape.queries == 0 || shape.rows == 0) return;
   if (layers.columns == 0) {
     std::fill_n(out, shape.queries * shape.rows, T{0});
@@ -270,15 +342,30 @@ void score_factored(const Rows& queries, const Rows& factors, const Factored& la
     const int64_t vectors = contracted ? kTileVectors : std::min(kStagedVectors, kTileVectors * layers.rank);
     const int64_t most = std::max(products.row_tile, vectors / layers.rank / products.row_tile * products.row_tile);
     const int64_t tile_rows = std::min(most, round_up(ceil_div(shape.rows, n_threads), products.row_tile));
-    const Base<T> base = {kernels<T>(), factor_kernels<T>(), products, queries.from(q), factors, layers, count,
+    const Base<T> base = {kernels<T>(), factor_kernels<T>(), products, queries.from(q), factors, encoded, layers, count,
                           tile_rows};
     T* to = out + q * shape.rows;
     if (contracted) {
       run<T>(Contracted<T>{base}, to, shape.rows, n_threads);
+    } else if (count <= kFew) {
+      run<T>(Rebuilt<T, true>{base}, to, shape.rows, n_threads);
     } else {
-      run<T>(Rebuilt<T>{base}, to, shape.rows, n_threads);
+      run<T>(Rebuilt<T, false>{base}, to, shape.rows, n_threads);
     }
   }
+}
+
+}  // namespace
+
+template <typename T>
+void score_factored(const Rows& queries, const Rows& factors, const Factored& layers, T* out, Shape shape,
+                    int n_threads) {
+  score<T>(queries, factors, nullptr, layers, out, shape, n_threads);
+}
+
+void score_encoded(const Rows& queries, const EncodedRows& factors, const Factored& layers, float* out, Shape shape,
+                   int n_threads) {
+  score<float>(queries, matrix(nullptr, Dtype::kF32, 0, 1), &factors, layers, out, shape, n_threads);
 }
 
 template void score_factored<float>(const Rows&, const Rows&, const Factored&, float*, Shape, int);

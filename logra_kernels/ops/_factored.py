@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype
+from logra_kernels.ops._format import EncodedRows
 
 MOST_RANK = 8
 
@@ -88,13 +89,13 @@ def rebuild_rows(factors: Tensor, layers: Layers, rank: int) -> Tensor:
     return out
 
 
-def check_factors(op: str, factors: Tensor, layers: Layers, rank: int) -> None:
+def check_factors(op: str, factors: Tensor | EncodedRows, layers: Layers, rank: int) -> None:
     """
     Raises:
         ValueError: Not [N, F].
     """
     width = factored_dim(layers, rank)
-    if factors.dim() != 2 or factors.shape[1] != width:
+    if len(factors.shape) != 2 or factors.shape[1] != width:
         raise ValueError(
             f"{op}: factors {tuple(factors.shape)} must be [N, {width}]: rank {rank} of {len(layers)} layers"
         )

@@ -10,11 +10,12 @@ from logra_kernels.ops.score_factored import op
 LAYERS = [(20, 33), (7, 3), (16, 140), (1, 5)]  # odd sizes, and a k_in of more than one panel
 SQUARE = [(32, 32), (8, 16)]
 CPP = TARGETS["cpp"]
-CASES = [  # Q N rank layers: each of the two ways of the C++ kernel, with one factor and with many
+CASES = [  # Q N rank layers: each of the ways of the C++ kernel, with one factor and with many
     (1, 1, 1, LAYERS),
     (3, 37, 2, LAYERS),
     (20, 45, 4, LAYERS),
     (9, 30, 8, LAYERS),
+    (6, 13, 5, LAYERS),
     (5, 110, 3, SQUARE),
     (70, 20, 2, SQUARE),
 ]
@@ -51,6 +52,17 @@ def check(target, queries, factors, layers, rank):
 def test_matches_fp64(target, dtype, q, n, rank, layers):
     got = check(target, *case(q, n, rank, layers, dtype, target.device), layers, rank)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int2", "sign"])
+@pytest.mark.parametrize(("q", "rank"), [(2, 1), (6, 5), (12, 4)])
+def test_factors_with_scales(target, name, q, rank):
+    queries, factors = case(q, 23, rank, LAYERS, device=target.device)
+    rows = lk.quantize_rows(factors, lk.RowFormat.of(name, 64, "fp16"))
+    numbers = lk.dequantize_rows(rows, backend="reference")
+    exact = composed(queries.double(), numbers.double(), LAYERS, rank)
+    got = lk.score_factored(queries, rows, LAYERS, rank, backend=target.backend)
+    assert_as_good_as_naive(got, exact, composed(queries, numbers, LAYERS, rank))
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -143,6 +155,11 @@ def test_bad_input_raises():
         lk.score_factored(queries[:, 1:], factors, LAYERS, 2)
     with pytest.raises(ValueError, match=r"score_factored: factors \(20, 450\) must be \[N, 225\]: rank 1 of 4 layers"):
         lk.score_factored(queries, factors, LAYERS, 1)
+    encoded = lk.quantize_rows(factors, "int4")
+    with pytest.raises(ValueError, match=r"score_factored: factors \(20, 450\) must be \[N, 225\]: rank 1 of 4 layers"):
+        lk.score_factored(queries, encoded, LAYERS, 1)
+    with pytest.raises(ValueError, match="score_factored: queries are fp64; for factors in int4"):
+        lk.score_factored(queries.double(), encoded, LAYERS, 2)
     with pytest.raises(ValueError, match="score_factored: rank is 9; it must be 1 to 8"):
         lk.score_factored(queries, factors, LAYERS, 9)
     with pytest.raises(ValueError, match=r"score_factored: layers hold \(20, 33, 1\)"):

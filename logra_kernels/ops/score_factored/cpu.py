@@ -6,7 +6,8 @@ from torch import Tensor
 from logra_kernels import _C
 from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._factored import Layers
-from logra_kernels.ops._native import matrix
+from logra_kernels.ops._format import EncodedRows
+from logra_kernels.ops._native import encoded, matrix, row_major
 
 
 def launch(queries: Tensor, factors: Tensor, layers: Layers, rank: int) -> Tensor:
@@ -14,5 +15,15 @@ def launch(queries: Tensor, factors: Tensor, layers: Layers, rank: int) -> Tenso
     out = torch.empty(q, n, dtype=accumulator_dtype(factors.dtype))
     _C.score_factored(
         matrix(queries), matrix(factors), list(layers), rank, out.data_ptr(), q, n, torch.get_num_threads()
+    )
+    return out
+
+
+def launch_encoded(queries: Tensor, factors: EncodedRows, layers: Layers, rank: int) -> Tensor:
+    q, n = queries.shape[0], len(factors)
+    out = torch.empty(q, n, dtype=torch.float32)
+    factors = row_major(factors)
+    _C.score_factored_encoded(
+        matrix(queries), encoded(factors), list(layers), rank, out.data_ptr(), q, n, torch.get_num_threads()
     )
     return out

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._factored import Layers, layer_table
+from logra_kernels.ops._format import EncodedRows
 from logra_kernels.ops._tile import INTERPRETED, OPTIONS, accumulator, block, device_of, fp32_precision
+from logra_kernels.ops.dequantize_rows.triton import launch as dequantize_rows
 
 
 @triton.jit
@@ -62,3 +64,8 @@ def launch(queries: Tensor, factors: Tensor, layers: Layers, rank: int) -> Tenso
             num_warps=4, **OPTIONS,
         )  # fmt: skip
     return scores
+
+
+def launch_encoded(queries: Tensor, factors: EncodedRows, layers: Layers, rank: int) -> Tensor:
+    """The factors are decoded beforehand."""
+    return launch(queries.float(), dequantize_rows(factors), layers, rank)

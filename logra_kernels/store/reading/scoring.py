@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from logra_kernels.ops import EncodedRows, score_block, score_factored, score_topk
-from logra_kernels.store.encoding import stored_numbers
 from logra_kernels.store.format import Manifest
 
 Ranked = tuple[Tensor, Tensor]  # values and row numbers [Q, k]: NaN first, then by score, then by row
@@ -23,7 +22,7 @@ def scores_of(manifest: Manifest, queries: Tensor, rows: EncodedRows, query_form
         return score_block(queries, rows, query_format=query_format)
     if query_format is not None:
         raise ValueError(f"query_format {query_format!r} is for dense rows with scales; leave it out for factors")
-    return score_factored(queries, stored_numbers(rows), manifest.sizes, manifest.rank)
+    return score_factored(queries, rows, manifest.sizes, manifest.rank)
 
 
 def topk_of(
