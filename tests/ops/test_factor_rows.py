@@ -93,12 +93,12 @@ def test_extreme_scales(scale):
 def test_what_is_not_finite_stays_in_its_layer(target, bad):
     layers = LAYERS[1:] if target.backend == "triton" else LAYERS
     rows = random_rows(1 if target.backend == "triton" else 2, layers, device=target.device)
-    clean = lk.factor_rows(rows, layers, 1, backend=target.backend)
+    clean = lk.factor_rows(rows[:, :-5], layers[:-1], 1, backend=target.backend)
     rows[-1, -1] = bad
     got = lk.factor_rows(rows, layers, 1, backend=target.backend)
     assert got[-1, -6:].isnan().all()
-    assert torch.equal(got[:-1], clean[:-1])
-    assert torch.equal(got[-1, :-6], clean[-1, :-6])
+    assert torch.equal(got[:, :-6], clean)
+    assert got[:-1].isfinite().all()
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -94,10 +94,10 @@ torch.save([(r.codes.view(torch.uint8), r.scales, x) for r, x in zip(found, numb
 
 def test_stochastic_rounding_is_right_on_average(target, name):
     block = torch.randn(128, device=target.device)
-    got = lk.quantize_rows(block.repeat(3, 100), name, rounding="stochastic", seed=7, backend=target.backend)
+    got = lk.quantize_rows(block.repeat(2, 50), name, rounding="stochastic", seed=7, backend=target.backend)
     back = lk.dequantize_rows(got, backend="reference").double().view(-1, 128)
     step = got.scales[0, 0].item() * 2 * STEP.get(name, 1.0)
-    assert ((back.mean(0) - block).abs() <= 5 * step / 2 / 300**0.5).all()
+    assert ((back.mean(0) - block).abs() <= 5 * step / 2 / 100**0.5).all()
     assert back.std(0).max() > 0
 
 
