@@ -21,12 +21,12 @@ from logra_kernels.store.columns import to_parquet
 from logra_kernels.store.durable import TEMPORARY
 
 if TYPE_CHECKING:
-    from logra_kernels.store.store import GradientStore
+    from logra_kernels.store.reading.stored import StoredRows
 
 GRADIENT = "gradient"
 
 
-def export(store: "GradientStore", path: str | os.PathLike, format: str) -> Path:
+def export(store: "StoredRows", path: str | os.PathLike, format: str) -> Path:
     """Write all rows of a store to a new directory in a format of `FORMATS`.
 
     Raises:
@@ -53,7 +53,7 @@ def export(store: "GradientStore", path: str | os.PathLike, format: str) -> Path
     return target
 
 
-def _to_npy(store: "GradientStore", directory: Path) -> None:
+def _to_npy(store: "StoredRows", directory: Path) -> None:
     shape = (len(store), store.dim)
     if 0 in shape:
         np.save(directory / "rows.npy", np.zeros(shape, np.float32))
@@ -65,7 +65,7 @@ def _to_npy(store: "GradientStore", directory: Path) -> None:
     (directory / "columns.parquet").write_bytes(to_parquet(store.table))
 
 
-def _to_faiss(store: "GradientStore", directory: Path) -> None:
+def _to_faiss(store: "StoredRows", directory: Path) -> None:
     faiss = _needed("faiss", "faiss-cpu")
     index = faiss.IndexFlatIP(store.dim)
     for _, rows in store.blocks():
@@ -74,7 +74,7 @@ def _to_faiss(store: "GradientStore", directory: Path) -> None:
     (directory / "columns.parquet").write_bytes(to_parquet(store.table))
 
 
-def _to_datasets(store: "GradientStore", directory: Path) -> None:
+def _to_datasets(store: "StoredRows", directory: Path) -> None:
     datasets = _needed("datasets", "datasets")
     if GRADIENT in store.table.column_names:
         raise StoreError(f"export: the store has a column {GRADIENT!r} of its own; export to npy instead")

@@ -24,7 +24,7 @@ from logra_kernels.store.reading.reader import Reader
 from logra_kernels.store.tensorfile import as_bytes
 
 if TYPE_CHECKING:
-    from logra_kernels.store.store import GradientStore
+    from logra_kernels.store.reading.stored import StoredRows
 
 SIDECAR = "index"
 DIMS, LEAST_FACTOR = 2048, 4  # numbers in a short row, unless that is more than a quarter of the row
@@ -90,7 +90,7 @@ class Spread:
 
 
 def build(
-    store: "GradientStore",
+    store: "StoredRows",
     dims: int | None,
     dtype: str,
     seed: int,
@@ -126,7 +126,7 @@ def build(
     return info
 
 
-def load(store: "GradientStore") -> CoarseIndex:
+def load(store: "StoredRows") -> CoarseIndex:
     """
     Raises:
         StoreError: There is none for the rows as they are, it is damaged, or this torch draws other random numbers.
@@ -167,7 +167,7 @@ def search(
     return reader.topk_among(rows, index.sums, queries, k, row_scale, largest)
 
 
-def _short_rows(store: "GradientStore", spread: Spread, form: RowFormat, dims: int) -> tuple[EncodedRows, Tensor]:
+def _short_rows(store: "StoredRows", spread: Spread, form: RowFormat, dims: int) -> tuple[EncodedRows, Tensor]:
     codes = torch.empty(len(store), form.code_width(dims), dtype=form.code_dtype)
     scales = torch.empty(len(store), form.scale_width(dims), dtype=form.scale_dtype) if form.scaled else None
     sums = torch.empty(len(store), dtype=torch.int64)
@@ -186,7 +186,7 @@ def _short_rows(store: "GradientStore", spread: Spread, form: RowFormat, dims: i
 
 
 def _recall(
-    store: "GradientStore", index: CoarseIndex, queries: Tensor, k: int, row_scale: Tensor | None
+    store: "StoredRows", index: CoarseIndex, queries: Tensor, k: int, row_scale: Tensor | None
 ) -> dict[int, float]:
     """Share of the exact k best among shortlists of k, 2k, 4k, ... rows, up to a quarter of the store."""
     exact = store.topk(queries, k, row_scale)[1].cpu()
