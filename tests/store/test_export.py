@@ -35,7 +35,8 @@ def test_faiss(store, tmp_path):
     values, places = index.search(queries.numpy(), 5)
     expected = store.topk(queries, 5)
     assert np.array_equal(places, expected[1].numpy())
-    np.testing.assert_allclose(values, expected[0].numpy(), rtol=1e-5)
+    # queries meet integer codes in 16 bits: an error against the greatest scores, not against each
+    np.testing.assert_allclose(values, expected[0].numpy(), rtol=1e-5, atol=5e-5 * values.max())
 
 
 def test_datasets(store, tmp_path):
