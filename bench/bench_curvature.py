@@ -146,11 +146,12 @@ def fisher_rows(rows: torch.Tensor) -> dict:
 
 def logging() -> dict:
     """What summing the Fisher of 24 layers of 4,096 numbers adds to a step of bench_logging, 8 rows at a time."""
-    from bench_logging import BATCH, make_model, providers
+    from bench_logging import BATCH, make_model, provider
 
     model, ids = make_model()
-    step = providers(model, ids)["logra_kernels"]
+    step, _, _ = provider("logra_kernels", model, ids)
     grads = step()
+    assert grads is not None
     rows = torch.cat([g.flatten(1) for g in grads.values()], dim=1)
     sums = GramSums({name: slice(i * WIDTH, (i + 1) * WIDTH) for i, name in enumerate(grads)})
     steps = PANEL // BATCH  # a whole panel, so that the products are counted

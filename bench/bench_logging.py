@@ -1,10 +1,14 @@
 """What logging costs on top of the model's own forward and backward, a whole model at a time.
 
+    python bench/bench_logging.py [--providers plain,logra_kernels,LogIX] [--rounds 12]
+
 A Llama-shaped model (8 layers, hidden 512, intermediate 1408, vocabulary 8192; random weights, frozen), its 24 MLP
-linears tapped at k = 64, 8 x 256 tokens in fp32. Every provider does the same forward and backward; steps are timed in
-turn, round by round, and each round gives a ratio to the plain step of that round.
+linears tapped at k = 64, 8 x 256 tokens in fp32. Every provider does the same forward and backward, in turn, round by
+round, each round beginning with another. Two ratios to the plain step: of the best rounds, which a shared machine
+disturbs least, and the median of the rounds' own. Peers run where they are installed (`logging_peers.py`).
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -15,11 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from logging_peers import PEERS, Factors, importable, targets
 from torch import Tensor, nn
 
 import logra_kernels as lk
 
-RANK, BATCH, TOKENS, ROUNDS = 64, 8, 256, 7
+RANK, BATCH, TOKENS, ROUNDS = 64, 8, 256, 12
 INCLUDE = ["*.mlp.*"]
 
 
@@ -50,16 +55,10 @@ def step(model: nn.Module, ids: Tensor) -> None:
 class Hooks:
     """The plain way: keep P x in a forward hook, project dy and sum the outer products in a tensor hook, by torch."""
 
-    def __init__(self, model: nn.Module, within: tuple[str, ...] = (".mlp.",)) -> None:
+    def __init__(self, model: nn.Module, factors: Factors) -> None:
         self.grads: dict[str, Tensor] = {}
-        self.handles = []
-        self.layers = []
-        projection = lk.Projection(rank=RANK)
-        for name, layer in model.named_modules():
-            if isinstance(layer, nn.Linear) and any(part in name for part in within):
-                p_in = projection.factor(name, "in", layer.in_features).to(layer.weight)
-                p_out = projection.factor(name, "out", layer.out_features).to(layer.weight)
-                self.layers.append((layer, self._hook(name, p_in, p_out)))
+        self.handles: list = []
+        self.layers = [(model.get_submodule(name), self._hook(name, *pair)) for name, pair in factors.items()]
         self.attach()
 
     def attach(self) -> None:
@@ -82,53 +81,72 @@ class Hooks:
             handle.remove()
 
 
-def providers(model: nn.Module, ids: Tensor) -> dict[str, Callable[[], dict[str, Tensor] | None]]:
-    """name -> one logging step; each leaves the model as it found it."""
-    taps, narrow = (
-        lk.capture(model, lk.Projection(rank=RANK), include=INCLUDE, projection_dtype=dtype)
-        for dtype in (None, torch.bfloat16)
-    )
-    fisher = {name: torch.zeros(o * i, o * i) for name, (o, i) in taps.layers.items()}
-
-    def plain() -> None:
-        step(model, ids)
-
-    def hooks() -> dict[str, Tensor]:
-        hooked = Hooks(model)
-        step(model, ids)
-        hooked.remove()
-        return hooked.grads
-
-    def ours(on: lk.Taps) -> dict[str, Tensor]:
-        with on:
-            on.reset(BATCH)
-            step(model, ids)
-        return on.grads
-
-    def ours_and_fisher(on: lk.Taps) -> dict[str, Tensor]:
-        grads = ours(on)
-        for name, g in grads.items():
-            lk.accumulate_gram(g.flatten(1), fisher[name])
-        return grads
-
+def own_factors(model: nn.Module, within: tuple[str, ...] = (".mlp.",)) -> Factors:
+    projection = lk.Projection(rank=RANK)
     return {
-        "plain": plain,
-        "hooks": hooks,
-        "logra_kernels": lambda: ours(taps),
-        "logra_kernels bf16": lambda: ours(narrow),
-        "logra_kernels+fisher": lambda: ours_and_fisher(taps),
+        name: (
+            projection.factor(name, "in", m.in_features).to(m.weight),
+            projection.factor(name, "out", m.out_features).to(m.weight),
+        )
+        for name, m in targets(model, within).items()
     }
 
 
-def check(found: dict[str, dict[str, Tensor] | None]) -> None:
-    expected = found["hooks"]
-    assert expected is not None
-    assert len(expected) == 24
-    for name, within in (("logra_kernels", 1e-4), ("logra_kernels bf16", 2e-2), ("logra_kernels+fisher", 1e-4)):
-        got = found[name]
-        assert got is not None
-        for layer, g in expected.items():
-            torch.testing.assert_close(got[layer], g, rtol=within, atol=within * g.abs().max().item())
+def by_hooks(model: nn.Module, ids: Tensor, factors: Factors) -> dict[str, Tensor]:
+    hooked = Hooks(model, factors)
+    step(model, ids)
+    hooked.remove()
+    return hooked.grads
+
+
+Run = Callable[[], dict[str, Tensor] | None]
+
+
+def provider(name: str, model: nn.Module, ids: Tensor) -> tuple[Run, Factors, float]:
+    """(a logging step, its factors, how near its gradients must be to those of plain hooks); the model stays as it is.
+
+    Names of ours: "logra_kernels", then " bf16" where activations are rounded to be projected, then "+fisher".
+    """
+    if name in PEERS:
+        peer = PEERS[name](model, ids, RANK, step)
+        return peer.run, peer.factors, 1e-4
+    factors = own_factors(model)
+    if name == "plain":
+        return lambda: step(model, ids), factors, 0
+    if name == "hooks":
+        return lambda: by_hooks(model, ids, factors), factors, 1e-4
+    narrow, with_fisher = " bf16" in name, name.endswith("+fisher")
+    taps = lk.capture(
+        model,
+        lk.Projection(rank=RANK),
+        include=INCLUDE,
+        projection_dtype=torch.bfloat16 if narrow else None,
+    )
+    fisher = {layer: torch.zeros(o * i, o * i) for layer, (o, i) in taps.layers.items()} if with_fisher else {}
+
+    def run() -> dict[str, Tensor]:
+        with taps:
+            taps.reset(BATCH)
+            step(model, ids)
+        for layer, total in fisher.items():
+            lk.accumulate_gram(taps.grads[layer].flatten(1), total)
+        return taps.grads
+
+    return run, factors, 2e-2 if narrow else 1e-4
+
+
+OURS = ("logra_kernels", "logra_kernels bf16", "logra_kernels+fisher", "logra_kernels bf16+fisher")
+
+
+def check(name: str, got: dict[str, Tensor] | None, expected: dict[str, Tensor], within: float) -> None:
+    if name == "plain":
+        return
+    assert got is not None
+    assert len(expected) == 24, name
+    for layer, g in expected.items():
+        torch.testing.assert_close(
+            got[layer], g, rtol=within, atol=within * g.abs().max().item(), msg=lambda m: f"{name}: {m}"
+        )
 
 
 def high_water() -> int:
@@ -137,65 +155,79 @@ def high_water() -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
 
 
-def peak_bytes(provider: str) -> int:
+def peak_bytes(name: str) -> int:
     """High-water mark of a fresh process after three steps of one provider."""
-    out = subprocess.run([sys.executable, __file__, provider], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, __file__, "--peak", name], capture_output=True, text=True, check=True)
     return int(out.stdout.split()[-1])
 
 
-def measure(rounds: int = ROUNDS) -> list[dict]:
-    """One row a provider; raises before any timing if a provider's gradients are wrong."""
+def measure(names: list[str], rounds: int, with_memory: bool = True) -> list[dict]:
+    """One row a provider, "plain" first; raises before any timing if a provider's gradients are wrong."""
     model, ids = make_model()
-    steps = providers(model, ids)
-    check({name: run() for name, run in steps.items()})
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, run in steps.items():
+    steps: dict[str, Run] = {}
+    for name in names:
+        run, factors, within = provider(name, model, ids)
+        check(name, run(), by_hooks(model, ids, factors), within)
+        steps[name] = run
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for r in range(rounds):
+        for i in range(len(names)):
+            name = names[(i + r) % len(names)]
             begun = time.perf_counter()
-            run()
+            steps[name]()
             seconds[name].append(time.perf_counter() - begun)
-    memory = {name: peak_bytes(name) for name in steps}
+    memory = {name: peak_bytes(name) for name in names} if with_memory else {}
     rows = []
     for name, own in seconds.items():
         ratios = [mine / plain for mine, plain in zip(own, seconds["plain"], strict=True)]
+        quarters = statistics.quantiles(ratios, n=4)
         rows.append(
             {
                 "provider": name,
+                "best_ms": round(min(own) * 1e3, 1),
                 "median_ms": round(statistics.median(own) * 1e3, 1),
-                "tokens_per_s": round(BATCH * TOKENS / statistics.median(own)),
-                "time_ratio": round(statistics.median(ratios), 4),
-                "time_ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
-                "memory_ratio": round(memory[name] / memory["plain"], 4),
+                "tokens_per_s": round(BATCH * TOKENS / min(own)),
+                "time_ratio_best": round(min(own) / min(seconds["plain"]), 4),
+                "time_ratio_median": round(statistics.median(ratios), 4),
+                "time_ratio_quartiles": [round(quarters[0], 4), round(quarters[2], 4)],
             }
+            | ({"memory_ratio": round(memory[name] / memory["plain"], 4)} if memory else {})
         )
     return rows
 
 
 def bench_logging(benchmark) -> None:
-    rows = benchmark.pedantic(measure, args=(3,), rounds=1)
-    for row in rows:
+    for row in benchmark.pedantic(measure, args=(["plain", "hooks", *OURS], 3, False), rounds=1):
         print(row)
 
 
 def main() -> None:
-    """`bench_logging.py` measures and records; `bench_logging.py PROVIDER` prints that provider's peak memory."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    if len(sys.argv) > 1:
+    parser = argparse.ArgumentParser(description="Time of a logging step over that of the plain one.")
+    parser.add_argument("--providers", help="comma-separated; default: all that are installed")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--peak", metavar="PROVIDER", help="print one provider's peak memory in bytes")
+    parser.add_argument("--dry", action="store_true", help="print and do not record")
+    asked = parser.parse_args()
+    if asked.peak:
         model, ids = make_model()
-        run_step = providers(model, ids)[sys.argv[1]]
+        run, _, _ = provider(asked.peak, model, ids)
         for _ in range(3):
-            run_step()
+            run()
         print(high_water())
         return
     from machine import commit, cpu_model
     from record import RESULTS, slug, text
 
-    rows = measure()
+    names = asked.providers.split(",") if asked.providers else ["hooks", *OURS, *importable()]
+    rows = measure(["plain", *(name for name in names if name != "plain")], asked.rounds)
     facts = {"op": "logging", "machine": cpu_model(), "commit": commit(), "torch": torch.__version__}
     facts |= {"shape": "llama 8x512, 24 linears, k=64, 8x256", "dtype": "fp32", "threads": torch.get_num_threads()}
-    path = RESULTS / f"logging-{slug(cpu_model())}.json"
-    path.write_text(text({**facts, "rows": rows}))
-    print(path.read_text())
+    facts |= {"rounds": asked.rounds}
+    contents = text({**facts, "rows": rows})
+    print(contents)
+    if not asked.dry:
+        (RESULTS / f"logging-{slug(cpu_model())}.json").write_text(contents)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
+from collections.abc import Callable
+
 import pytest
 import torch
-from clock import TIMED
+from clock import TIMED, synced
 from torch import Tensor
 
 import logra_kernels as lk
@@ -39,12 +41,24 @@ def fused(x: Tensor, dy: Tensor, p_in: Tensor, p_out: Tensor, lengths: list[int]
     return lk.project_grad(x, dy, p_in, p_out, offsets)
 
 
+def gemm_share(run: Callable[[], object], rows: int, d: int, k: int, dtype: torch.dtype, rounds: int = 40) -> float:
+    """torch's time for one product of as many flops, [rows, d] x [d, k], over ours: both in turn, the best of each."""
+    a, b = torch.randn(rows, d).to(dtype), torch.randn(k, d).to(dtype)
+    best = [float("inf")] * 2
+    for _ in range(rounds):
+        for i, call in enumerate((lambda: a @ b.T, run)):
+            begun = synced()
+            call()
+            best[i] = min(best[i], synced() - begun)
+    return round(best[0] / best[1], 3)
+
+
 PROVIDERS = {"naive": composed, "logra_kernels": fused}
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", CASES)
-def bench_project_grad(cell, case, provider):
+def bench_project_grad(cell, benchmark, case, provider):
     device, dtype, lengths, d_in, d_out, k = CASES[case]
     n, positions, size = len(lengths), sum(lengths), dtype.itemsize
     dense = len(set(lengths)) == 1
@@ -59,4 +73,9 @@ def bench_project_grad(cell, case, provider):
     moved = (positions + k) * (d_in + d_out) * size + n * k * k * 4
     batch = f"N{n} T{lengths[0]}" if dense else f"N{n} R{positions}"
     args = (x, dy, p_in, p_out, None if dense else lengths)
+    if device == "cpu" and provider == "logra_kernels":
+        # every position: k * (d_in + d_out + k) products
+        share = gemm_share(lambda: fused(*args), positions, d_in + d_out + k, k, dtype)
+        benchmark.extra_info["gemm_share"] = share
+        print(f"{case}: {share:.0%} of torch's rate for one product of the same flops")
     cell("project_grad", f"{batch} d_in{d_in} d_out{d_out} k{k}", provider, PROVIDERS, args, flops, moved)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import torch
-from bench_logging import Hooks, step
+from bench_logging import Hooks, own_factors, step
 from clock import synced
 from gpu_clock import peak_beyond
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def providers(
 
 def hooks(model: nn.Module, ids: Tensor) -> Callable[[], dict[str, Tensor]]:
     """One step of the plain way."""
-    hooked = Hooks(model, LAYERS)
+    hooked = Hooks(model, own_factors(model, LAYERS))
     hooked.remove()
 
     def call() -> dict[str, Tensor]:

@@ -1,0 +1,106 @@
+"""LogIX and Bergson as `bench_logging.py` drives them: same layers, rank, batch and loss, gradients kept in memory.
+
+Each is a step beside `step(model, ids)`, with the factors it drew, so that its gradients can be checked. Neither is
+told to write a store, as the others do not, and neither gathers a Hessian.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # layer -> P_in [k, d_in], P_out [k, d_out]
+Step = Callable[[nn.Module, Tensor], None]
+
+
+@dataclass
+class Peer:
+    """A provider: one logging step, and the factors its gradients are projected with."""
+
+    run: Callable[[], dict[str, Tensor]]
+    factors: Factors
+
+
+def targets(model: nn.Module, within: tuple[str, ...] = (".mlp.",)) -> dict[str, nn.Linear]:
+    linears = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    return {name: m for name, m in linears if any(part in name for part in within)}
+
+
+def logix(model: nn.Module, ids: Tensor, rank: int, step: Step) -> Peer:
+    """LogIX 0.1.1 with its own LoRA layers (kaiming-uniform factors) on a copy, and the "log" plugin alone."""
+    from logix import LogIX
+    from logix.config import LoRAConfig
+
+    names = list(targets(model))
+    model = copy.deepcopy(model)
+    root = Path(tempfile.mkdtemp())
+    config = root / "config.yaml"
+    config.write_text(f"root_dir: {root}\n")
+    run = LogIX("bench", config=str(config))
+    run.watch(model, name_filter=[".mlp."])
+    run.add_lora(lora_config=LoRAConfig(init="random", rank=rank))
+    run.setup({"grad": ["log"]})
+    sample_ids = [str(i) for i in range(len(ids))]
+
+    def once() -> dict[str, Tensor]:
+        with run(data_id=sample_ids):
+            step(model, ids)
+        log = run.get_log()[1]
+        return {name: log[f"{name}.logix_lora_B"]["grad"] for name in names}
+
+    lora = {name: model.get_submodule(name) for name in names}
+    factors = {
+        name: (m.logix_lora_A.weight.detach(), m.logix_lora_C.weight.detach().T)  # type: ignore[union-attr, operator]
+        for name, m in lora.items()
+    }
+    return Peer(once, factors)
+
+
+def bergson(model: nn.Module, ids: Tensor, rank: int, step: Step) -> Peer:
+    """Bergson 2.5 with the collector that keeps gradients in memory, Rademacher factors, no normaliser."""
+    import torch
+    from bergson.collector.gradient_collectors import TraceCollector
+    from bergson.gradients import GradientProcessor
+
+    layers = targets(model)
+    weight = next(model.parameters())
+    weight.requires_grad_(True)  # it looks for the dtype among trainable ones; the step itself trains none
+    collector = TraceCollector(
+        model=model,
+        target_modules=set(layers),
+        processor=GradientProcessor(projection_dim=rank),
+        device="cpu",
+        dtype=torch.float32,
+    )
+    weight.requires_grad_(False)
+
+    def once() -> dict[str, Tensor]:
+        collector.mod_grads.clear()
+        with collector:
+            step(model, ids)
+        return {name: parts[0].unflatten(1, (rank, rank)) for name, parts in collector.mod_grads.items()}
+
+    def factor(name: str, width: int, role: str) -> Tensor:
+        return collector.projection(name, rank, width, role, torch.device("cpu"), torch.float32)
+
+    factors = {
+        name: (factor(name, m.in_features, "right"), factor(name, m.out_features, "left")) for name, m in layers.items()
+    }
+    return Peer(once, factors)
+
+
+PEERS = {"LogIX": logix, "Bergson": bergson}
+
+
+def importable() -> Iterator[str]:
+    """The peers that are installed; says which are not."""
+    for name in PEERS:
+        try:
+            __import__(name.lower())
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+        else:
+            yield name
