@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import importlib.util
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ops.cuda_sources import COMPILER, NVCC, OnCpu, machine_code
 from ops.test_project_grad import case, exactly, position_weights, ragged
 from ops.views import VIEWS
 from tolerance import assert_as_good_as_naive
@@ -18,7 +18,6 @@ from tolerance import assert_as_good_as_naive
 from logra_kernels.ops import _dispatch
 from logra_kernels.ops.project_grad import reference
 
-ROOT = Path(__file__).parents[2]
 HALVES = [torch.bfloat16, torch.float16]
 ELEMENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDTHS = [(dtype, width) for dtype in ELEMENT for width in (32, 64, 128) if dtype in HALVES or width < 128]
@@ -26,27 +25,12 @@ SM_80 = 0  # positions of a block, where the path knows but one
 SM_90 = [(positions, width) for positions in (64, 128) for width in (32, 64, 128) if (positions, width) != (64, 128)]
 LATE_COPIES = 4  # threads in ascending order; copies land when they are waited for, products are computed at once
 EARLY_COPIES = 3  # descending; copies land at once, products are computed when they are waited for
-NVCC = shutil.which("nvcc")
-COMPILER = shutil.which(os.environ.get("CXX", "g++").split()[-1])
-
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cuda_on_cpu") / "project_grad.so"
-    here = ROOT / "tests" / "ops" / "cuda_on_cpu"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", f"-I{here}"]
-    subprocess.run([COMPILER, *flags, str(here / "project_grad.cpp"), "-o", str(path)], check=True)
-    library = ctypes.CDLL(str(path))
-    library.project_grad.restype = ctypes.c_char_p
-    return library
-
-
-def call(kernels, *args):
-    error = kernels.project_grad(*args)
-    if error is not None:
-        raise RuntimeError(error.decode())
+    return OnCpu("project_grad", tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 def side(v, p, dtype):
@@ -72,8 +56,8 @@ def run(kernels, args, width, chunk=10**6, positions=SM_80, timing=LATE_COPIES):
         return ctypes.c_void_p(None if t is None else t.data_ptr())
 
     w = (0, 0) if weights is None else (weights.stride() if weights.dim() == 2 else (0, *weights.stride()))
-    call(
-        kernels, ELEMENT[dy.dtype], positions, width, timing, side(x, p_in, dy.dtype), side(dy, p_out, dy.dtype),
+    kernels(
+        ELEMENT[dy.dtype], positions, width, timing, side(x, p_in, dy.dtype), side(dy, p_out, dy.dtype),
         pointer(weights), *map(ctypes.c_int64, w), pointer(out), pointer(partial), ctypes.c_int64(n),
         ctypes.c_int64(length), pointer(offsets), pointer(ends), ctypes.c_int64(chunk), ctypes.c_int64(chunks),
     )  # fmt: skip
@@ -199,8 +183,7 @@ class TestLauncher:
                 for v, p, d, k in ((x, p_in, d_in, k_in), (dy, p_out, d_out, k_out))
             ]
             numbers = (*weights, out, partial, n, length, offsets, ends, chunk, chunks)
-            call(
-                kernels,
+            kernels(
                 dtype,
                 positions if arch == 90 else SM_80,
                 width,
@@ -286,21 +269,14 @@ CUOBJDUMP = shutil.which("cuobjdump") or next(
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_compiles(tmp_path, arch):
     """Both paths become machine code that keeps its sums in registers; on sm_90a with wgmma and the copy engine."""
-    source, made = ROOT / "csrc" / "project_grad" / "cuda.cu", tmp_path / "x.cubin"
-    flags = ["-std=c++17", f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin"]
-    told = subprocess.run(
-        [NVCC, *flags, "-Xptxas", "-v", str(source), "-o", str(made)], capture_output=True, text=True, check=True
-    ).stderr
+    made = tmp_path / "x.cubin"
+    spilled, told = machine_code("project_grad", arch, made)
     assert "serialized" not in told  # wgmma that ptxas waits for at once
-    names = [line.split("'")[1] for line in told.splitlines() if "Compiling entry function" in line]
-    spills = [int(line.split()[4]) for line in told.splitlines() if "spill stores" in line]
-    assert len(names) == len(spills) == 12 + 10 + 1
-    for name, spilled in zip(names, spills, strict=True):
-        assert spilled <= (128 if "Sm80" in name else 0), name  # bytes a thread
+    assert len(spilled) == 12 + 10 + 1
+    for name, count in spilled.items():
+        assert count <= (128 if "Sm80" in name else 0), name
     if arch == "90a" and CUOBJDUMP is not None:
-        machine_code = subprocess.run(
-            [CUOBJDUMP, "-sass", str(made)], capture_output=True, text=True, check=True
-        ).stdout
-        bodies = [part for part in machine_code.split("Function :")[1:] if "Sm90" in part.splitlines()[0]]
+        listing = subprocess.run([CUOBJDUMP, "-sass", str(made)], capture_output=True, text=True, check=True).stdout
+        bodies = [part for part in listing.split("Function :")[1:] if "Sm90" in part.splitlines()[0]]
         assert len(bodies) == 10
         assert all("HGMMA" in body and "UTMALDG" in body and "SYNCS" in body for body in bodies)

@@ -2,14 +2,11 @@
 
 import contextlib
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ops.cuda_sources import COMPILER, NVCC, OnCpu, machine_code
 from ops.views import VIEWS
 from tolerance import assert_as_good_as_naive
 
@@ -18,25 +15,15 @@ from logra_kernels.ops import FORMATS, _dispatch
 from logra_kernels.ops._native import encoded, matrix, row_major
 from logra_kernels.ops.score_block import reference
 
-ROOT = Path(__file__).parents[2]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 PAIRS = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16)]  # queries and rows
 SCALED = [name for name in FORMATS if lk.RowFormat.of(name).scaled]
-NVCC = shutil.which("nvcc")
-COMPILER = shutil.which(os.environ.get("CXX", "g++").split()[-1])
-
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cuda_on_cpu") / "score_block.so"
-    here = ROOT / "tests" / "ops" / "cuda_on_cpu"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", f"-I{here}"]
-    subprocess.run([COMPILER, *flags, str(here / "score_block.cpp"), "-o", str(path)], check=True)
-    library = ctypes.CDLL(str(path))
-    library.score_block.restype = ctypes.c_char_p
-    return library
+    return OnCpu("score_block", tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 def call(kernels, tile, descending, queries, rows, codes, *sizes):
@@ -44,9 +31,7 @@ def call(kernels, tile, descending, queries, rows, codes, *sizes):
         return None if of is None else (ctypes.c_int64 * len(of))(*map(int, of))
 
     native = map(ctypes.c_int64, sizes)
-    error = kernels.score_block(tile, int(descending), numbers(queries), numbers(rows), numbers(codes), *native)
-    if error is not None:
-        raise RuntimeError(error.decode())
+    kernels(tile, int(descending), numbers(queries), numbers(rows), numbers(codes), *native)
 
 
 def run(kernels, queries, rows, tile, piece, descending=False):
@@ -166,10 +151,6 @@ class TestLauncher:
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 def test_compiles(tmp_path):
-    made = tmp_path / "x.cubin"
-    flags = ["-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=sm_80", "-cubin", "-Xptxas", "-v", "-o", str(made)]
-    source = str(ROOT / "csrc" / "score_block" / "cuda.cu")
-    told = subprocess.run([NVCC, *flags, source], capture_output=True, text=True, check=True).stderr
-    spills = [int(line.split()[4]) for line in told.splitlines() if "spill stores" in line]
-    assert len(spills) == 2 * (len(PAIRS) + 3) + 1
-    assert max(spills) == 0
+    spilled, _ = machine_code("score_block", "80", tmp_path / "x.cubin")
+    assert len(spilled) == 2 * (len(PAIRS) + 3) + 1
+    assert not any(spilled.values())
