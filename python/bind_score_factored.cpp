@@ -7,17 +7,27 @@
 namespace py = pybind11;
 using namespace lgk;
 
+namespace {
+
+Factored checked_factors(const char* op, const LayerSizes& sizes, int64_t rank, const score_factored::Shape& shape,
+                         int n_threads) {
+  const Factored layers = factored_of(op, sizes, rank);
+  check_sizes(op, {shape.queries, layers.columns});
+  check_sizes(op, {shape.rows, layers.factors});
+  check_sizes(op, {shape.queries, shape.rows});
+  check_threads(op, n_threads);
+  return layers;
+}
+
+}  // namespace
+
 void bind_score_factored(py::module_& m) {
   m.def(
       "score_factored",
       [](const Matrix& query_tensor, const Matrix& factor_tensor, const LayerSizes& sizes, int64_t rank, Address out,
          int64_t n_queries, int64_t n_rows, int n_threads) {
         const char* op = "score_factored";
-        const Factored layers = factored_of(op, sizes, rank);
-        check_sizes(op, {n_queries, layers.columns});
-        check_sizes(op, {n_rows, layers.factors});
-        check_sizes(op, {n_queries, n_rows});
-        check_threads(op, n_threads);
+        const Factored layers = checked_factors(op, sizes, rank, {n_queries, n_rows}, n_threads);
         const Rows queries = rows_of(op, query_tensor), factors = rows_of(op, factor_tensor);
         const bool wide = is_double(op, {queries.dtype, factors.dtype});
         const score_factored::Shape shape = {n_queries, n_rows};
@@ -35,11 +45,7 @@ void bind_score_factored(py::module_& m) {
       [](const Matrix& query_tensor, const Encoded& encoded, const LayerSizes& sizes, int64_t rank, Address out,
          int64_t n_queries, int64_t n_rows, int n_threads) {
         const char* op = "score_factored";
-        const Factored layers = factored_of(op, sizes, rank);
-        check_sizes(op, {n_queries, layers.columns});
-        check_sizes(op, {n_rows, layers.factors});
-        check_sizes(op, {n_queries, n_rows});
-        check_threads(op, n_threads);
+        const Factored layers = checked_factors(op, sizes, rank, {n_queries, n_rows}, n_threads);
         const Rows queries = rows_of(op, query_tensor);
         LGK_CHECK(queries.dtype != Dtype::kF64, "score_factored: queries on encoded factors are fp32, bf16 or fp16");
         const EncodedRows factors = encoded_of(op, encoded);
