@@ -7,7 +7,7 @@
 
 namespace lgk {
 
-constexpr int64_t kMostTileRows = 120;
+constexpr int64_t kMostTileRows = 180;
 // Long rows whose distance is a multiple of a large power of 2 fall into the same cache sets, so that what was fetched
 // ahead for one row is evicted by the next: each row is read in pieces of at least a quarter of a page.
 constexpr int64_t kPanelsPerStrip = 4;
@@ -51,31 +51,51 @@ struct Block {
 
   // to[i][j] = sum_k a[row + i][depth_start + k] b[column + j][depth_start + k].
   void multiply(const Rows& a, int64_t row, int64_t rows, T* scratch, T* to, int64_t ld) const {
-    for (int64_t start = 0; start < depth; start += strip()) {
-      const int64_t end = std::min(depth, start + strip());
+    const int64_t step = strip(), bytes = dtype_bytes(a.dtype), row_block = products.row_block;
+    const int64_t fetch_step = kCacheLine * products.terms * bytes / int64_t{sizeof(T)};
+    for (int64_t start = 0; start < depth; start += step) {
+      const int64_t end = std::min(depth, start + step);
       const bool in_place = lies_packed(a, row, rows, end - start);
-      const char* from = reinterpret_cast<const char*>(scratch);
-      int64_t stride = kTileLd * sizeof(T), step = strip_panel(rows) * sizeof(T);
-      if (in_place) {
-        from = static_cast<const char*>(a.data) + (a.offset(row) + depth_start + start) * dtype_bytes(a.dtype);
-        stride = a.row_stride * dtype_bytes(a.dtype);
-        step = kPanel * sizeof(T);
-      } else {
-        pack_strip(a, row, rows, depth_start + start, end - start, scratch);
-      }
-      for (int64_t i = 0; i < rows; i += products.row_block) {
-        for (int64_t k = start; k < end; k += panel()) {
-          products.multiply(from + (k - start) / panel() * step + i * stride, stride,
-                            std::min(products.row_block, rows - i), packed_panel(k), columns,
-                            ceil_div(std::min(panel(), end - k), products.terms), to + i * ld, ld, k > 0);
+      // All rows at once where a cache line holds numbers of several.
+      const int64_t chunk = in_place || a.column_stride > a.row_stride ? rows : row_block;
+      for (int64_t first = 0; first < rows; first += chunk) {
+        const int64_t count = std::min(chunk, rows - first);
+        if (!in_place) pack_strip(a, row + first, count, depth_start + start, end - start, scratch);
+        const int64_t stride = in_place ? a.row_stride * bytes : kTileLd * sizeof(T);
+        const int64_t panel_bytes = in_place ? kPanel * sizeof(T) : strip_panel(count) * sizeof(T);
+        const char* from = in_place ? address(a, row + first, start) : reinterpret_cast<const char*>(scratch);
+        for (int64_t i = 0; i < count; i += row_block, from += row_block * stride) {
+          const char* next = next_rows(a, row, rows, first + i, start);
+          const char* here = from;
+          for (int64_t k = start; k < end; k += panel(), here += panel_bytes) {
+            const char* fetched = !in_place           ? next + (k - start) * bytes
+                                  : k + panel() < end ? here + panel_bytes
+                                                      : next;
+            products.multiply(here, stride, std::min(row_block, count - i), packed_panel(k), columns,
+                              packed_terms(std::min(panel(), end - k)), to + (first + i) * ld, ld, k > 0,
+                              {a.column_stride == 1 ? fetched : nullptr, a.row_stride * bytes, fetch_step});
+          }
         }
       }
     }
   }
 
  private:
+  const char* address(const Rows& a, int64_t row, int64_t column) const {
+    return static_cast<const char*>(a.data) +
+           (a.offset(row) + (depth_start + column) * a.column_stride) * dtype_bytes(a.dtype);
+  }
+
+  // What is read after rows at .. of a tile and this strip of theirs: the tile's next rows, its next strip, the next
+  // tile.
+  const char* next_rows(const Rows& a, int64_t row, int64_t rows, int64_t at, int64_t start) const {
+    if (at + products.row_block < rows) return address(a, row + at + products.row_block, start);
+    return start + strip() < depth ? address(a, row, start + strip()) : address(a, row + rows, 0);
+  }
+
+  int64_t packed_terms(int64_t terms) const { return products.terms == 1 ? terms : (terms + 1) / 2; }
   int64_t column_groups() const { return ceil_div(columns, 2 * products.lanes); }
-  T* packed_panel(int64_t k) const { return packed + padded() * (k / products.terms); }
+  T* packed_panel(int64_t k) const { return packed + padded() * packed_terms(k); }
   int64_t strip_panel(int64_t rows) const { return round_up(rows, products.row_tile) * kTileLd; }
 
   bool lies_packed(const Rows& a, int64_t row, int64_t rows, int64_t width) const {

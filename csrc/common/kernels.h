@@ -32,6 +32,13 @@ constexpr int64_t kDotRun = 8192;
 constexpr int64_t kFew = 8;
 constexpr int64_t kDotRows = 4;
 
+// What a product fetches into the cache meanwhile: what the next one reads of as many rows, row_step bytes of each
+// while it multiplies a cache line of its own. Rows may lie too far apart for the hardware to see streams.
+struct Fetch {
+  const char* rows;              // null: nothing
+  int64_t row_stride, row_step;  // bytes
+};
+
 template <typename T>
 struct Products {
   Dtype dtype;        // rows of this are laid out as packed ones are
@@ -52,7 +59,7 @@ struct Products {
   // c[i][j] (+)= sum_k a[i][k] b[j][k]: a's rows `stride` bytes apart, from pack_rows or, when their number is a
   // multiple of row_tile, as they lie; b from pack_columns; k ascending. depth counts packed numbers.
   void (*multiply)(const void* a, int64_t stride, int64_t rows, const T* b, int64_t columns, int64_t depth, T* c,
-                   int64_t ldc, bool add);
+                   int64_t ldc, bool add, const Fetch& fetch);
 };
 
 template <typename T>

@@ -17,7 +17,10 @@ struct Rows {
   bool rounded = false;  // fp32 that counts as bf16: every number is rounded to nearest even as it is read
 
   Dtype number() const { return rounded ? Dtype::kBF16 : dtype; }
-  int64_t offset(int64_t r) const { return inner > 0 ? r / inner * outer_stride + r % inner * row_stride : 0; }
+  int64_t offset(int64_t r) const {
+    if (inner == INT64_MAX) return r * row_stride;
+    return inner > 0 ? r / inner * outer_stride + r % inner * row_stride : 0;
+  }
 
   // Whether rows row .. row + rows - 1 all lie row_stride apart.
   bool even(int64_t row, int64_t rows) const {

@@ -146,7 +146,7 @@ struct Contracted : Base<T> {
     const int64_t product_ld = this->ld(product_columns(layer));
     for (const Panel& panel : plan.panels) {
       products.multiply(tile.a + panel.in / step * a_panel, kStride, count, packed + panel.packed,
-                        panel.queries * layer.k_out, panel.depth, tile.product, product_ld, panel.in > 0);
+                        panel.queries * layer.k_out, panel.depth, tile.product, product_ld, panel.in > 0, Fetch{});
       if (panel.in + panel.ins < layer.k_in) continue;
       this->factor_kernels.contract(tile.product, product_ld, tile.u, this->ld(layer.k_out), rank, rows, panel.queries,
                                     layer.k_out, tile.scores + panel.query, this->score_ld(), add);
@@ -203,7 +203,8 @@ struct Rebuilt : Base<T> {
       kernels.dot(matrix(tile.a, dtype, kTileLd, 1), 0, rows, 0, panel.depth, packed, this->padded(panel.depth),
                   width(), tile.product, add);
     } else {
-      kernels.multiply(tile.a, kStride, rows, packed, n_queries, panel.depth, tile.product, this->score_ld(), add);
+      kernels.multiply(tile.a, kStride, rows, packed, n_queries, panel.depth, tile.product, this->score_ld(), add,
+                       Fetch{});
     }
   }
 
