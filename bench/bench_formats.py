@@ -5,8 +5,8 @@
 Accuracy: the stories260K store's rows in each format against fp32, top-100 agreement over held-out queries by
 influence and by l-RelatIF, of rows as they are and of rows whitened before they are quantised (needs LOGRA_DATA).
 Rates: resident rows, warm, each case checked against fp64 first; the cases take turns, and each keeps its best round.
-`memory` is a plain read of 400 MiB in the same rounds, `torch` its own product of the same numbers. Prints a table and
-writes one file for each into bench/results.
+`read` is a plain read of the same bytes in the same rounds, `torch` its own product of the same numbers. Prints a table
+and writes one file for each into bench/results.
 """
 
 import argparse
@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 from machine import commit, cpu_model  # noqa: E402
+from plain_read import plain_reads  # noqa: E402
 from record import RESULTS, slug, text  # noqa: E402
 
 import logra_kernels as lk  # noqa: E402
@@ -36,7 +37,6 @@ QUERIES, LONGEST = 100, 256  # held-out stories, and the tokens kept of a story
 DIM_SHOWN = 98304  # of the bytes a row takes
 DEFAULT = "16 bits"  # what fp32 queries are beside integer codes unless told otherwise
 QUERY_FORMATS = (DEFAULT, "fp32", "int8")
-READ_BYTES = 400 << 20  # beyond any cache
 
 
 def accuracy() -> list[dict]:
@@ -109,7 +109,7 @@ def agreement(scores: Tensor, best: Tensor) -> float:
 
 
 def rates(count: int, dim: int, queries: int) -> list[dict]:
-    """Each format at one shape, beside our fp32 and a plain read of as many bytes."""
+    """Each format at one shape, beside our fp32 and a plain read of the same bytes."""
     g, q = torch.randn(count, dim), torch.randn(queries, dim)
     encoded = {name: lk.quantize_rows(g, name) for name in FORMATS}
     calls: dict[tuple[str, str], Callable[[], Tensor]] = {}
@@ -126,28 +126,28 @@ def rates(count: int, dim: int, queries: int) -> list[dict]:
         given = q.to(encoded[name].codes.dtype)
         calls[name, "torch"] = lambda rows=encoded[name].codes, given=given: given @ rows.T
     del g
-    plain = torch.ones(READ_BYTES // 4)
-    calls["", "memory"] = plain.sum
-    best = dict.fromkeys(calls, float("inf"))
+    reads = {(name, how): call for name, rows in encoded.items() for how, call in plain_reads([rows]).items()}
+    best = dict.fromkeys((*calls, *reads), float("inf"))
     for _ in range(ROUNDS):
-        for key, call in calls.items():
+        for key, call in (calls | reads).items():
             started = time.perf_counter()
             call()
             best[key] = min(best[key], time.perf_counter() - started)
-    bandwidth = READ_BYTES / best.pop(("", "memory"))
-    return [row_of(key, took, best["fp32", "fp32"], bandwidth, encoded[key[0]], queries) for key, took in best.items()]
+    made = []
+    for key in calls:
+        read = min(best[other] for other in reads if other[0] == key[0])
+        made.append(row_of(key, best[key], best["fp32", "fp32"], read, encoded[key[0]], queries))
+    return made
 
 
-def row_of(
-    key: tuple[str, str], took: float, fp32: float, bandwidth: float, rows: lk.EncodedRows, queries: int
-) -> dict:
+def row_of(key: tuple[str, str], took: float, fp32: float, read: float, rows: lk.EncodedRows, queries: int) -> dict:
     name, kind = key
     count, dim = rows.shape
     return {
         "shape": f"Q{queries} N{count} D{dim}", "format": name, "queries": kind, "best_ms": round(took * 1e3, 3),
         "gflops": round(2 * queries * count * dim / took / 1e9, 1), "pairs_per_s": round(queries * count / took),
-        "gbytes_per_s": round(rows.nbytes / took / 1e9, 2), "memory_gbytes_per_s": round(bandwidth / 1e9, 2),
-        "of_memory": round(rows.nbytes / took / bandwidth, 3), "times_fp32": round(fp32 / took, 3),
+        "gbytes_per_s": round(rows.nbytes / took / 1e9, 2), "read_gbytes_per_s": round(rows.nbytes / read / 1e9, 2),
+        "of_read": round(read / took, 3), "times_fp32": round(fp32 / took, 3),
     }  # fmt: skip
 
 

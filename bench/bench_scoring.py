@@ -5,7 +5,8 @@
     python bench/bench_scoring.py limited                    a store three times the memory of its control group
 
 Each part replaces its own rows of the results. Every answer is compared with fp64 before it is timed; providers take
-turns, and medians of the turns are given. Pairs are (row, query).
+turns, and medians of the turns are given. `share_of_read` is the best turn of a plain read of the same mapped bytes
+(plain_read.py) over the best turn of ours. Pairs are (row, query).
 """
 
 import ctypes
@@ -22,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from plain_read import plain_reads
 from scoring_providers import FORMATS, LOGIX_ROWS, OWN, PEERS, RELATIF, TOP, Answer, Rows, ours
 from torch import Tensor
 
@@ -56,8 +58,8 @@ def check(answer: Answer, exact: Tensor, slack: float = 2e-3) -> None:
     assert (exact.gather(1, index) - best.values).abs().max() < slack
 
 
-def turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each, taken in turn."""
+def turns(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each, taken in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
@@ -66,13 +68,7 @@ def turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
             begun = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(own) for name, own in seconds.items()}
-
-
-def read_bandwidth(rows: Rows) -> float:
-    """Bytes a second at which all threads add up memory that holds as much as the rows, at most 1 GB."""
-    memory = torch.ones(min(rows.count * rows.dim, 1 << 28), dtype=torch.float32)
-    return memory.nbytes / turns({"sum": memory.sum})["sum"]
+    return seconds
 
 
 def warm(count: int, dim: int, folder: Path) -> list[dict]:
@@ -82,7 +78,11 @@ def warm(count: int, dim: int, folder: Path) -> list[dict]:
     exact = {form: exact_scores(store, queries[:CHECKED]) for form, store in stores.items()}
     bf16_queries = queries[:CHECKED].bfloat16()
     exact["bf16"] = exact_scores(stores["bf16"], bf16_queries)
-    bandwidth = read_bandwidth(rows)
+    reads = {
+        (form, kind): call
+        for form, store in stores.items()
+        for kind, call in plain_reads(rows for _, rows in store.encoded_blocks()).items()
+    }
     made = []
     for number in QUERIES:
         for mode in ("dot", "relatif"):
@@ -101,7 +101,7 @@ def warm(count: int, dim: int, folder: Path) -> list[dict]:
                 call = make(rows, queries[:number], mode)
                 _check(call, exact["fp32"], number, norm)
                 calls[peer] = call
-            made += _rows_of(calls, count, dim, number, mode, bandwidth, stores)
+            made += _rows_of(calls, count, dim, number, mode, reads)
             print(
                 f"{count}x{dim} {number} {mode}", {row["provider"]: row["pairs_per_s"] for row in made[-len(calls) :]}
             )
@@ -113,17 +113,17 @@ def _check(call: Callable[[], Answer], exact: Tensor, number: int, norm: Tensor 
     check(call(), exact if norm is None else exact / norm, slack)
 
 
-def _rows_of(
-    calls: dict, count: int, dim: int, number: int, mode: str, bandwidth: float, stores: dict[str, GradientStore]
-) -> list[dict]:
+def _rows_of(calls: dict, count: int, dim: int, number: int, mode: str, reads: dict) -> list[dict]:
     made = []
-    for name, seconds in turns(calls).items():
-        scored = min(count, LOGIX_ROWS) if name == "logix" else count
+    seconds = turns(calls | reads if number == 1 else calls)
+    for name in calls:
+        scored, median = min(count, LOGIX_ROWS) if name == "logix" else count, statistics.median(seconds[name])
         row = {"part": f"{count}x{dim}", "provider": name, "queries": number, "mode": mode, "rows": scored}
-        row |= {"median_ms": round(seconds * 1e3, 2), "pairs_per_s": round(scored * number / seconds)}
+        row |= {"median_ms": round(median * 1e3, 2), "pairs_per_s": round(scored * number / median)}
         form = name.removeprefix("logra_kernels ").partition(",")[0]
-        if form in stores:
-            row["share_of_bandwidth"] = round(count * stores[form].manifest.row_bytes / seconds / bandwidth, 3)
+        best = [min(seconds[read]) for read in reads if read[0] == form and number == 1]
+        if best:
+            row["share_of_read"] = round(min(best) / min(seconds[name]), 3)
         made.append(row)
     rates = {row["provider"]: row["pairs_per_s"] for row in made}
     for row in made:

@@ -10,8 +10,10 @@
 namespace lgk {
 namespace {
 
-constexpr int64_t kMostRows = 16;     // rows of a task
-constexpr int64_t kDotRunsOfOne = 4;  // runs of a single column that are read before the next row is
+constexpr int64_t kTaskBytes = 2 << 20;  // of rows
+constexpr int64_t kTaskSums = 1024;      // rows times columns of b at most
+constexpr int64_t kCopiedRows = 16;      // of a task, where rows are copied
+constexpr int64_t kDotRunsOfOne = 4;     // runs of a single column that are read before the next row is
 
 int64_t width_of(int64_t columns) {
   int64_t width = 1;
@@ -39,23 +41,27 @@ struct Few {
   // What is used again for each row stays in the L2 cache.
   int64_t run() const { return kDotRun * std::max<int64_t>(1, kDotRunsOfOne / width); }
   bool in_place() const { return a.column_stride == 1 && !a.rounded; }
-  int64_t sums_size() const { return kMostRows * width * kernels.lanes; }
-  int64_t scratch_size() const { return sums_size() + (in_place() ? 0 : kMostRows * std::min(ldb, run())); }
+  int64_t task_rows(int64_t m, int n_threads) const {
+    const int64_t most = in_place() ? kTaskSums / width : kCopiedRows;
+    const int64_t large = kTaskBytes / (depth * dtype_bytes(a.dtype));
+    return round_up(std::min(std::clamp(large, kCopiedRows, most), ceil_div(m, 4 * n_threads)), kDotRows);
+  }
+  int64_t sums_size(int64_t task) const { return task * width * kernels.lanes; }
+  int64_t scratch_size(int64_t task) const { return sums_size(task) + (in_place() ? 0 : task * std::min(ldb, run())); }
 
-  void multiply(int64_t row, int64_t rows, T* scratch) const {
-    T* copy = scratch + sums_size();
+  void multiply(int64_t row, int64_t rows, T* sums, T* copy) const {
     const int64_t ld = std::min(ldb, run());
     const Rows copied = matrix(copy, sizeof(T) == sizeof(double) ? Dtype::kF64 : Dtype::kF32, ld, 1);
     for (int64_t k = 0; k < depth; k += run()) {
       const int64_t here = std::min(run(), depth - k);
       if (!in_place()) kernels.pack_rows(a, row, rows, k, here, copy, ld);
       kernels.dot(in_place() ? a : copied, in_place() ? row : 0, rows, in_place() ? k : 0, here, packed + k, ldb, width,
-                  scratch, k > 0);
+                  sums, k > 0);
     }
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < n; ++j) {
         c.data[(row + i) * c.row_stride + j * c.column_stride] =
-            sum_lanes(scratch + (i * width + j) * kernels.lanes, kernels.lanes);
+            sum_lanes(sums + (i * width + j) * kernels.lanes, kernels.lanes);
       }
     }
   }
@@ -72,13 +78,13 @@ void multiply_few(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t de
   kernels.pack_rows(b, 0, n, 0, depth, packed.data(), ldb);
   std::fill(packed.data() + n * ldb, packed.data() + width * ldb, T{0});
   const Few<T> few = {kernels, a, packed.data(), ldb, n, width, depth, c};
-  const int64_t size = round_up(few.scratch_size(), kernels.lanes);
+  const int64_t task = few.task_rows(m, n_threads), size = round_up(few.scratch_size(task), kernels.lanes);
   const Buffer<T> scratch(size * n_threads);
-  const int64_t rows = std::min(kMostRows, round_up(ceil_div(m, 4 * n_threads), kDotRows));
 
 #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
-  for (int64_t i = 0; i < m; i += rows) {
-    few.multiply(i, std::min(rows, m - i), scratch.data() + size * omp_get_thread_num());
+  for (int64_t i = 0; i < m; i += task) {
+    T* sums = scratch.data() + size * omp_get_thread_num();
+    few.multiply(i, std::min(task, m - i), sums, sums + few.sums_size(task));
   }
 }
 

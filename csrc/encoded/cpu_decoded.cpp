@@ -16,7 +16,10 @@ constexpr int64_t kRun = 8192;             // numbers of a row for which b is pa
 constexpr int64_t kStrip = 512;            // numbers of a row that are decoded at a time
 constexpr int64_t kStripLd = kStrip + 16;  // rows a power of 2 apart would share cache sets
 constexpr int64_t kColumns = 256;
-constexpr int64_t kTaskRows = 16;  // rows that meet few columns before the next run does
+constexpr int64_t kTaskRows = 16;            // rows that are decoded for few columns before the next run is
+constexpr int64_t kTaskBytes = 1 << 20;      // of rows that are not
+constexpr int64_t kTaskSums = 1024;          // rows times columns of b at most
+constexpr int64_t kColumnBytes = 256 << 10;  // of b that such rows meet before its next columns: part of an L2 cache
 
 struct Run {
   const Products<float>& products;
@@ -93,48 +96,71 @@ void multiply_wide(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, in
 }
 
 // For few columns: rows decoded into the registers or the cache, a run at a time, and multiplied there.
-void multiply_narrow(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
-                     int n_threads) {
+struct Narrow {
+  const EncodedRows& a;
+  int64_t m, n, depth, width, ldb;
+  const float* packed;
+  Output<float> c;
   const EncodedKernels& decoder = encoded_kernels();
   const Kernels<float>& kernels = lgk::kernels<float>();
-  n_threads = threads_for(double(m) * depth * kFewColumns, n_threads);
-  int64_t width = 1;
-  while (width < n) width *= 2;
-  const int64_t run = kDotChain * kernels.lanes, ldb = round_up(depth, kernels.lanes), lanes = kernels.lanes;
-  const Buffer<float> packed(round_up(width, kernels.row_tile) * ldb);
-  kernels.pack_rows(b, 0, n, 0, depth, packed.data(), ldb);
-  std::fill(packed.data() + n * ldb, packed.data() + width * ldb, 0.0f);
-  const int64_t ld = run + lanes, size = round_up(kDotRows * ld + kTaskRows * width * lanes, kCacheLine);
-  const Buffer<float> scratch(size * n_threads);
-  const bool fused = a.encoding.code == Code::kF8 && decoder.few_f8 != nullptr;
-  const int64_t task = std::min(kTaskRows, round_up(ceil_div(m, 4 * n_threads), kDotRows));
 
-#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
-  for (int64_t i = 0; i < m; i += task) {
-    float *decoded = scratch.data() + size * omp_get_thread_num(), *all = decoded + kDotRows * ld;
-    const int64_t rows = std::min(task, m - i);
-    for (int64_t k = 0; k < depth; k += run) {
-      const int64_t here = std::min(run, depth - k);
+  bool fused() const { return a.encoding.code == Code::kF8 && decoder.few_f8 != nullptr; }
+  int64_t run() const {
+    const int64_t chains = kDotChain * kernels.lanes;
+    return fused() ? std::max(chains, kColumnBytes / (4 * width) / chains * chains) : chains;
+  }
+  int64_t ld() const { return run() + kernels.lanes; }
+  int64_t task_rows(int n_threads) const {
+    const int64_t large = std::clamp(kTaskBytes / depth, kTaskRows, kTaskSums / width);
+    return round_up(std::min(fused() ? large : kTaskRows, ceil_div(m, 4 * n_threads)), kDotRows);
+  }
+  int64_t sums_size(int64_t task) const { return task * width * kernels.lanes; }
+  int64_t scratch_size(int64_t task) const { return sums_size(task) + (fused() ? 0 : kDotRows * ld()); }
+
+  void multiply(int64_t row, int64_t rows, float* all, float* decoded) const {
+    for (int64_t k = 0; k < depth; k += run()) {
+      const int64_t here = std::min(run(), depth - k);
+      if (fused()) {
+        decoder.few_f8(a, row, rows, k, here, packed + k, ldb, width, all, k > 0);
+        continue;
+      }
       for (int64_t r = 0; r < rows; r += kDotRows) {
-        float* sums = all + r * width * lanes;
         const int64_t count = std::min(kDotRows, rows - r);
-        if (fused) {
-          decoder.few_f8(a, i + r, count, k, here, packed.data() + k, ldb, width, sums, k > 0);
-          continue;
-        }
-        for (int64_t x = 0; x < count; ++x) decoder.decode(a, i + r + x, k, here, decoded + x * ld);
-        kernels.dot(matrix(decoded, Dtype::kF32, ld, 1), 0, count, 0, here, packed.data() + k, ldb, width, sums, k > 0);
+        for (int64_t x = 0; x < count; ++x) decoder.decode(a, row + r + x, k, here, decoded + x * ld());
+        kernels.dot(matrix(decoded, Dtype::kF32, ld(), 1), 0, count, 0, here, packed + k, ldb, width,
+                    all + r * width * kernels.lanes, k > 0);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < n; ++j) {
-        float* lane = all + (r * width + j) * lanes;
-        for (int64_t half = lanes / 2; half > 0; half /= 2) {
+        float* lane = all + (r * width + j) * kernels.lanes;
+        for (int64_t half = kernels.lanes / 2; half > 0; half /= 2) {
           for (int64_t x = 0; x < half; ++x) lane[x] += lane[x + half];
         }
-        c.data[(i + r) * c.row_stride + j * c.column_stride] = lane[0];
+        c.data[(row + r) * c.row_stride + j * c.column_stride] = lane[0];
       }
     }
+  }
+};
+
+void multiply_narrow(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
+                     int n_threads) {
+  const Kernels<float>& kernels = lgk::kernels<float>();
+  n_threads = threads_for(double(m) * depth * kFewColumns, n_threads);
+  int64_t width = 1;
+  while (width < n) width *= 2;
+  const int64_t ldb = round_up(depth, kernels.lanes);
+  const Buffer<float> packed(round_up(width, kernels.row_tile) * ldb);
+  kernels.pack_rows(b, 0, n, 0, depth, packed.data(), ldb);
+  std::fill(packed.data() + n * ldb, packed.data() + width * ldb, 0.0f);
+  const Narrow narrow = {a, m, n, depth, width, ldb, packed.data(), c};
+  const int64_t task = narrow.task_rows(n_threads), size = round_up(narrow.scratch_size(task), kCacheLine);
+  const Buffer<float> scratch(size * n_threads);
+
+#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
+  for (int64_t i = 0; i < m; i += task) {
+    float* sums = scratch.data() + size * omp_get_thread_num();
+    narrow.multiply(i, std::min(task, m - i), sums, sums + narrow.sums_size(task));
   }
 }
 

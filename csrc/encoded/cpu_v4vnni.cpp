@@ -17,8 +17,6 @@
 namespace lgk {
 namespace {
 
-constexpr int64_t kAheadBytes = 2048;
-
 constexpr int64_t unit_bytes(Code code) {
   return code == Code::kI8 ? kUnit : code == Code::kI4 ? kUnit / 2 : code == Code::kI2 ? kUnit / 4 : kUnit / 8;
 }
@@ -185,99 +183,15 @@ void tile(const uint8_t* a, int64_t lda, const int8_t* b, int digits, int64_t un
   run(a, lda, b, units, start, a_scale, b_scale, c, ldc);
 }
 
-// A lane's eight products of a unit fit 32 bits with both digits.
-template <Code kCode, int kDigits, int kQueries>
-LGK_INLINE void few_unit(const uint8_t* from, const int8_t* b, const float* scale, __m512 (&total)[kQueries]) {
-  const Unit unit = load_unit<kCode>(from);
-#pragma GCC unroll 4
-  for (int q = 0; q < kQueries; ++q) {
-    __m512i sum = _mm512_setzero_si512();
-#pragma GCC unroll 2
-    for (int digit = kDigits - 1; digit >= 0; --digit) {
-      const int8_t* digits = b + (q * kDigits + digit) * kUnit;
-      add_products(sum, unit.low, _mm512_loadu_si512(digits));
-      add_products(sum, unit.high, _mm512_loadu_si512(digits + 64));
-      if (digit > 0) sum = _mm512_maskz_slli_epi32(0xffff, sum, 8);
-    }
-    total[q] = _mm512_fmadd_ps(as_floats(sum), _mm512_set1_ps(scale[q * kFewUnits]), total[q]);
-  }
-}
-
-template <Code kCode, int kDigits, int kQueries>
-void few_queries(const uint8_t* const* rows, const uint8_t* const* last, int64_t units, const float* a_scale,
-                 const int8_t* b, const float* b_scale, const float* b_sum, int64_t ldb, float* sums, bool add) {
-  constexpr int kRows = kFewRows;
-  constexpr int64_t kBytes = unit_bytes(kCode), kLineUnits = kBytes < 64 ? 64 / kBytes : 1;
-  alignas(64) float scales[kRows][kQueries][kFewUnits];
-  __m512 total[kRows][kQueries];
-  for (int i = 0; i < kRows; ++i) {
-    for (int q = 0; q < kQueries; ++q) {
-      __m512 sum = add ? _mm512_loadu_ps(sums + (i * kQueries + q) * kFewLanes) : _mm512_setzero_ps();
-      for (int64_t u = 0; u < units; u += kFewLanes) {
-        const __m512 scale = _mm512_loadu_ps(a_scale + i * kFewUnits + u);
-        sum = _mm512_fnmadd_ps(scale, _mm512_loadu_ps(b_sum + q * ldb + u), sum);
-        _mm512_store_ps(scales[i][q] + u, _mm512_mul_ps(scale, _mm512_loadu_ps(b_scale + q * ldb + u)));
-      }
-      total[i][q] = sum;
-    }
-  }
-  const int64_t whole = last == nullptr ? units : units - 1;
-  for (int64_t u = 0; u < whole;) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      for (int64_t line = 0; line < kBytes; line += 64) {
-        __builtin_prefetch(rows[i] + u * kBytes + kAheadBytes + line, 0, 2);
-      }
-    }
-    const int64_t end = u + kLineUnits < whole ? u + kLineUnits : whole;
-    for (; u < end; ++u, b += kQueries * kDigits * kUnit) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        few_unit<kCode, kDigits, kQueries>(rows[i] + u * kBytes, b, scales[i][0] + u, total[i]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    if (whole < units) few_unit<kCode, kDigits, kQueries>(last[i], b, scales[i][0] + whole, total[i]);
-#pragma GCC unroll 4
-    for (int q = 0; q < kQueries; ++q) _mm512_storeu_ps(sums + (i * kQueries + q) * kFewLanes, total[i][q]);
-  }
-}
-
-template <Code kCode, int kDigits>
-void few_digits(const uint8_t* const* rows, const uint8_t* const* last, int64_t units, const float* a_scale,
-                const int8_t* b, const float* b_scale, const float* b_sum, int64_t ldb, int64_t queries, float* sums,
-                bool add) {
-  const auto run = queries == 1   ? few_queries<kCode, kDigits, 1>
-                   : queries == 2 ? few_queries<kCode, kDigits, 2>
-                   : queries == 3 ? few_queries<kCode, kDigits, 3>
-                                  : few_queries<kCode, kDigits, 4>;
-  run(rows, last, units, a_scale, b, b_scale, b_sum, ldb, sums, add);
-}
-
-template <Code kCode>
-void few_code(const uint8_t* const* rows, const uint8_t* const* last, int64_t units, const float* a_scale,
-              const int8_t* b, int digits, const float* b_scale, const float* b_sum, int64_t ldb, int64_t queries,
-              float* sums, bool add) {
-  const auto run = digits == 1 ? few_digits<kCode, 1> : few_digits<kCode, 2>;
-  run(rows, last, units, a_scale, b, b_scale, b_sum, ldb, queries, sums, add);
-}
-
-void few(Code code, const uint8_t* const* rows, const uint8_t* const* last, int64_t units, const float* a_scale,
-         const int8_t* b, int digits, const float* b_scale, const float* b_sum, int64_t ldb, int64_t queries,
-         float* sums, bool add) {
-  const auto run = code == Code::kI8   ? few_code<Code::kI8>
-                   : code == Code::kI4 ? few_code<Code::kI4>
-                   : code == Code::kI2 ? few_code<Code::kI2>
-                                       : few_code<Code::kSign>;
-  run(rows, last, units, a_scale, b, digits, b_scale, b_sum, ldb, queries, sums, add);
-}
-
 }  // namespace
+}  // namespace lgk
+
+#include "encoded/few_integers.inc"
+
+namespace lgk {
 
 extern const IntegerKernels kIntegersV4Vnni;
-const IntegerKernels kIntegersV4Vnni = {expand, largest, to_digits, widen, tile, few};
+const IntegerKernels kIntegersV4Vnni = {expand, largest, to_digits, widen, tile, few, sum_lanes};
 
 }  // namespace lgk
 #endif

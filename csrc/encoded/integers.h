@@ -13,9 +13,8 @@ constexpr int64_t kMostSpan = 512;  // numbers; a 32-bit sum of a span stays bel
 constexpr int kMostDigits = 2;
 constexpr int64_t kTileCodes = 12;    // rows of a tile
 constexpr int64_t kTileColumns = 32;  // digits of queries in a tile
-constexpr int64_t kFewRows = 8;       // rows read side by side
+constexpr int64_t kFewRows = 4;       // rows read side by side
 constexpr int64_t kFewQueries = 4;    // queries that few takes at most
-constexpr int64_t kFewUnits = 64;     // units that few takes at most
 constexpr int64_t kFewLanes = 16;     // sums of every sixteenth group of four numbers
 
 struct IntegerKernels {
@@ -38,12 +37,15 @@ struct IntegerKernels {
   void (*tile)(const uint8_t* a, int64_t lda, const int8_t* b, int digits, int64_t units, const int32_t* start,
                const float* a_scale, const float* b_scale, float* c, int64_t ldc);
 
-  // sums[i][q][lane] (+)= sum over units u <= kFewUnits of a_scale[i][u] (b_scale[q][u] sum a(i, k) b(q, k) -
-  // b_sum[q][u]), for kFewRows rows of codes as they lie and `queries` of them. Where `last` is given the last unit is
-  // read from there. b [units][queries][digits][kUnit]; scales are padded to whole vectors of kFewLanes.
-  void (*few)(Code code, const uint8_t* const* rows, const uint8_t* const* last, int64_t units, const float* a_scale,
-              const int8_t* b, int digits, const float* b_scale, const float* b_sum, int64_t ldb, int64_t queries,
-              float* sums, bool add);
+  // sums[i][q][lane] (+)= sum over units u of a_scale[i][u] (b_scale[q][u] sum a(i, k) b(q, k) - b_sum[q][u]), for
+  // kFewRows rows of codes as they lie and `queries` of them. Where `last` is given the last unit is read from there.
+  // b [units][queries][digits][kUnit]; b_scale and b_sum are padded to whole vectors of kFewLanes.
+  void (*few)(Code code, const uint8_t* const* rows, const uint8_t* const* last, int64_t units,
+              const float* const* a_scale, const int8_t* b, int digits, const float* b_scale, const float* b_sum,
+              int64_t ldb, int64_t queries, float* sums, bool add);
+
+  // The sum of kFewLanes numbers.
+  float (*sum_lanes)(const float* lanes);
 };
 
 // Null where the instruction set in use has none.

@@ -25,7 +25,8 @@ struct EncodedKernels {
   void (*decode)(const EncodedRows& rows, int64_t row, int64_t column, int64_t n, float* out);
 
   // sums[i][j][lane] (+)= sum over the columns from `column` on of row + i's fp8 numbers times b[j], block by block; b
-  // padded to whole vectors, its `width` a power of 2 up to 8; whole kDotRows of sums. Null: decode and multiply.
+  // padded to whole vectors, its `width` a power of 2 up to 8; room for whole kDotRows of sums. Null: decode and
+  // multiply.
   void (*few_f8)(const EncodedRows& rows, int64_t row, int64_t count, int64_t column, int64_t columns, const float* b,
                  int64_t ldb, int64_t width, float* sums, bool add);
 };

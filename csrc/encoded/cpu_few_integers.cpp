@@ -1,0 +1,135 @@
+// Few queries meet rows of integer codes at the speed of memory: kFewRows streams, each through rows that are
+// neighbours in memory, so that the processor's own fetching ahead runs on from row to row.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "encoded/integer_product.h"
+
+namespace lgk {
+namespace {
+
+constexpr int64_t kTaskBytes = 1 << 20;     // of codes
+constexpr int64_t kTaskSums = 1024;         // rows times queries at most
+constexpr int64_t kDigitBytes = 256 << 10;  // of the queries that meet rows before the next units do: half an L2 cache
+constexpr int64_t kMostTaskRows = 256;
+
+// A few queries in groups, each with its units, and every unit with its scale and what the codes' offset adds to it.
+struct Columns {
+  const Plan& plan;
+  int64_t width, ld;  // queries of a group; units, padded
+  Buffer<int8_t> digits;
+  Buffer<float> scales, sums;
+
+  explicit Columns(const Plan& plan)
+      : plan(plan),
+        width(ceil_div(plan.queries, ceil_div(plan.queries, kFewQueries))),
+        ld(round_up(plan.units(), kFewLanes)),
+        digits(groups() * width * plan.digits * plan.units() * kUnit),
+        scales(groups() * width * ld),
+        sums(groups() * width * ld) {
+    std::fill_n(scales.data(), groups() * width * ld, 0.0f);
+    std::fill_n(sums.data(), groups() * width * ld, 0.0f);
+    if (plan.queries % width == 0) return;
+    std::memset(digits_of(groups() - 1, 0), 0, width * plan.digits * plan.units() * kUnit);
+  }
+
+  int64_t groups() const { return ceil_div(plan.queries, width); }
+  int8_t* digits_of(int64_t group, int64_t unit) const {
+    return digits.data() + (group * plan.units() + unit) * width * plan.digits * kUnit;
+  }
+
+  void place(int64_t query, int64_t s, const Span& from) const {
+    for (int64_t u = 0; u < from.units; ++u) {
+      const int64_t unit = s * plan.span_units() + u;
+      std::memcpy(digits_of(query / width, unit) + query % width * plan.digits * kUnit, from.digits[u],
+                  plan.digits * kUnit);
+      int64_t sum = from.sums[u][0];
+      for (int d = 1; d < plan.digits; ++d) sum += int64_t{256} * from.sums[u][d];
+      scales.data()[query * ld + unit] = from.unit;
+      sums.data()[query * ld + unit] = from.unit * static_cast<float>(offset_of(plan.code) * sum);
+    }
+  }
+};
+
+struct FewProduct : Codes {
+  const Columns& b;
+  int64_t task;  // rows
+  Output<float> c;
+
+  int64_t units_at_once() const {
+    const int64_t units = kDigitBytes / (b.groups() * b.width * plan.digits * kUnit);
+    return std::min(units / kFewLanes * kFewLanes, plan.units());
+  }
+  // Sums of a task's rows, then scales and last units of kFewRows.
+  int64_t sums_size() const { return task * b.groups() * b.width * kFewLanes; }
+  int64_t scales_size() const { return round_up(units_at_once(), kFewLanes); }
+  int64_t scratch_size() const { return sums_size() + kFewRows * (scales_size() + kUnit / 4); }
+
+  void multiply(int64_t row, int64_t rows, float* scratch) const {
+    const int64_t steps = ceil_div(rows, kFewRows);
+    for (int64_t unit = 0; unit < plan.units(); unit += units_at_once()) {
+      for (int64_t step = 0; step < steps; ++step) {
+        int64_t of[kFewRows];
+        for (int64_t i = 0; i < kFewRows; ++i) of[i] = row + std::min(step + i * steps, rows - 1);
+        multiply_units(of, unit, scratch, scratch + step * kFewRows * b.width * kFewLanes, steps);
+      }
+    }
+    for (int64_t q = 0; q < plan.queries; ++q) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t place = (q / b.width * steps + r % steps) * kFewRows + r / steps;
+        c.data[(row + r) * c.row_stride + q * c.column_stride] =
+            kernels.sum_lanes(scratch + (place * b.width + q % b.width) * kFewLanes);
+      }
+    }
+  }
+
+ private:
+  void multiply_units(const int64_t (&of)[kFewRows], int64_t unit, float* scratch, float* sums, int64_t steps) const {
+    const int64_t units = std::min(units_at_once(), plan.units() - unit);
+    const bool ragged = unit + units == plan.units() && plan.depth % kUnit != 0;
+    float* copies = scratch + sums_size();
+    uint8_t* last = reinterpret_cast<uint8_t*>(copies + kFewRows * scales_size());
+    const uint8_t *from[kFewRows], *ends[kFewRows];
+    const float* scales[kFewRows];
+    for (int64_t i = 0; i < kFewRows; ++i) {
+      from[i] = at(of[i], unit);
+      ends[i] = last + i * kUnit;
+      if (ragged) copy_last(of[i], last + i * kUnit);
+      scales[i] = scales_of(of[i], unit, units, copies + i * scales_size());
+    }
+    for (int64_t g = 0; g < b.groups(); ++g) {
+      const int64_t at = g * b.width * b.ld + unit;
+      kernels.few(plan.code, from, ragged ? ends : nullptr, units, scales, b.digits_of(g, unit), plan.digits,
+                  b.scales.data() + at, b.sums.data() + at, b.ld, b.width,
+                  sums + g * steps * kFewRows * b.width * kFewLanes, unit > 0);
+    }
+  }
+
+  // Of whole units, copied only where they do not lie so.
+  const float* scales_of(int64_t row, int64_t unit, int64_t units, float* copy) const {
+    if (a.encoding.block == kUnit && !a.encoding.half_scales) {
+      return static_cast<const float*>(a.scales) + row * a.scale_stride + unit;
+    }
+    copy_scales(row, kUnit, unit, units, copy);
+    return copy;
+  }
+};
+
+int64_t rows_of_task(const Codes& codes, int n_threads) {
+  const int64_t large = kTaskBytes / codes.a.encoding.bytes(codes.plan.depth);
+  const int64_t most = std::min(kMostTaskRows, kTaskSums / codes.plan.queries);
+  const int64_t rows = std::min(std::clamp<int64_t>(large, 16, most), ceil_div(codes.m, 4 * n_threads));
+  return round_up(rows, kFewRows);
+}
+
+}  // namespace
+
+bool multiply_few_integers(const Codes& codes, const Rows& b, Output<float> c, int n_threads) {
+  const Columns columns(codes.plan);
+  const FewProduct product = {codes, columns, rows_of_task(codes, n_threads), c};
+  return run(columns, product, b, product.task, product.scratch_size(), n_threads);
+}
+
+}  // namespace lgk
