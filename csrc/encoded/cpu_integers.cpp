@@ -61,12 +61,17 @@ struct Tiles {
 
 // The cache lines of some rows' units, which are fetched a few at a time.
 struct Ahead {
-  const uint8_t* first;
-  int64_t stride, lines, count, step, at = 0;
+  const uint8_t* row;
+  int64_t stride, row_bytes, left, step, at = 0;
 
   void fetch() {
-    for (const int64_t end = std::min(count, at + step); at < end; ++at) {
-      __builtin_prefetch(first + at / lines * stride + at % lines * kCacheLine, 0, 2);
+    for (int64_t lines = std::min(step, left); lines > 0; --lines, --left) {
+      __builtin_prefetch(row + at, 0, 2);
+      at += kCacheLine;
+      if (at == row_bytes) {
+        at = 0;
+        row += stride;
+      }
     }
   }
 };
@@ -98,10 +103,10 @@ struct WideProduct : Codes {
   // The rows after these, or the units after them.
   Ahead ahead(int64_t row, int64_t first, int64_t end, int64_t unit, int64_t tiles) const {
     const bool on = row + kTileCodes < end;
-    const int64_t bytes = std::min(kRunUnits, plan.units() - unit) * a.encoding.bytes(kUnit);
-    const int64_t lines = ceil_div(bytes, kCacheLine), count = kTileCodes * lines;
+    const int64_t bytes = round_up(std::min(kRunUnits, plan.units() - unit) * a.encoding.bytes(kUnit), kCacheLine);
+    const int64_t count = kTileCodes * bytes / kCacheLine;
     const uint8_t* from = on ? at(row + kTileCodes, unit) : at(first, std::min(unit + kRunUnits, plan.units() - 1));
-    return {from, a.code_stride, lines, count, ceil_div(count, tiles)};
+    return {from, a.code_stride, bytes, count, ceil_div(count, tiles)};
   }
 
   void multiply(int64_t row, int64_t rows, float* scratch) const {
