@@ -1,3 +1,4 @@
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -9,12 +10,14 @@ import logra_kernels as lk
 
 pytestmark = TIMED
 CASES = {  # device, dtype, lengths of the samples, then d_in d_out k
-    "cpu-fp32": ("cpu", torch.float32, [256] * 8, 512, 1408, 64),
     "cpu-fp32-long": ("cpu", torch.float32, [2048], 512, 512, 64),
     "cpu-fp32-ragged": ("cpu", torch.float32, [700, 5, 300, 43, 1000], 512, 512, 64),
-    "cpu-bf16": ("cpu", torch.bfloat16, [256] * 8, 512, 1408, 64),
-    "cpu-bf16-k16": ("cpu", torch.bfloat16, [256] * 8, 512, 1408, 16),
-    "cpu-bf16-k128": ("cpu", torch.bfloat16, [256] * 8, 512, 1408, 128),
+    "cpu-bf16-short": ("cpu", torch.bfloat16, [128] * 8, 512, 1408, 64),
+} | {
+    f"cpu-{name}-{d_in}x{d_out}-k{k}": ("cpu", dtype, [256] * 8, d_in, d_out, k)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    for d_in, d_out in ((512, 1408), (1408, 512), (2048, 2048))
+    for k in (16, 64, 128)
 }
 if torch.cuda.is_available():
     BATCHES = {"16x512": [512] * 16, "4x2048": [2048] * 4, "1x8192": [8192], "ragged": [5000, 12, 700, 1800, 680]}
@@ -41,16 +44,39 @@ def fused(x: Tensor, dy: Tensor, p_in: Tensor, p_out: Tensor, lengths: list[int]
     return lk.project_grad(x, dy, p_in, p_out, offsets)
 
 
-def gemm_share(run: Callable[[], object], rows: int, d: int, k: int, dtype: torch.dtype, rounds: int = 40) -> float:
-    """torch's time for one product of as many flops, [rows, d] x [d, k], over ours: both in turn, the best of each."""
-    a, b = torch.randn(rows, d).to(dtype), torch.randn(k, d).to(dtype)
-    best = [float("inf")] * 2
+def widened(x: Tensor, dy: Tensor, p_in: Tensor, p_out: Tensor, lengths: list[int] | None) -> Tensor:
+    """`composed` whose last product is of fp32 numbers, as our results are."""
+    a, b = (x @ p_in.T).float(), (dy @ p_out.T).float()
+    if lengths is None:
+        return b.mT @ a
+    return torch.stack([v.T @ u for u, v in zip(a.split(lengths), b.split(lengths), strict=True)])
+
+
+def rounded(x: Tensor, dy: Tensor, p_in: Tensor, p_out: Tensor, lengths: list[int] | None) -> Tensor:
+    """`composed` of fp32 positions rounded to the factors' dtype."""
+    return composed(x.to(p_in.dtype), dy.to(p_out.dtype), p_in, p_out, lengths)
+
+
+def in_turn(calls: dict[str, Callable[[], object]], rounds: int = 40) -> dict[str, float]:
+    """The median time of each call, all taking turns: on a shared machine what is timed apart is not comparable."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
     for _ in range(rounds):
-        for i, call in enumerate((lambda: a @ b.T, run)):
+        for name, call in calls.items():
             begun = synced()
             call()
-            best[i] = min(best[i], synced() - begun)
-    return round(best[0] / best[1], 3)
+            times[name].append(synced() - begun)
+    return {name: statistics.median(took) for name, took in times.items()}
+
+
+def shares(args: tuple, compositions: dict[str, Callable], rows: int, d: int, k: int) -> dict[str, float]:
+    """Times over ours: of torch's product of as many flops, [rows, d] x [d, k], and of each composition."""
+    a, b = (torch.randn(count, d).to(args[2].dtype) for count in (rows, k))
+    calls: dict[str, Callable[[], object]] = {"ours": lambda: fused(*args), "gemm": lambda: a @ b.T}
+    calls |= {name: lambda call=call: call(*args) for name, call in compositions.items()}
+    took = in_turn(calls)
+    return {name: round(took[name] / took["ours"], 3) for name in ("gemm", *compositions)}
 
 
 PROVIDERS = {"naive": composed, "logra_kernels": fused}
@@ -75,7 +101,22 @@ def bench_project_grad(cell, benchmark, case, provider):
     args = (x, dy, p_in, p_out, None if dense else lengths)
     if device == "cpu" and provider == "logra_kernels":
         # every position: k * (d_in + d_out + k) products
-        share = gemm_share(lambda: fused(*args), positions, d_in + d_out + k, k, dtype)
-        benchmark.extra_info["gemm_share"] = share
-        print(f"{case}: {share:.0%} of torch's rate for one product of the same flops")
+        compositions = {"composed": composed} | ({"widened": widened} if dtype != torch.float32 else {})
+        found = shares(args, compositions, positions, d_in + d_out + k, k)
+        benchmark.extra_info.update(gemm_share=found["gemm"], interleaved=found)
+        print(f"{case}: in turn, times over ours: {found}")
     cell("project_grad", f"{batch} d_in{d_in} d_out{d_out} k{k}", provider, PROVIDERS, args, flops, moved)
+
+
+@pytest.mark.parametrize("k", [16, 64, 128])
+@pytest.mark.parametrize("sizes", [(512, 1408), (1408, 512), (2048, 2048)], ids=lambda sizes: f"{sizes[0]}x{sizes[1]}")
+def bench_project_grad_of_rounded_positions(benchmark, sizes, k):
+    """fp32 positions beside bf16 factors, which projection_dtype=bf16 gives; checked against the rounded numbers."""
+    x, dy = (torch.randn(8, 256, d) for d in sizes)
+    p_in, p_out = ((torch.randn(k, d) / d**0.5).bfloat16() for d in sizes)
+    exact = composed(x.bfloat16().double(), dy.bfloat16().double(), p_in.double(), p_out.double(), None)
+    args = (x, dy, p_in, p_out, None)
+    assert (fused(*args).double() - exact).norm() < 1e-5 * exact.norm()
+    found = shares(args, {"rounded": rounded}, 8 * 256, sum(sizes) + k, k)
+    print(f"fp32 beside bf16 {sizes} k{k}: in turn, times over ours: {found}")
+    benchmark(fused, *args)

@@ -2,9 +2,10 @@
 
     python -m pytest bench --benchmark-json=raw.json && python bench/record.py raw.json
 
-A row holds times in microseconds, rates worked out from the median, torch's time for one product of the same flops
-over this one's where the bench measures that, and the naive composition's median over this one's where both were
-measured; a cell whose numbers were wrong has failed before it was timed and is not there.
+A row holds times in microseconds, rates worked out from the median, the times of one torch product of the same flops
+and of the compositions over this one's where the bench measures these in turn with it, and the naive composition's
+median over this one's where both were measured; a cell whose numbers were wrong has failed before it was timed and is
+not there.
 """
 
 import json
@@ -28,8 +29,7 @@ def row(info: dict, stats: dict, naive_median: float | None) -> dict:
     made |= {f"{name}_us": round(stats[name] * 1e6, 1) for name in ("median", "min", "iqr")}
     made |= {"rounds": stats["rounds"], "gflops": round(info["flops"] / median / 1e9, 1)}
     made["gbytes_per_s"] = round(info["bytes"] / median / 1e9, 2)
-    if "gemm_share" in info:
-        made["gemm_share"] = info["gemm_share"]
+    made |= {key: info[key] for key in ("gemm_share", "interleaved") if key in info}
     if naive_median is not None and info["provider"] != "naive":
         made["speedup"] = round(naive_median / median, 2)
     return made
