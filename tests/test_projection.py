@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import logra_kernels as lk
+from logra_kernels.projection import draw, normal, orthonormal, philox
 from logra_kernels.projection.philox import by_products
 
 RANDOM = ["orthonormal", "gaussian", "rademacher", "kaiming", "mask", "sjlt"]
@@ -83,11 +85,97 @@ def test_known_numbers():
     np.testing.assert_array_equal(r, [[1, -1, -1, 1, -1, -1, 1, 1]])
 
 
+def test_known_orthonormal_numbers():
+    known = [
+        [0.3234927356, 0.1061398536, -0.2297368199, -0.4278325140, -0.8051503897],
+        [-0.8635117412, 0.3515067101, -0.3014976382, -0.1446580738, -0.1377089024],
+    ]
+    p = lk.Projection(rank=2, seed=0).factor("layer", "in", 5).numpy()
+    np.testing.assert_allclose(p, known, rtol=1e-6)
+
+
 def test_the_generator_gives_numpys_bits_by_torchs_products():
-    for name, count in (("a", 1), ("0/h.1.mlp/in", 1003)):
+    for name, first, count in (("a", 0, 1), ("0/h.1.mlp/in", 0, 1003), ("b", 96, 30)):
         key = np.frombuffer(hashlib.sha256(name.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
-        expected = torch.from_numpy(np.random.Philox(key=key).random_raw(count).view(np.int64))
-        assert torch.equal(by_products(key, count, torch.device("cpu")), expected)
+        expected = torch.from_numpy(np.random.Philox(key=key).random_raw(first + count).view(np.int64))[first:]
+        assert torch.equal(by_products(key, first, count, torch.device("cpu")), expected)
+
+
+def test_normal_variates_are_box_mullers_to_the_last_places():
+    got = normal.normals("x", 100_003, torch.device("cpu")).numpy()
+    u, v = (normal.uniform(philox.words(s, len(got), torch.device("cpu"))).numpy() for s in ("x", "x/angle"))
+    expected = np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * v)
+    assert np.abs(got - expected).max() < 8e-15
+    largest = np.array([0.5, 2.0**53 - 0.5]) * 2.0**-53  # the ends of a uniform variate's range
+    ends = normal._ln(torch.from_numpy(largest)).numpy()
+    np.testing.assert_allclose(ends, np.log(largest), rtol=1e-15)
+    assert (-2 * ends[0]) ** 0.5 < normal.BOUND
+
+
+def test_normal_variates_are_operations_that_ieee_754_defines():
+    """Python's scalar arithmetic, one operation at a time in the same order, gives the bits of torch's kernels."""
+
+    def polynomial(coefficients, z):
+        value = z * coefficients[-1]
+        for c in coefficients[-2:0:-1]:
+            value = (value + c) * z
+        return value + coefficients[0]
+
+    cpu = torch.device("cpu")
+    u, v = (normal.uniform(philox.words(s, 2001, cpu)).tolist() for s in ("y", "y/angle"))
+    expected = []
+    for a, b in zip(u, v, strict=True):
+        m, e = math.frexp(a)
+        m, e = (m, e) if m >= math.sqrt(0.5) else (2 * m, e - 1)
+        s = (m - 1.0) / (m + 1.0)
+        ln = polynomial(normal._LN, s * s) * s + e * math.log(2.0)
+        y = (abs(b - 0.5) - 0.25) * 4.0
+        expected.append(math.sqrt(ln * -2.0) * (polynomial(normal._SIN, y * y) * y))
+    assert normal.normals("y", 2001, cpu).tolist() == expected
+
+
+@pytest.mark.parametrize(("k", "d"), [(1, 1), (7, 7), (16, 300), (40, 90), (64, 5000)])
+def test_orthonormal_rows_do_not_depend_on_the_order_of_sums(k, d, monkeypatch):
+    """Products summed in another order, blocked otherwise, or in integers give the same bits."""
+    rows = normal.normals(f"{k}/{d}", k * d, torch.device("cpu")).reshape(k, d)
+    expected = orthonormal.orthonormalise(rows.clone(), normal.BOUND)
+    q, r = np.linalg.qr(rows.numpy().T)
+    np.testing.assert_allclose(expected.numpy(), (q * np.sign(np.diag(r))).T, rtol=0, atol=1e-9)
+    torch.testing.assert_close(expected @ expected.T, torch.eye(k, dtype=torch.float64), rtol=0, atol=2.0**-30)
+
+    def in_integers(a, b):
+        assert torch.equal(a, a.round())
+        assert torch.equal(b, b.round())
+        assert (a.abs() @ b.abs()).max() <= 2.0**53
+        return (a.long() @ b.long()).double()
+
+    def backwards(a, b):
+        return a.flip(1).contiguous() @ b.flip(0).contiguous()
+
+    for product in (in_integers, backwards):
+        monkeypatch.setattr(orthonormal, "product", product)
+        assert torch.equal(orthonormal.orthonormalise(rows.clone(), normal.BOUND), expected)
+    monkeypatch.setitem(normal.PIECE, "cpu", 1)
+    assert torch.equal(orthonormal.orthonormalise(rows.clone(), normal.BOUND), expected)
+
+
+@pytest.mark.parametrize("apart", [1e-3, 1e-6, 1e-8, 1e-10])
+def test_nearly_dependent_rows_are_made_orthonormal(apart):
+    rows = torch.randn(12, 12, dtype=torch.float64)
+    rows[-1] = rows[0] + apart * torch.randn(12, dtype=torch.float64)
+    p = orthonormal.orthonormalise(rows, normal.BOUND)
+    torch.testing.assert_close(p @ p.T, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_factors_made_as_a_device_makes_them_are_the_hosts(kind, monkeypatch):
+    """Words by integer products, in pieces of other sizes: what a CUDA device runs, run here."""
+    settings = (kind, 3, "h.0.mlp", "in", 16, 301, 4)
+    expected = draw.draw(*settings)
+    monkeypatch.setattr(philox, "HOST", "none")
+    monkeypatch.setitem(normal.PIECE, "cpu", 1000)
+    assert torch.equal(draw.draw(*settings), expected)
+    assert draw.draw(*settings, torch.device("meta")).shape == (16, 301)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -7,51 +7,45 @@
     mask          sqrt(d/k) times k different unit vectors           E[P^T P] = I
     sjlt          s entries +-1/sqrt(s) in every column (Kane & Nelson 2014)     E[P^T P] = I
 
-The last two are what FactGraSS (Hu et al. 2025) projects each side with. All but the first two are made on the device,
-of integers and exact scalings, and are the same bits on every one. The first two take logarithms and cosines, which
-devices round differently, so they are made on the host and moved.
+The last two are what FactGraSS (Hu et al. 2025) projects each side with. All are made on the device, and are the same
+bits on every one: of integers, of fp64 operations that IEEE 754 defines to the last bit (`normal`), and of matrix
+products in which nothing is rounded (`orthonormal`).
 """
 
-import numpy as np
+import math
+
 import torch
 from torch import Tensor
 
+from logra_kernels.projection.normal import BOUND, normals, uniform
+from logra_kernels.projection.orthonormal import orthonormalise
 from logra_kernels.projection.philox import words
 
-GENERATOR = 1  # raised when the same settings would give other factors
+GENERATOR = 1  # raised when the same settings would give factors that differ by more than fp32's last bit
 DRAWN = ("orthonormal", "gaussian", "rademacher", "kaiming", "mask", "sjlt")
 _CPU = torch.device("cpu")
+_WITHOUT_FP64 = ("meta", "mps")  # devices whose factors are made on the host
 
 
 def draw(
     kind: str, seed: int, name: str, side: str, k: int, dim: int, nonzeros: int = 1, device: torch.device = _CPU
 ) -> Tensor:
     """A random factor [k, dim], fp32, on the device."""
+    if device.type in _WITHOUT_FP64:
+        return draw(kind, seed, name, side, k, dim, nonzeros).to(device)
     stream = f"{seed}/{name}/{side}"
     if kind == "rademacher":
         return _signs(words(stream, k * dim, device) < 0, k).reshape(k, dim)
     if kind == "kaiming":
-        bound = 1 / _root(dim if side == "in" else k)
-        return ((_uniform(words(stream, k * dim, device)) * 2 - 1) * bound).float().reshape(k, dim)
+        bound = 1 / math.sqrt(dim if side == "in" else k)
+        return ((uniform(words(stream, k * dim, device)) * 2 - 1) * bound).float().reshape(k, dim)
     if kind == "mask":
         chosen = words(stream, dim, device).argsort(stable=True)[:k].sort().values
-        return torch.zeros(k, dim, device=device, dtype=torch.float32).scatter_(1, chosen[:, None], _root(dim / k))
+        return torch.zeros(k, dim, device=device, dtype=torch.float32).scatter_(1, chosen[:, None], math.sqrt(dim / k))
     if kind == "sjlt":
         return _sparse(stream, k, dim, min(nonzeros, k), device)
-    normal = normals(stream, k * dim).reshape(k, dim) / np.sqrt(k)
-    if kind == "orthonormal":
-        q, r = np.linalg.qr(normal.T)
-        normal = (q * np.sign(np.diag(r))).T  # the sign makes the factorisation unique
-    return torch.from_numpy(np.ascontiguousarray(normal, dtype=np.float32)).to(device)
-
-
-def normals(stream: str, count: int) -> np.ndarray:
-    """The first standard normal variates of a stream, [count] fp64.
-
-    Box-Muller on two streams of words: NumPy promises its raw streams, but not its normal variates, for ever.
-    """
-    u, v = (_uniform(words(s, count, _CPU)).numpy() for s in (stream, f"{stream}/angle"))
-    return np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)
+    normal = normals(stream, k * dim, device).reshape(k, dim)
+    return (orthonormalise(normal, BOUND) if kind == "orthonormal" else normal.mul_(1 / math.sqrt(k))).float()
 
 
 def _sparse(stream: str, k: int, dim: int, s: int, device: torch.device) -> Tensor:
@@ -65,14 +59,5 @@ def _sparse(stream: str, k: int, dim: int, s: int, device: torch.device) -> Tens
 
 def _signs(positive: Tensor, count: int) -> Tensor:
     """+-1/sqrt(count), fp32."""
-    value = 1 / _root(count)
+    value = 1 / math.sqrt(count)
     return (positive.double() * (2 * value) - value).float()
-
-
-def _uniform(raw: Tensor) -> Tensor:
-    """(0, 1) fp64 of the upper 53 bits; every step is exact."""
-    return (((raw >> 11) & (2**53 - 1)).double() + 0.5) * 2.0**-53
-
-
-def _root(value: float) -> float:
-    return float(np.sqrt(value))

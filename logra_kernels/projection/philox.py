@@ -5,6 +5,7 @@ c := (hi(M1 c2) ^ c1 ^ k0,  lo(M1 c2),  hi(M0 c0) ^ c3 ^ k1,  lo(M0 c0)),   k :=
 """
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -13,20 +14,31 @@ from torch import Tensor
 _M = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 _W = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
 _LOW = 0xFFFFFFFF
+HOST = "cpu"  # the device that NumPy's own stream serves
 
 
 def words(stream: str, count: int, device: torch.device) -> Tensor:
     """The first words of the stream that belongs to a name, [count] int64, on the device."""
+    return next(parts(stream, [count], device))
+
+
+def parts(stream: str, counts: Iterable[int], device: torch.device) -> Iterator[Tensor]:
+    """The stream's words, `counts` at a time; all counts but the last must be multiples of 4."""
     key = np.frombuffer(hashlib.sha256(stream.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
-    if device.type == "cpu":
-        return torch.from_numpy(np.random.Philox(key=key).random_raw(count).view(np.int64))
-    return by_products(key, count, device)
+    if device.type == HOST:
+        numpy = np.random.Philox(key=key)
+        yield from (torch.from_numpy(numpy.random_raw(count).view(np.int64)) for count in counts)
+        return
+    first = 0
+    for count in counts:
+        yield by_products(key, first, count, device)
+        first += count
 
 
-def by_products(key: np.ndarray, count: int, device: torch.device) -> Tensor:
-    """The same words by torch's integer products."""
+def by_products(key: np.ndarray, first: int, count: int, device: torch.device) -> Tensor:
+    """NumPy's words first .. first + count - 1 by torch's integer products; `first` is a multiple of 4."""
     zero = torch.zeros(-(-count // 4), dtype=torch.int64, device=device)
-    c = [torch.arange(1, len(zero) + 1, dtype=torch.int64, device=device), zero, zero, zero]
+    c = [torch.arange(1, len(zero) + 1, dtype=torch.int64, device=device) + first // 4, zero, zero, zero]
     k0, k1 = (int(k) for k in key)
     for _ in range(10):
         high0, low0 = _product(_M[0], c[0])

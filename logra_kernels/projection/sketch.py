@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from logra_kernels.projection.draw import normals
 from logra_kernels.projection.moment import Moment, SecondMoment
+from logra_kernels.projection.normal import normals
 
 _BLOCK = 1024  # features that are turned at a time
 _ROWS = 256  # that are taken in at a time, at least: each time costs an eigendecomposition
@@ -78,7 +78,7 @@ class SketchedMoment(Moment):
         found = self.rows[:k].clone()
         size = torch.linalg.vector_norm(found, dim=1)
         for i in (size <= 1e-6 * size.max()).nonzero()[:, 0].tolist():  # fewer directions were seen than are asked for
-            found[i] = torch.from_numpy(normals(f"sketch/{i}", self.dim))
+            found[i] = normals(f"sketch/{i}", self.dim, self.device)
         found /= torch.linalg.vector_norm(found, dim=1, keepdim=True)
         for _ in range(2):  # the second time takes away what rounding left
             lower = torch.linalg.cholesky((found @ found.T).double())
