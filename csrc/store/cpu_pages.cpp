@@ -17,8 +17,8 @@
 namespace lgk::store {
 namespace {
 
-// Brought in by one thread at a time: many huge pages, of which the kernel reads the next one while it maps one.
-constexpr size_t kPiece = 8 << 20;
+// Brought in by one thread at a time: the kernel reads ahead within it, and the other threads are at the next ones.
+constexpr size_t kPiece = 2 << 20;
 
 struct Pages {
   uintptr_t start;
@@ -61,9 +61,6 @@ int populate_piece(uintptr_t start, size_t bytes, uintptr_t page) {
 int populate(const void* address, int64_t bytes, int n_threads) {
   const Pages pages = pages_of(address, bytes, false);
   if (pages.bytes == 0) return 0;
-#ifdef MADV_HUGEPAGE
-  advise(pages.start, pages.bytes, MADV_HUGEPAGE);  // refused where there are none
-#endif
   const size_t pieces = (pages.bytes + kPiece - 1) / kPiece;
   std::atomic<size_t> next{0};
   std::atomic<int> failed{0};
