@@ -1,7 +1,7 @@
 """What a tap costs where its layer costs nothing: forward and backward of Linear(8, 8) on one position, on the CPU.
 
-The three are timed in turn, round by round; "nothing" is an autograd Function that only passes y and dy on, the least
-that any tap made of one can cost here.
+All are timed in turn, round by round: a layer that learns and a frozen one whose input gets a gradient, each untapped
+and tapped, and one behind an autograd Function that only passes y and dy on, the least that any tap made of one costs.
 """
 
 import time
@@ -26,27 +26,37 @@ class Nothing(torch.autograd.Function):
 
 def measure() -> dict[str, float]:
     """name -> microseconds of a step, the best round's."""
-    x = torch.randn(1, 1, 8)
+    x, active = torch.randn(1, 1, 8), torch.randn(1, 1, 8, requires_grad=True)
     untapped, passed, tapped = (nn.Linear(8, 8) for _ in range(3))
+    frozen, frozen_tapped = (nn.Linear(8, 8).requires_grad_(False) for _ in range(2))
     passed.register_forward_hook(lambda module, args, y: Nothing.apply(y))
-    taps = lk.capture(tapped, lk.Projection(rank=4))
+    cases = {
+        "untapped": (untapped, x),
+        "nothing": (passed, x),
+        "tapped": (tapped, x),
+        "frozen": (frozen, active),
+        "frozen tapped": (frozen_tapped, active),
+    }
     best: dict[str, float] = {}
-    with taps:
+    both = [lk.capture(layer, lk.Projection(rank=4)) for layer in (tapped, frozen_tapped)]
+    with both[0], both[1]:
         for _ in range(ROUNDS):
-            for name, layer in (("untapped", untapped), ("nothing", passed), ("tapped", tapped)):
+            for name, (layer, at) in cases.items():
                 begun = time.perf_counter()
                 for _ in range(STEPS):
-                    layer(x).sum().backward()
+                    layer(at).sum().backward()
                 took = (time.perf_counter() - begun) / STEPS * 1e6
                 best[name] = min(took, best.get(name, took))
-    want = ROUNDS * STEPS * x[0].new_ones(8)[:, None] * x[0]
-    p_in, p_out = taps.factors[""]
-    torch.testing.assert_close(taps.grads[""][0], p_out @ want @ p_in.T, rtol=1e-3, atol=1e-3)
+    for taps, at in zip(both, (x, active.detach()), strict=True):
+        want = ROUNDS * STEPS * at[0].new_ones(8)[:, None] * at[0]
+        p_in, p_out = taps.factors[""]
+        torch.testing.assert_close(taps.grads[""][0], p_out @ want @ p_in.T, rtol=1e-3, atol=1e-3)
     return best
 
 
 def bench_tap(benchmark) -> None:
     best = benchmark.pedantic(measure, rounds=1)
-    benchmark.extra_info.update({f"{name}_us": round(us, 1) for name, us in best.items()})
+    benchmark.extra_info.update({f"{name.replace(' ', '_')}_us": round(us, 1) for name, us in best.items()})
     benchmark.extra_info["tap_us"] = round(best["tapped"] - best["untapped"], 1)
+    benchmark.extra_info["frozen_tap_us"] = round(best["frozen tapped"] - best["frozen"], 1)
     print({name: benchmark.extra_info[name] for name in benchmark.extra_info})

@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include "arguments.h"
+#include "fast_call.h"
 #include "project_grad/cpu.h"
 
 namespace py = pybind11;
@@ -75,37 +76,19 @@ struct Call {
   }
 };
 
-// What `project_grad_adder` returns: by Python's own calling convention, as pybind11's takes a third of a tiny layer's
-// time. self is the capsule of a Call.
+// What `project_grad_adder` returns.
 PyObject* add(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
-  constexpr Py_ssize_t kCount = 7;
-  int64_t number[kCount];
-  if (count != kCount) {
-    PyErr_Format(PyExc_TypeError, "project_grad_adder: takes %zd arguments, not %zd", kCount, count);
-    return nullptr;
-  }
-  for (Py_ssize_t i = 0; i < kCount; ++i) {
-    number[i] = PyLong_AsLongLong(arguments[i]);
-    if (number[i] == -1 && PyErr_Occurred() != nullptr) return nullptr;
-  }
-  Call call = *static_cast<const Call*>(PyCapsule_GetPointer(self, nullptr));
+  int64_t number[7];
+  if (!read_numbers("project_grad_adder", arguments, count, number)) return nullptr;
+  Call call = prepared<Call>(self);
   call.x.positions.data = reinterpret_cast<const void*>(number[0]);
   Rows& dy = call.dy.positions;
   dy = matrix(reinterpret_cast<const void*>(number[1]), dy.dtype, number[2], number[3]);
   dy = beside(dy, call.dy.has_projection ? call.dy.projection : dy);
-  try {
-    call.run(static_cast<Address>(number[4]), number[5] != 0, static_cast<int>(number[6]));
-  } catch (const std::exception& error) {
-    PyErr_SetString(
-        dynamic_cast<const std::invalid_argument*>(&error) != nullptr ? PyExc_ValueError : PyExc_MemoryError,
-        error.what());
-    return nullptr;
-  }
-  Py_RETURN_NONE;
+  return none_of([&] { call.run(static_cast<Address>(number[4]), number[5] != 0, static_cast<int>(number[6])); });
 }
 
-PyMethodDef kAdd = {"project_grad_add", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add)), METH_FASTCALL,
-                    nullptr};
+PyMethodDef kAdd = {"project_grad_add", fast(add), METH_FASTCALL, nullptr};
 
 }  // namespace
 
@@ -126,10 +109,8 @@ void bind_project_grad(py::module_& m) {
       "project_grad_adder",
       [](const Positions& x, const Positions& dy, const std::optional<Matrix>& p_in, const std::optional<Matrix>& p_out,
          int64_t samples, int64_t length, int64_t d_in, int64_t d_out, int64_t k_in, int64_t k_out) {
-        const py::capsule call(
-            new Call(x, dy, p_in, p_out, std::nullopt, 0, samples, length, samples * length, d_in, d_out, k_in, k_out),
-            [](void* made) { delete static_cast<Call*>(made); });
-        return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&kAdd, call.ptr(), nullptr));
+        return bound(&kAdd, new Call(x, dy, p_in, p_out, std::nullopt, 0, samples, length, samples * length, d_in,
+                                     d_out, k_in, k_out));
       },
       "f(x, dy, dy_row, dy_column, out, add, n_threads): project_grad without weights and offsets, checked once for "
       "many"

@@ -238,8 +238,8 @@ def capture(
             fp32 all the same. None is the model's own dtype; bf16 rounds those of an fp32 model, which halves the cost
             where bf16 is the faster; fp32 keeps the factors of a 16-bit model exact. An fp64 model keeps fp64.
         in_graph: Make every tap a node of autograd's graph, so that `torch.autograd.grad(loss, taps.probes.values())`
-            works. Without it, eager models on the CPU are tapped more cheaply where a weight gets a gradient too, and
-            `backward()` is what gathers.
+            works. Without it, eager models on the CPU are tapped more cheaply where a layer's output gets a gradient
+            anyway, and `backward()` is what gathers.
 
     Raises:
         ValueError: An unknown kind, a pattern that matches no layer, or another dtype than bf16 and fp32.

@@ -1,10 +1,13 @@
 """The tap that is no node of the graph: a hook on the gradient of y, at a fraction of an autograd Function's cost.
 
-    forward    nothing: a weight that gets a gradient keeps x alive anyway
-    backward   probe.grad[n] += sum_t (P_out dy[n,t]) (x) (P_in x[n,t])
+    weight learns    forward    nothing: a weight that gets a gradient keeps x alive anyway
+                     backward   probe.grad[n] += sum_t (P_out dy[n,t]) (x) (P_in x[n,t])
+    weight frozen    forward    a[n,t] = P_in x[n,t] is kept
+                     backward   probe.grad[n] += sum_t (P_out dy[n,t]) (x) a[n,t]
 
 A probe that stands in the graph gets its gradient from `backward()`, and not from an `autograd.grad` of something else.
-So does this one: what counts are the backward passes in which the layer's weight gets its own gradient.
+So does this one. What counts are the backward passes in which the layer's weight gets its own gradient, or, where it is
+frozen, in which everything below the layer gets its gradient that can have one.
 """
 
 from collections.abc import Callable
@@ -18,13 +21,15 @@ from torch.compiler import is_compiling
 
 from logra_kernels.nn.adapters import Adapter
 from logra_kernels.nn.hook import Hook, Probe
-from logra_kernels.ops import AddProjectGrad, add_project_grad, plain
+from logra_kernels.ops import AddProjectGrad, ProjectRows, add_project_grad, plain, row_projector
 
 if TYPE_CHECKING:
     from logra_kernels.nn.capture import Taps
 
 _executes = torch._C._will_engine_execute_node
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+_pass_number = torch._C._current_graph_task_id
+_node_now = torch._C._current_autograd_node
 _saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _OURS = -1  # other hooks' handles count from 0
 
@@ -49,14 +54,42 @@ def _gets_gradient(weight: Tensor, node: Node) -> bool:
         return False
 
 
+_last_pass = (-1, False)  # its number, and whether all leaves get their gradients in it
+
+
+def _all_get_gradients() -> bool:
+    """Whether the backward that runs adds to .grad of every leaf below; the answer to a pass's first hook is kept."""
+    global _last_pass
+    number = _pass_number()
+    if _last_pass[0] != number:
+        _last_pass = number, _leaves_execute(_node_now())
+    return _last_pass[1]
+
+
+def _leaves_execute(node: Node) -> bool:
+    ahead, seen = [node], {node}
+    while ahead:
+        node = ahead.pop()
+        below = [edge[0] for edge in node.next_functions if edge[0] is not None]
+        if not below and hasattr(node, "variable"):
+            try:
+                if not _executes(node):
+                    return False
+            except RuntimeError:  # its gradient is what autograd.grad returns
+                return False
+        ahead += [new for new in below if new not in seen]
+        seen.update(below)
+    return True
+
+
 def _gather(
-    kept: list[Tensor], add: AddProjectGrad, leaf: Tensor, weight: Tensor, node: Node, dy: Tensor | None
+    kept: list[Tensor], add: AddProjectGrad, leaf: Tensor, weight: Tensor | None, node: Node | None, dy: Tensor | None
 ) -> Tensor | None:
-    """The hook: x as the forward kept it, what to do with it, where the gradient goes, and whose it goes with."""
+    """The hook: what the forward kept, what to do with it, where the gradient goes, and whose it goes with, if any."""
     if not kept:
         return None  # torch says so itself where a graph was not retained
     x = kept[0] if _graph_is_kept() else kept.pop()
-    if not _gets_gradient(weight, node):
+    if not (_all_get_gradients() if weight is None else _gets_gradient(weight, node)):  # type: ignore[arg-type]
         return None
     g = leaf.grad
     if dy is None:
@@ -78,18 +111,20 @@ def _gather(
 class LinearHook(Hook):
     """The hook on an nn.Linear, which taps it directly where that can be done.
 
-    That is in eager mode on the CPU where the weight gets a gradient, so that x is kept as it is, and nobody has hooks
-    on y yet. But where saved tensors are packed, as checkpointing does, x is not kept.
+    That is in eager mode on the CPU where y gets a gradient and nobody has hooks on it yet. But where saved tensors are
+    packed, as checkpointing does, what is kept here would not be.
     """
 
     def __init__(self, name: str, adapter: Adapter, probe: Probe, taps: "Taps") -> None:
         super().__init__(name, adapter, probe, taps)
         self._add: AddProjectGrad | None = None
+        self._project: ProjectRows | None = None  # of a frozen weight's x
         self._weight: Tensor | None = None
+        self._learns = False
         self._dtype: torch.dtype | None = None
         self._x_shape: torch.Size | None = None
         self._k: tuple[int, int] | None = None
-        self._node: Node
+        self._source: tuple[Tensor | None, Node | None]
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         taps, x = self.taps, args[0] if args else kwargs["input"]
@@ -115,7 +150,6 @@ class LinearHook(Hook):
             at is None
             or at._backward_hooks is not None
             or weight is None
-            or not weight.requires_grad
             or type(x) is not Tensor
             or not x.is_contiguous()
             or _saving_hooks(True) is not None
@@ -124,6 +158,7 @@ class LinearHook(Hook):
         probe = self.probe
         if (
             weight is not self._weight
+            or weight.requires_grad is not self._learns
             or weight.dtype is not self._dtype
             or x.shape != self._x_shape
             or probe.k is not self._k  # other factors come with another
@@ -134,19 +169,26 @@ class LinearHook(Hook):
         leaf = probe.leaf
         if leaf is None or leaf.shape[0] != x.shape[0]:
             leaf = self._leaf(x)
+        kept = x if self._project is None else self._project(x)
         # the two steps of Tensor.register_hook, without the handle it makes, which costs as much again
-        at._backward_hooks = _LastHook({_OURS: partial(_gather, [x], self._add, leaf, weight, self._node)})
+        at._backward_hooks = _LastHook({_OURS: partial(_gather, [kept], self._add, leaf, *self._source)})
         at.grad_fn._register_hook_dict(at)  # type: ignore[union-attr]
         return True
 
     def _prepare(self, weight: Tensor, x: Tensor, y: Tensor) -> None:
         """Work out what weight, shapes and factors decide; a layer that cannot be tapped directly has no `_add`."""
         self.adapter.check(self.name, x)
-        self._weight, self._dtype, self._x_shape, self._k = weight, weight.dtype, x.shape, self.probe.k
-        self._add = None
+        self._weight, self._learns, self._dtype = weight, weight.requires_grad, weight.dtype
+        self._x_shape, self._k = x.shape, self.probe.k
+        self._add = self._project = None
         if type(weight) is not nn.Parameter or not x.numel() or not x.dtype == y.dtype == weight.dtype:
             return
-        rows = x.detach().reshape(len(x), -1, x.shape[-1])
-        factors = self.probe.factors(x.dtype, y.dtype)
-        self._add = add_project_grad(rows, y.detach().reshape(*rows.shape[:2], -1), *factors)
-        self._node = get_gradient_edge(weight).node
+        kept = x.detach().reshape(len(x), -1, x.shape[-1])
+        p_in, p_out = self.probe.factors(x.dtype, y.dtype)
+        if not self._learns and p_in is not None:
+            self._project = row_projector(kept, p_in)
+            if self._project is None:
+                return
+            kept, p_in = self._project(kept), None
+        self._add = add_project_grad(kept, y.detach().reshape(*kept.shape[:2], -1), p_in, p_out)
+        self._source = (weight, get_gradient_edge(weight).node) if self._learns else (None, None)

@@ -5,7 +5,7 @@ from logra_kernels.ops.accumulate_gram import accumulate_gram
 from logra_kernels.ops.dequantize_rows import dequantize_rows
 from logra_kernels.ops.factor_rows import factor_rows
 from logra_kernels.ops.project_grad import AddProjectGrad, add_project_grad, project_grad
-from logra_kernels.ops.project_rows import project_rows
+from logra_kernels.ops.project_rows import ProjectRows, project_rows, row_projector
 from logra_kernels.ops.quantize_rows import quantize_rows
 from logra_kernels.ops.score_block import QUERY_FORMATS, score_block
 from logra_kernels.ops.score_factored import score_factored
@@ -19,6 +19,7 @@ __all__ = [
     "Backend",
     "EncodedRows",
     "FallbackWarning",
+    "ProjectRows",
     "RowFormat",
     "accumulate_gram",
     "add_project_grad",
@@ -31,6 +32,7 @@ __all__ = [
     "project_rows",
     "quantize_rows",
     "rebuild_rows",
+    "row_projector",
     "score_block",
     "score_factored",
     "score_topk",

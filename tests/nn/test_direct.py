@@ -1,5 +1,7 @@
 """Taps that are no nodes of the graph: everything that a probe in the graph gives, they give too."""
 
+import weakref
+
 import pytest
 import torch
 from oracle import assert_equal_rows, projected_autograd
@@ -176,11 +178,9 @@ def test_two_captures_of_one_model(case):
             assert_equal_rows(got, exact)
 
 
-def test_taps_in_the_graph_where_x_is_not_kept(case):
+def test_taps_in_the_graph_where_a_hook_would_not_do(case):
     model, x, target = case
     with lk.capture(model, SMALL) as taps:
-        assert not directly_tapped(model.requires_grad_(False), x)
-        model.requires_grad_(True)
         taps.reset(weights=torch.ones(N, T))
         assert not directly_tapped(model, x)
         taps.reset()
@@ -217,6 +217,74 @@ def test_inputs_are_free_after_the_backward_though_the_loss_lives(case):
         kept = (y._base._backward_hooks[-1]).args[0]
         y.sum().backward()
     assert kept == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_frozen_weights(case, dtype):
+    model, x, target = case[0].to(dtype).requires_grad_(False), case[1].to(dtype), case[2].to(dtype)
+    with lk.capture(model, SMALL) as taps:
+        assert "up" not in directly_tapped(model, x)  # its output gets a gradient by the probe alone
+        x.requires_grad_()
+        assert directly_tapped(model, x) == {"up", "down", "again", "tied", "head"}
+        for leaf in (x, x.detach()):
+            taps.reset()
+            loss = loss_of(model, leaf, target)
+            loss.backward(retain_graph=True)
+            loss.backward()
+            got = {name: g / 2 for name, g in taps.grads.items()}
+            rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.1)
+            assert_equal_rows(got, exact_of(model, taps, x.detach(), target), rtol)
+
+
+def test_weights_frozen_and_freed_between_batches(case):
+    model, x, target = case
+    x.requires_grad_()
+    with lk.capture(model, SMALL, projection_dtype=torch.bfloat16) as taps:
+        for learns in (True, False, True):
+            model.requires_grad_(learns)
+            taps.reset()
+            loss_of(model, x, target).backward()
+            assert_equal_rows(taps.grads, exact_of(model, taps, x.detach(), target), 3e-2)
+
+
+def test_gradients_of_something_else_do_not_count_beside_frozen_weights(case):
+    model, x, target = case[0].requires_grad_(False), case[1].requires_grad_(), case[2]
+    shift = torch.zeros(WIDTH, requires_grad=True)
+    with lk.capture(model, SMALL) as taps:
+        hidden = x + shift
+        loss = loss_of(model, hidden, target)
+        for wanted in (x, hidden, [x, shift]):
+            torch.autograd.grad(loss, wanted, retain_graph=True)
+        loss.backward(inputs=[x], retain_graph=True)
+        with pytest.raises(LograError, match="received no gradient"):
+            _ = taps.grads
+        loss.backward()
+        assert_equal_rows(taps.grads, exact_of(model, taps, x.detach(), target))
+
+
+def test_second_derivatives_are_refused_beside_frozen_weights(case):
+    model, x, target = case[0].requires_grad_(False), case[1].requires_grad_(), case[2]
+    with lk.capture(model, SMALL):
+        loss_of(model, x, target).backward(create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            x.grad.square().sum().backward()
+    x.grad = None
+
+
+def test_what_frozen_layers_keep_goes_with_the_graph(case):
+    model, x = case[0].requires_grad_(False), case[1].requires_grad_()
+    for backward in (False, True):
+        with lk.capture(model, SMALL):
+            y = model.up(x)
+            (a,) = y._base._backward_hooks[-1].args[0]
+            gone = weakref.ref(a)
+            assert a.shape == (N, T, 4)
+            del a
+            if backward:
+                y.sum().backward()
+                assert gone() is None
+            del y
+        assert gone() is None
 
 
 def test_probes_without_the_graph_are_refused(case):

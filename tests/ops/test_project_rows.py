@@ -133,3 +133,14 @@ def test_bad_input_raises():
 def test_unavailable_backend_raises():
     with pytest.raises(RuntimeError, match="project_rows: backend 'cublas' is not available here"):
         lk.project_rows(*case(2, 3, 8, 4), backend="cublas")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_prepared_for_many_batches(dtype):
+    x, p = torch.randn(2, 3, 5, 40, dtype=dtype), torch.randn(7, 40, dtype=dtype)
+    project = op.row_projector(x[0], p)
+    assert project is not None
+    for batch in x:
+        torch.testing.assert_close(project(batch), lk.project_rows(batch, p), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="with one d"):
+        op.row_projector(x[0], p[:, :3])

@@ -1,3 +1,3 @@
-from logra_kernels.ops.project_rows.op import project_rows
+from logra_kernels.ops.project_rows.op import ProjectRows, project_rows, row_projector
 
-__all__ = ["project_rows"]
+__all__ = ["ProjectRows", "project_rows", "row_projector"]

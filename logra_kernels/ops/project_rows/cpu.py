@@ -1,5 +1,7 @@
 """C++ launcher of project_rows."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,3 +15,17 @@ def launch(x: Tensor, p: Tensor) -> Tensor:
     out = torch.empty(n, t, p.shape[0], dtype=accumulator_dtype(x.dtype))
     _C.project_rows(positions(x), matrix(p), out.data_ptr(), n * t, d, p.shape[0], torch.get_num_threads())
     return out
+
+
+def prepare(x: Tensor, p: Tensor) -> Callable[[Tensor], Tensor]:
+    """f(x): launch of contiguous x [N, T, d]."""
+    (n, t, d), k = x.shape, p.shape[0]
+    native = _C.row_projector(positions(x), matrix(p), n * t, d, k)
+    dtype, empty, threads = accumulator_dtype(x.dtype), torch.empty, torch.get_num_threads
+
+    def project(x: Tensor, _held: Tensor = p) -> Tensor:
+        a = empty(n, t, k, dtype=dtype)
+        native(x.data_ptr(), a.data_ptr(), threads())
+        return a
+
+    return project

@@ -3,11 +3,13 @@
 A[n,t] = P x[n,t]        [N, T, k], fp32 (fp64 for fp64 input)
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype, check_factor, check_tensors
-from logra_kernels.ops._dispatch import LIB, eager, launcher
+from logra_kernels.ops._dispatch import LIB, eager, is_native, launcher
 
 LIB.define("project_rows(Tensor x, Tensor p, str backend) -> Tensor")
 
@@ -28,6 +30,31 @@ def _fake(x: Tensor, p: Tensor, backend: str) -> Tensor:
 _op = torch.ops.logra_kernels.project_rows.default
 
 
+ProjectRows = Callable[[Tensor], Tensor]
+
+
+def row_projector(x: Tensor, p: Tensor) -> ProjectRows | None:
+    """`project_rows(x, p)` as a function of x, checked here for a layer's many batches.
+
+    It takes plain CPU tensors of this dtype outside of autograd: x of this one's shape [N, T, d] and contiguous.
+
+    Returns:
+        None where tensors on the CPU do not get the C++ implementation.
+
+    Raises:
+        ValueError: As `project_rows`.
+    """
+    _check(x, p)
+    return launcher("project_rows", "cpu", "auto", "prepare")(x, p) if is_native("project_rows") else None
+
+
+def _check(x: Tensor, p: Tensor) -> None:
+    check_tensors("project_rows", x=x, p=p)
+    check_factor("project_rows", "x", x, "p", p)
+    if x.dim() < 1 or p.dim() != 2 or x.shape[-1] != p.shape[1]:
+        raise ValueError(f"project_rows: x {tuple(x.shape)} must be [..., d] and p {tuple(p.shape)} [k, d] with one d")
+
+
 def project_rows(x: Tensor, p: Tensor, *, backend: str = "auto") -> Tensor:
     """Project every row of `x` by `p` (Choe et al. 2024, eq. 6: the encoder's half).
 
@@ -43,10 +70,7 @@ def project_rows(x: Tensor, p: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: Sizes, dtypes or devices do not fit.
     """
-    check_tensors("project_rows", x=x, p=p)
-    check_factor("project_rows", "x", x, "p", p)
-    if x.dim() < 1 or p.dim() != 2 or x.shape[-1] != p.shape[1]:
-        raise ValueError(f"project_rows: x {tuple(x.shape)} must be [..., d] and p {tuple(p.shape)} [k, d] with one d")
+    _check(x, p)
     if x.dim() == 3:
         return _launch(x, p, backend) if eager(x) else _op(x, p, backend)
     rows = x.unsqueeze(0) if x.dim() == 2 else x.reshape(1, x.shape[:-1].numel(), x.shape[-1])
