@@ -8,26 +8,25 @@ from torch import Tensor
 
 from logra_kernels.ops import EncodedRows, dequantize_rows, factor_rows, quantize_rows, rebuild_rows
 from logra_kernels.store.format import Manifest
-from logra_kernels.store.native import take_rows
+from logra_kernels.store.native import take_rows, takes_rows
 
 
-def encode(manifest: Manifest, rows: Tensor) -> dict[str, Tensor]:
-    """Rows [n, D] of the CPU as tensors of their own, named as in `Manifest.tensors`."""
-    if manifest.rank is not None:
-        return encode_here(manifest, rows)
-    taken = None if manifest.format.scaled else take_rows(rows, manifest.torch_dtype)
-    return encode_here(manifest, rows) if taken is None else {"rows": taken[0]}
+def checks_itself(manifest: Manifest, rows: Tensor) -> bool:
+    """Whether `encode` looks at the numbers, too, in the pass that it makes anyway."""
+    return manifest.rank is None and not manifest.format.scaled and takes_rows(rows, manifest.torch_dtype)
 
 
-def encode_checked(manifest: Manifest, rows: Tensor) -> dict[str, Tensor] | None:
-    """`encode` in one pass with the check of the numbers, where that can be; None if not, or if one does not fit."""
-    direct = manifest.rank is None and not manifest.format.scaled
-    taken = take_rows(rows, manifest.torch_dtype) if direct else None
-    return {"rows": taken[0]} if taken is not None and taken[1] else None
+def encode(manifest: Manifest, rows: Tensor, out: Mapping[str, Tensor]) -> bool:
+    """Rows [n, D] of the CPU into tensors named as in `Manifest.tensors`; False if it saw numbers that do not fit."""
+    if checks_itself(manifest, rows):
+        return take_rows(rows, out["rows"])
+    for name, tensor in encode_here(manifest, rows).items():
+        out[name].copy_(tensor)
+    return True
 
 
 def encode_here(manifest: Manifest, rows: Tensor) -> dict[str, Tensor]:
-    """`encode` on the rows' own device."""
+    """Rows [n, D] on their own device as tensors of their own, named as in `Manifest.tensors`."""
     if manifest.rank is not None:
         rows = factor_rows(rows, manifest.sizes, manifest.rank).float()
     if not manifest.format.scaled:

@@ -314,11 +314,9 @@ def shard_bytes(dim: int, form: RowFormat) -> int:
     return default_rows_per_shard(dim, form) * form.row_bytes(dim)
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> int:
-    """Replace the manifest; how many bytes it has."""
-    data = manifest.to_bytes()
-    write_file(directory, MANIFEST, [data])
-    return len(data)
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Replace the manifest."""
+    write_file(directory, MANIFEST, [manifest.to_bytes()])
 
 
 class NewerFormat(StoreError):  # noqa: N818 - the name says what it is; `except StoreError` catches it

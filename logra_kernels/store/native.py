@@ -24,17 +24,18 @@ def _library() -> ModuleType | None:
     return _C
 
 
-def take_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool] | None:
-    """(a copy of fp32 rows [n, D] in fp32 or bf16, whether every number of it is finite), in one pass of one thread;
-    None for what must go another way. A pass on all threads would make them wait for the one that the store's writer
-    has displaced."""
+def takes_rows(rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `take_rows` can be called."""
+    plain = rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.stride(1) == 1
+    return plain and dtype in (torch.float32, torch.bfloat16) and _library() is not None
+
+
+def take_rows(rows: Tensor, out: Tensor) -> bool:
+    """Copy fp32 rows [n, D] into contiguous fp32 or bf16; whether every number of it is finite. One pass of one thread:
+    on all threads, they would wait for the one that the store's writer has displaced."""
     library = _library()
-    if library is None or rows.device.type != "cpu" or rows.dtype != torch.float32 or rows.stride(1) != 1:
-        return None
-    if dtype not in (torch.float32, torch.bfloat16):
-        return None
-    out = torch.empty(rows.shape, dtype=dtype)
-    return out, library.take_rows(rows.data_ptr(), rows.stride(0), out.data_ptr(), DTYPE_CODE[dtype], *rows.shape)
+    assert library is not None
+    return library.take_rows(rows.data_ptr(), rows.stride(0), out.data_ptr(), DTYPE_CODE[out.dtype], *rows.shape)
 
 
 def gather(parts: Sequence[np.ndarray], out: np.ndarray) -> int:

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import from_parquet, to_parquet
-from logra_kernels.store.durable import Temporary, begin_file, digest, sealed_checksum
+from logra_kernels.store.durable import Temporary, begin_file, digest, seal, sealed_checksum
 from logra_kernels.store.format import File, Manifest, Shard, shard_names
 from logra_kernels.store.native import let_go, populate, resident
-from logra_kernels.store.tensorfile import CHECKSUM_AT, Spec, as_bytes, header, map_file, view
-from logra_kernels.store.writing.disk import Disk, begin_sealed
+from logra_kernels.store.tensorfile import CHECKSUM_AT, Spec, header, map_file, view
 
 READS_AT_ONCE = 16  # of few lines; a disk answers many as fast as one
 _ADVICE = "restore it from a copy, or keep what is intact with `logra fsck --repair`"
@@ -58,8 +57,8 @@ def write_shard(
     directory: Path,
     start: int,
     manifest: Manifest,
-    pieces: Sequence[Piece],
-    disk: Disk | None = None,
+    payload: Mapping[str, Sequence[memoryview]],
+    table: pa.Table,
     version: int = 0,
     removed: int = 0,
 ) -> WrittenShard:
@@ -67,35 +66,36 @@ def write_shard(
 
     Args:
         start: Serial number of the first row.
-        pieces: Contiguous CPU tensors of n_i lines, as `Manifest.tensors` names them, in row order.
-        disk: Writes large files while they are hashed.
+        payload: The bytes of each tensor that `Manifest.tensors` names, n lines in row order.
+        table: Ids and columns, n lines.
         version, removed: How often the shard was compacted, and how many of its rows that took out.
 
     Raises:
         OSError: As the system reports it; nothing is left.
     """
-    count = sum(table.num_rows for _, table in pieces)
-    stop = start + count + removed
+    stop = start + table.num_rows + removed
     rows_name, columns_name = shard_names(start, stop, version)
-    specs = manifest.tensors(count)
-    head = header(specs, {})
-    payload = [as_bytes(tensors[name]) for name in specs for tensors, _ in pieces]
-    parquet = to_parquet(pa.concat_tables([table for _, table in pieces]))
-    rows_file, checksum = begin_sealed(directory, rows_name, head, CHECKSUM_AT, payload, disk)
+    specs = manifest.tensors(table.num_rows)
+    parts = [part for name in specs for part in payload[name]]
+    head, checksum = seal(header(specs, {}), CHECKSUM_AT, *parts)
+    rows = File(rows_name, len(head) + sum(len(part) for part in parts), checksum)
+    rows_file = begin_file(directory, rows_name, [head, *parts])
+    columns_file, columns = begin_columns(directory, columns_name, table, rows_file)
+    return WrittenShard(Shard(start, stop, rows, columns, version, removed), (rows_file, columns_file))
+
+
+def begin_columns(directory: Path, name: str, table: pa.Table, beside: Temporary) -> tuple[Temporary, File]:
+    """Write ids and columns `beside` a file of rows.
+
+    Raises:
+        OSError: As the system reports it; nothing is left, the file of rows neither.
+    """
     try:
-        columns_file = begin_file(directory, columns_name, [parquet])
+        parquet = to_parquet(table)
+        return begin_file(directory, name, [parquet]), File(name, len(parquet), digest(parquet))
     except BaseException:
-        rows_file.discard()
+        beside.discard()
         raise
-    shard = Shard(
-        start,
-        stop,
-        File(rows_name, len(head) + sum(len(part) for part in payload), checksum),
-        File(columns_name, len(parquet), digest(parquet)),
-        version,
-        removed,
-    )
-    return WrittenShard(shard, (rows_file, columns_file))
 
 
 class MappedShard:

@@ -12,6 +12,7 @@ from store.samples import DIM, LAYERS, ids_of, part_of, rows_of, tree, write
 from logra_kernels.errors import StoreError
 from logra_kernels.store import GradientStore
 from logra_kernels.store.columns import build_table
+from logra_kernels.store.writing import growing
 from logra_kernels.store.writing import writer as writer_module
 
 pytestmark = pytest.mark.timeout(30)
@@ -31,9 +32,9 @@ def broken(monkeypatch):
                 raise error
             return real(directory, start, *rest)
 
-        monkeypatch.setattr(writer_module, "write_shard", write_shard)
+        monkeypatch.setattr(growing, "write_shard", write_shard)
 
-    real = writer_module.write_shard
+    real = growing.write_shard
     return install
 
 
@@ -99,7 +100,7 @@ def test_a_caller_who_waits_for_room_is_told(tmp_path, monkeypatch):
         go.wait()
         raise NO_SPACE
 
-    monkeypatch.setattr(writer_module, "write_shard", write_shard)
+    monkeypatch.setattr(growing, "write_shard", write_shard)
     monkeypatch.setattr(writer_module, "QUEUED_BYTES", 0)
     store = GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=1)
     threading.Timer(0.2, go.set).start()
@@ -113,13 +114,13 @@ def test_a_caller_who_waits_for_room_is_told(tmp_path, monkeypatch):
 def test_the_queue_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(writer_module, "QUEUED_BYTES", 0)
     longest = []
-    real = writer_module.write_shard
+    real = growing.write_shard
 
     def write_shard(*arguments):
         longest.append(store._appender.writer._queued_bytes)
         return real(*arguments)
 
-    monkeypatch.setattr(writer_module, "write_shard", write_shard)
+    monkeypatch.setattr(growing, "write_shard", write_shard)
     with GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=4) as store:
         for start in range(0, 200, 2):
             store.append(rows_of(2), [str(start), str(start + 1)])
@@ -128,13 +129,13 @@ def test_the_queue_is_bounded(tmp_path, monkeypatch):
 
 def test_an_interrupt_while_closing_keeps_the_lock_until_the_rows_are_down(tmp_path, monkeypatch):
     go = threading.Event()
-    real = writer_module.write_shard
+    real = growing.write_shard
 
     def write_shard(*arguments):
         go.wait()
         return real(*arguments)
 
-    monkeypatch.setattr(writer_module, "write_shard", write_shard)
+    monkeypatch.setattr(growing, "write_shard", write_shard)
     store = GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=8)
     store.append(*part_of(20, 0, 20))
     join = store._appender.writer._thread.join
@@ -203,7 +204,7 @@ def late_piece(store, start, stop, arrive):
     rows, ids, columns = part_of(20, start, stop)
     held = torch.full(rows.shape, torch.nan)
     table = build_table(ids, columns, None)
-    store._appender.writer.submit(({"rows": held}, table), lambda: arrive(held, rows))
+    store._appender.writer.submit({"rows": held}, table, lambda: arrive(held, rows))
 
 
 def test_rows_are_waited_for_where_they_are_written(tmp_path):

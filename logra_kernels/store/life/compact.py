@@ -18,6 +18,7 @@ from logra_kernels.store.durable import remove_files, sync_directory
 from logra_kernels.store.format import SHARD_BYTES, Manifest, Shard, write_manifest
 from logra_kernels.store.lock import without_readers
 from logra_kernels.store.shard import MappedShard, missing, read_columns, write_shard
+from logra_kernels.store.tensorfile import as_bytes
 
 STEP_BYTES = 16 * SHARD_BYTES  # of old files replaced by one commit
 
@@ -64,12 +65,11 @@ def _step(directory: Path, manifest: Manifest) -> Manifest:
 
 def _without_deleted(directory: Path, manifest: Manifest, shard: Shard) -> Shard:
     shown = shown_lines(directory, shard)
-    tensors = {name: lines[shown] for name, lines in MappedShard(directory, manifest, shard).tensors().items()}
+    tensors = MappedShard(directory, manifest, shard).tensors()
+    payload = {name: [as_bytes(lines[shown])] for name, lines in tensors.items()}
     table = read_columns(directory, shard).take(pa.array(shown.numpy()))
     removed = shard.removed + shard.hidden
-    return write_shard(
-        directory, shard.start, manifest, [(tensors, table)], version=shard.version + 1, removed=removed
-    ).settle()
+    return write_shard(directory, shard.start, manifest, payload, table, shard.version + 1, removed).settle()
 
 
 def remove_retired(directory: Path, manifest: Manifest) -> Manifest:

@@ -35,7 +35,7 @@ from logra_kernels.store.shard import MappedShard, read_columns, write_shard
 from logra_kernels.store.sidecar import write_sidecar
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
-from logra_kernels.store.tensorfile import map_file
+from logra_kernels.store.tensorfile import as_bytes, map_file
 from logra_kernels.store.writing.create import check_free, store_exists
 
 DONE = "merged.json"
@@ -235,9 +235,10 @@ class _Merge:
 
     def _rewrite(self, store: GradientStore, shard: Shard, start: int, table: pa.Table, ids: list[str]) -> Shard:
         shown = shown_lines(store.path, shard)
-        tensors = {name: t[shown] for name, t in MappedShard(store.path, store.manifest, shard).tensors().items()}
-        piece = (tensors, _renamed(table.take(pa.array(shown.numpy())), ids))
-        return write_shard(self._directory, start, self._manifest, [piece]).settle()
+        tensors = MappedShard(store.path, store.manifest, shard).tensors()
+        payload = {name: [as_bytes(lines[shown])] for name, lines in tensors.items()}
+        renamed = _renamed(table.take(pa.array(shown.numpy())), ids)
+        return write_shard(self._directory, start, self._manifest, payload, renamed).settle()
 
     def _share(self, path: Path, name: str) -> None:
         """The file under another name in the new store: as a link, or copied. One that is there is whole already."""

@@ -141,7 +141,7 @@ class Reader:
         """A short last shard, deleted rows included, as a piece of its own; nothing when the last one is full."""
         if self._tail is None or self._tail_table is None:
             return []
-        return [(_copies(self._tail.tensors()), self._tail_table)]
+        return [(self._tail.tensors(), self._tail_table)]
 
     def _overlapping(self, start: int, stop: int) -> list[tuple[int, Shard]]:
         """Shards with rows in [start, stop), and the number of each one's first row."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import build_table
 from logra_kernels.store.deleted import delete_rows
-from logra_kernels.store.encoding import encode, encode_checked
+from logra_kernels.store.encoding import checks_itself, encode
 from logra_kernels.store.format import Manifest, read_manifest
 from logra_kernels.store.life.compact import compact
 from logra_kernels.store.lock import WriterLock
@@ -20,7 +20,7 @@ from logra_kernels.store.reading.reader import Reader
 from logra_kernels.store.rows import check_finite, check_new, check_rows, committed_prefix, rows_to_delete
 from logra_kernels.store.shard import check_files
 from logra_kernels.store.writing.departure import Departures
-from logra_kernels.store.writing.writer import BackgroundWriter
+from logra_kernels.store.writing.writer import BackgroundWriter, Reserved
 
 SLICE_BYTES = 16 << 20  # of converted rows queued at a time, so that one huge append stays within the queue's bound
 
@@ -64,19 +64,25 @@ class Appender:
     def _submit(self, manifest: Manifest, rows: Tensor, ids: Sequence[str], table: pa.Table) -> None:
         step = max(1, SLICE_BYTES // manifest.row_bytes)
         on_device = rows.is_cuda
-        whole = encode_checked(manifest, rows) if len(ids) <= step and not on_device else None
-        if whole is None and not on_device:
+        if not on_device and (len(ids) > step or not checks_itself(manifest, rows)):
             check_finite(manifest, rows, ids)
         for start in range(0, len(ids), step):
-            span = slice(start, start + step)
-            held, arrival = whole, None
-            if on_device:
-                held, arrival = self._departures.leave(manifest, rows[span], ids[span])
-            elif held is None:
-                held = encode(manifest, rows[span])
+            part, names = rows[start : start + step], ids[start : start + step]
+            held, arrival = self._departures.leave(manifest, part, names) if on_device else (None, None)
+            queued = held or self._encoded(manifest, part, names)
             end = len(self.row_of)
-            self.row_of.update((name, end + place) for place, name in enumerate(ids[span]))
-            self.writer.submit((held, table.slice(start, step)), arrival)
+            self.row_of.update((name, end + place) for place, name in enumerate(names))
+            self.writer.submit(queued, table.slice(start, step), arrival)
+
+    def _encoded(self, manifest: Manifest, rows: Tensor, ids: Sequence[str]) -> Reserved:
+        reserved = self.writer.reserve(len(rows))
+        try:
+            if not encode(manifest, rows, reserved.tensors):
+                check_finite(manifest, rows, ids)
+        except BaseException:
+            self.writer.drop(reserved)
+            raise
+        return reserved
 
     def _skipped(self, ids: Sequence[str]) -> int:
         return committed_prefix(self.row_of, self._deleted, self._opened_with, len(self.row_of), ids)

@@ -4,8 +4,8 @@ A commit: both files of every new shard, then the directory, then the manifest, 
 the deletion of a tail that a shard replaces. A crash between any two steps leaves the old manifest or the new one, and
 every file either of them names.
 
-Every commit writes the whole manifest. Shards are committed in groups that grow with it, so that manifests take a small
-part of all that is written however many shards there are; what a group holds back is settled already and waits seconds.
+Every wait for the disk holds up what is written beside it, and every commit writes the whole manifest. So shards that
+come fast are committed together, every `MOST_SECONDS`: a crash costs that much work, and the rows of the last shard.
 """
 
 import time
@@ -16,8 +16,8 @@ from logra_kernels.store.durable import remove_files, sync_directory
 from logra_kernels.store.format import Manifest, Shard, write_manifest
 from logra_kernels.store.shard import WrittenShard
 
-BYTES_PER_MANIFEST_BYTE = 64  # of shards in a group, for one byte of manifest
-MOST_SECONDS = 2.0  # between two commits while shards come in
+MOST_SECONDS = 1.0  # between two commits while shards come in
+MOST_FILES = 64  # open and not settled
 
 
 class Committer:
@@ -26,31 +26,46 @@ class Committer:
     def __init__(self, directory: Path, manifest: Manifest):
         self.manifest = manifest  # the newest committed one
         self._directory = directory
+        self._written: list[WrittenShard] = []
         self._settled: list[Shard] = []
-        self._broken = False  # an `add` has failed
-        self._manifest_bytes = 0
+        self._broken = False  # a shard could not be settled
         self._committed_at = time.monotonic()
 
     @property
     def behind(self) -> bool:
-        """Whether shards are settled that no manifest names yet."""
-        return bool(self._settled)
+        """Whether there are shards that no manifest names yet."""
+        return bool(self._written or self._settled)
 
     def add(self, written: WrittenShard) -> None:
-        """Settle the shard, and commit when a group is due."""
+        """Take the shard over, and commit when that is due."""
         if self._broken:
-            written.discard()  # a shard before it may be missing
+            written.discard()  # a shard before it is missing
             return
-        self._broken = True
-        self._settled.append(written.settle())
-        new = sum(shard.rows.nbytes + shard.columns.nbytes for shard in self._settled)
-        late = time.monotonic() - self._committed_at >= MOST_SECONDS
-        if late or new >= BYTES_PER_MANIFEST_BYTE * self._manifest_bytes:
+        self._written.append(written)
+        if time.monotonic() - self._committed_at >= MOST_SECONDS:
             self.commit()
-        self._broken = False
+        elif len(self._written) * len(written.files) >= MOST_FILES:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Make all that was written durable, as far as it goes."""
+        waiting, self._written = self._written, []
+        for place, written in enumerate(waiting):
+            try:
+                self._settled.append(written.settle())
+            except BaseException:
+                self._broken = True
+                for other in waiting[place + 1 :]:
+                    other.discard()
+                raise
 
     def commit(self) -> None:
-        """Commit what is settled."""
+        """Commit what was added.
+
+        Raises:
+            OSError: As the system reports it. What was settled before is kept, and committed by another call.
+        """
+        self._settle()
         if not self._settled:
             return
         first = self._settled[0].start
@@ -60,7 +75,7 @@ class Committer:
         for old in replaced:
             self._settled[0] = replace(self._settled[0], deleted=old.deleted, hidden=old.hidden)
         committed = replace(self.manifest, shards=(*kept, *self._settled), content=None)
-        self._manifest_bytes = write_manifest(self._directory, committed)
+        write_manifest(self._directory, committed)
         self.manifest = committed
         self._settled = []
         self._committed_at = time.monotonic()

@@ -1,7 +1,7 @@
 """The background writer: takes rows from a bounded queue, cuts them into shards, writes and commits them.
 
-Three threads, so that hashing, writing and waiting for the disk overlap: this file's cuts and hashes, `Disk` writes,
-and one settles and commits a shard while the next is written.
+Threads of their own, so that hashing, writing and waiting for the disk overlap: this file's takes rows into the shard
+that grows and hashes them, that of `Disk` writes, and one settles and commits shards while the next is written.
 """
 
 import contextlib
@@ -9,21 +9,28 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from logra_kernels.errors import StoreError
-from logra_kernels.store.format import Manifest, shard_names
-from logra_kernels.store.shard import Piece, write_shard
-from logra_kernels.store.writing.commit import MOST_SECONDS, Committer
-from logra_kernels.store.writing.disk import SLOT_BYTES, SLOTS, Disk
-from logra_kernels.store.writing.lane import Lane
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
 
-QUEUED_BYTES = 128 << 20  # at least; a whole shard, where that is more
-UNSETTLED_SHARDS = 2  # written and waiting for their fsync
+from logra_kernels.errors import StoreError
+from logra_kernels.store.format import Manifest
+from logra_kernels.store.shard import Piece
+from logra_kernels.store.writing.commit import MOST_SECONDS, Committer
+from logra_kernels.store.writing.disk import SLOT_BYTES, SLOTS_UNDER_WAY, Disk
+from logra_kernels.store.writing.growing import GrowingShard
+from logra_kernels.store.writing.lane import Lane
+from logra_kernels.store.writing.ring import Ring
+
+QUEUED_BYTES = 128 << 20
+UNSETTLED_SHARDS = 8  # written and not taken over by the committer yet
 
 
 @dataclass
@@ -34,10 +41,19 @@ class _Flush:
 
 
 @dataclass(frozen=True)
+class Reserved:
+    """Memory for encoded rows on their way, named as in `Manifest.tensors`."""
+
+    tensors: Mapping[str, Tensor]
+    taken: int  # of the ring
+
+
+@dataclass(frozen=True)
 class _Queued:
     piece: Piece
     nbytes: int
     arrival: Callable[[], None] | None
+    taken: int
 
 
 class _Closed(Exception):  # noqa: N818 - ends the thread, nothing failed
@@ -56,22 +72,23 @@ class BackgroundWriter:
     def __init__(self, directory: Path, manifest: Manifest, tail: Sequence[Piece]):
         self._directory = directory
         self._committer = Committer(directory, manifest)
-        self._pieces = list(tail)
+        self._tail = tail
         last = manifest.shards[-1] if tail else None
-        self._version, self._removed = (last.version, last.removed) if last is not None else (0, 0)
-        self._base = last.start if last is not None else manifest.end
-        self._assembled = sum(table.num_rows for _, table in tail)
+        self._disk = Disk()
+        if last is not None:
+            self._growing = GrowingShard(directory, manifest, self._disk, last.start, last.version, last.removed)
+        else:
+            self._growing = GrowingShard(directory, manifest, self._disk, manifest.end)
         self._written = manifest.end  # serial number up to which the system has the rows
         self._unsettled: deque[tuple[str, Future]] = deque()
         self._at = ""  # the file at work, to be named if it fails
         self._queue: deque[_Queued | _Flush | None] = deque()
         self._queued_bytes = 0
-        self._max_bytes = max(QUEUED_BYTES, manifest.rows_per_shard * manifest.row_bytes)
+        self._ring = Ring(QUEUED_BYTES)
         self._failure: StoreError | None = None
         self._failure_told = False
         self._changed = threading.Condition()
         self._owner = os.getpid()
-        self._disk = Disk()
         self._commits = Lane("logra-store-commit")
         self._thread = threading.Thread(target=self._run, name="logra-store-writer", daemon=True)
         self._thread.start()
@@ -90,8 +107,45 @@ class BackgroundWriter:
         with self._changed:
             self._raise_failure()
 
-    def submit(self, piece: Piece, arrival: Callable[[], None] | None = None) -> None:
-        """Queue rows; waits while the queue is full.
+    def reserve(self, count: int) -> "Reserved":
+        """Memory for `count` encoded rows; waits while the queue is full. It is submitted, or dropped, before more is
+        reserved.
+
+        Raises:
+            StoreError: The writer has failed.
+        """
+        self._check_process()
+        specs = self.manifest.tensors(count)
+        nbytes = sum(spec.nbytes for spec in specs.values())
+        found: list[tuple[np.ndarray, int]] = []
+
+        def taken_or_failed() -> bool:
+            part = self._ring.take(nbytes)
+            if part is None and not self._queued_bytes:
+                part = np.empty(nbytes, np.uint8), 0  # rows that are longer than the queue
+            found.extend([part] if part is not None else [])
+            return bool(found) or self._failure is not None
+
+        with self._changed:
+            self._changed.wait_for(taken_or_failed)
+            self._raise_failure()
+        memory, taken = found[0]
+        tensors, end = {}, 0
+        for name, spec in specs.items():
+            part = torch.from_numpy(memory[end : end + spec.nbytes])
+            tensors[name] = part.view(spec.dtype).view(spec.shape)
+            end += spec.nbytes
+        return Reserved(tensors, taken)
+
+    def drop(self, reserved: "Reserved") -> None:
+        """Of what was reserved last: it is not submitted."""
+        with self._changed:
+            self._ring.take_back(reserved.taken)
+
+    def submit(
+        self, rows: "Reserved | Mapping[str, Tensor]", table: pa.Table, arrival: Callable[[], None] | None = None
+    ) -> None:
+        """Queue rows: what was reserved and is filled now, or tensors of their own; for those it waits for room.
 
         Args:
             arrival: Returns once the rows' memory is filled; what it raises is a failure of the writer.
@@ -100,13 +154,15 @@ class BackgroundWriter:
             StoreError: The writer has failed.
         """
         self._check_process()
-        nbytes = _nbytes(piece)
+        tensors, taken = (rows.tensors, rows.taken) if isinstance(rows, Reserved) else (rows, 0)
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._failure or not self._queued_bytes or self._queued_bytes + nbytes <= self._max_bytes
-            )
+            if not isinstance(rows, Reserved):
+                self._changed.wait_for(
+                    lambda: self._failure or not self._queued_bytes or self._queued_bytes + nbytes <= QUEUED_BYTES
+                )
             self._raise_failure()
-            self._queue.append(_Queued(piece, nbytes, arrival))
+            self._queue.append(_Queued((tensors, table), nbytes, arrival, taken))
             self._queued_bytes += nbytes
             self._changed.notify_all()
 
@@ -155,14 +211,18 @@ class BackgroundWriter:
         try:
             with self._disk, self._commits:
                 try:
+                    for tensors, table in self._tail:
+                        self._growing.add(tensors, table)
+                    self._tail = ()
                     while True:
                         self._handle(self._next())
                 except _Closed:
                     pass
                 except BaseException as error:  # anything at all must reach the caller, who would wait for ever
                     self._fail(error)
+                self._growing.close()
         finally:
-            self._pieces = []
+            self._tail = ()
 
     def _fail(self, error: BaseException) -> None:
         """Commit what is whole, and say the rest."""
@@ -197,34 +257,31 @@ class BackgroundWriter:
         tensors, table = item.piece
         taken = 0
         while taken < table.num_rows:
-            room = self.manifest.rows_per_shard - self._assembled
-            stop = min(table.num_rows, taken + room)
+            stop = min(table.num_rows, taken + self._growing.room)
+            self._at = self._growing.full_name
             part = {name: tensor[taken:stop] for name, tensor in tensors.items()}
-            self._pieces.append((part, table.slice(taken, stop - taken)))
-            self._assembled += stop - taken
+            self._growing.add(part, table.slice(taken, stop - taken))
             taken = stop
-            if self._assembled == self.manifest.rows_per_shard:
+            if not self._growing.room:
                 self._write()
         with self._changed:
             self._queued_bytes -= item.nbytes
+            self._ring.give_back(item.taken)
             self._changed.notify_all()
 
     def _write(self) -> None:
-        """Write the assembled rows, if any are new; let a full shard go, keep a short one to be written again."""
-        stop = self._base + self._assembled + self._removed
-        if stop > self._written:
+        """Write the rows of the growing shard, if any are new; a full one is followed by another."""
+        growing = self._growing
+        if growing.stop > self._written:
             while len(self._unsettled) >= UNSETTLED_SHARDS:
                 self._settle_oldest()
-            self._at = shard_names(self._base, stop, self._version)[0]
-            written = write_shard(
-                self._directory, self._base, self.manifest, self._pieces, self._disk, self._version, self._removed
-            )
-            self._written = stop
+            self._at = growing.name
+            written = growing.written()
+            self._written = growing.stop
             self._unsettled.append((self._at, self._commits.submit(partial(self._committer.add, written))))
-        if self._assembled == self.manifest.rows_per_shard:
-            self._base, self._assembled = stop, 0
-            self._version, self._removed = 0, 0
-            self._pieces = []
+        if not growing.room:
+            growing.close()
+            self._growing = GrowingShard(self._directory, self.manifest, self._disk, growing.stop)
 
     def _settle_oldest(self) -> None:
         self._at, settling = self._unsettled.popleft()
@@ -257,9 +314,5 @@ class BackgroundWriter:
 
 
 def writing_bytes(shard_bytes: int) -> int:
-    """The most memory that rows on their way to the disk take: the queue, a shard that is cut, what `Disk` writes."""
-    return max(QUEUED_BYTES, shard_bytes) + shard_bytes + SLOTS * SLOT_BYTES
-
-
-def _nbytes(piece: Piece) -> int:
-    return sum(tensor.nbytes for tensor in piece[0].values()) + piece[1].nbytes
+    """The most memory that rows on their way to the disk take: the queue, the shard that grows, what `Disk` writes."""
+    return QUEUED_BYTES + shard_bytes + (SLOTS_UNDER_WAY + 1) * SLOT_BYTES
