@@ -14,8 +14,17 @@ from logra_kernels.errors import LograError, StoreError
 from logra_kernels.nn import DEFAULT_KINDS, KINDS, Taps, capture, model_fingerprint
 from logra_kernels.ops import RowFormat
 from logra_kernels.projection import Projection
-from logra_kernels.session import Analysis, FisherSums, Observation, Query, agreed, check_settings, layers_here
-from logra_kernels.store import GradientStore, add_skipped, projection_of, read_skipped, sidecars_of
+from logra_kernels.session import (
+    Analysis,
+    FisherSums,
+    Observation,
+    Query,
+    SkippedRows,
+    agreed,
+    check_settings,
+    layers_here,
+)
+from logra_kernels.store import GradientStore, projection_of, sidecars_of
 
 Progress = Callable[[int], None]
 _PROJECTION_DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -105,7 +114,7 @@ class Run(Analysis):
             stored = layers_here(self._store, self.model)
             if include is None and exclude is None and kinds is None:
                 include, kinds = stored, list(KINDS)
-        self._skipped = read_skipped(self._store.path) if self._store is not None else []
+        self._skipped = SkippedRows(self._store)
         stored_format = self._store.format if self._store is not None else RowFormat.of("fp32")
         if block is None and dtype in (None, stored_format.name):
             self._format = stored_format
@@ -156,7 +165,7 @@ class Run(Analysis):
 
     def committed(self, ids: Sequence[str]) -> bool:
         """Whether all these rows are safely in the store or were skipped, so that a rerun may pass over their batch."""
-        return self._store is not None and all(self._store.committed(i) for i in set(ids).difference(self._skipped))
+        return self._store is not None and all(self._store.committed(i) for i in set(ids) - self._skipped.among(ids))
 
     @contextmanager
     def log(
@@ -197,38 +206,15 @@ class Run(Analysis):
         if store.whitening is not None:
             rows = store.whitening.apply(rows)
         if nonfinite == "skip":
-            rows, ids, columns = self._finite(rows, ids, columns)
+            rows, ids, columns = self._skipped.leave_out(store.path, rows, ids, columns)
         new = store.append(rows, ids, columns, skip_committed=True)
         self._fisher.add(store, rows[len(rows) - new :])
         self._forget()
 
-    def _finite(
-        self, rows: Tensor, ids: list[str], columns: dict[str, list] | None
-    ) -> tuple[Tensor, list[str], dict[str, list] | None]:
-        """What is to be stored of a batch; the ids of the rest are recorded."""
-        if len(ids) != len(rows) or any(len(column) != len(ids) for column in (columns or {}).values()):
-            return rows, ids, columns  # for the store to refuse
-        finite = rows.isfinite().all(1).tolist()
-        bad = [name for name, good in zip(ids, finite, strict=True) if not good]
-        if bad:
-            self._skipped = add_skipped(self.store.path, bad)
-            warnings.warn(
-                f"log: {len(bad)} of {len(ids)} rows skipped, their gradient is NaN or infinite: "
-                + ", ".join(repr(name) for name in bad[:5])
-                + (", ..." if len(bad) > 5 else ""),
-                stacklevel=4,
-            )
-        if not self._skipped:
-            return rows, ids, columns
-        gone = set(self._skipped)  # of this batch and, in a rerun, of the one before
-        left = [i for i, name in enumerate(ids) if name not in gone]
-        kept = None if columns is None else {name: [values[i] for i in left] for name, values in columns.items()}
-        return rows[left], [ids[i] for i in left], kept
-
     @property
     def skipped(self) -> list[str]:
         """Ids of the rows that `log(nonfinite="skip")` left out, in this session and earlier ones."""
-        return list(self._skipped)
+        return list(self._skipped.ids)
 
     @contextmanager
     def query(

@@ -6,6 +6,7 @@ from logra_kernels.session.observation import Observation
 from logra_kernels.session.query import Query
 from logra_kernels.session.sensitivity import Sensitivity
 from logra_kernels.session.shared_observation import SharedObservation
+from logra_kernels.session.skipped_rows import SkippedRows
 from logra_kernels.session.verify import Verification
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Query",
     "Sensitivity",
     "SharedObservation",
+    "SkippedRows",
     "Verification",
     "agreed",
     "check_settings",

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.durable import remove_files, sealed_checksum, sync_directory, write_file
-from logra_kernels.store.format import File, Manifest, Shard, deleted_name, write_manifest
+from logra_kernels.store.entry import File, Shard, deleted_name
+from logra_kernels.store.format import Manifest, write_manifest
 from logra_kernels.store.shard import damaged
 from logra_kernels.store.tensorfile import CHECKSUM_AT, Spec, as_bytes, map_file, parse_header, sealed_file, view
 

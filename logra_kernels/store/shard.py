@@ -16,7 +16,8 @@ from torch import Tensor
 from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import from_parquet, to_parquet
 from logra_kernels.store.durable import Temporary, begin_file, digest, seal, sealed_checksum
-from logra_kernels.store.format import File, Manifest, Shard, shard_names
+from logra_kernels.store.entry import File, Shard, shard_names
+from logra_kernels.store.format import Manifest
 from logra_kernels.store.native import let_go, populate, resident
 from logra_kernels.store.tensorfile import CHECKSUM_AT, Spec, header, map_file, view
 

@@ -15,7 +15,8 @@ import pyarrow as pa
 from logra_kernels.errors import StoreError
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.durable import remove_files, sync_directory
-from logra_kernels.store.format import SHARD_BYTES, Manifest, Shard, write_manifest
+from logra_kernels.store.entry import Shard
+from logra_kernels.store.format import SHARD_BYTES, Manifest, write_manifest
 from logra_kernels.store.lock import without_readers
 from logra_kernels.store.shard import MappedShard, missing, read_columns, write_shard
 from logra_kernels.store.tensorfile import as_bytes

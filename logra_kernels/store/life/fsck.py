@@ -13,6 +13,7 @@ from pathlib import Path
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.durable import TEMPORARY, remove_files, sync_directory
+from logra_kernels.store.entry import Shard, is_row_file
 from logra_kernels.store.format import (
     MANIFEST,
     MERGE_PLAN,
@@ -20,8 +21,6 @@ from logra_kernels.store.format import (
     SIDECARS,
     Manifest,
     NewerFormat,
-    Shard,
-    is_row_file,
     read_manifest,
     write_manifest,
     write_origin,

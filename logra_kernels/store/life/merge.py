@@ -21,14 +21,8 @@ from logra_kernels.errors import StoreError, StoreMismatch
 from logra_kernels.store.columns import ID, to_parquet
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.durable import TEMPORARY, digest, remove_files, sync_directory, write_file
-from logra_kernels.store.format import (
-    MERGE_PLAN,
-    File,
-    Shard,
-    shard_names,
-    write_manifest,
-    write_origin,
-)
+from logra_kernels.store.entry import File, Shard, shard_names
+from logra_kernels.store.format import MERGE_PLAN, write_manifest, write_origin
 from logra_kernels.store.lock import WriterLock
 from logra_kernels.store.rows import shorten
 from logra_kernels.store.shard import MappedShard, read_columns, write_shard

@@ -15,14 +15,8 @@ from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import ID, is_intact
 from logra_kernels.store.deleted import read_deleted, shown_lines
 from logra_kernels.store.durable import digest, sealed_checksum
-from logra_kernels.store.format import (
-    File,
-    Manifest,
-    Shard,
-    parse_deleted_name,
-    parse_shard_name,
-    shard_names,
-)
+from logra_kernels.store.entry import File, Shard, parse_deleted_name, parse_shard_name, shard_names
+from logra_kernels.store.format import Manifest
 from logra_kernels.store.shard import MappedShard, damaged, missing, read_columns
 from logra_kernels.store.tensorfile import CHECKSUM_AT, map_file, parse_header
 

@@ -16,7 +16,8 @@ from logra_kernels.errors import StoreError
 from logra_kernels.ops import QUERY_FORMATS, EncodedRows
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.encoding import decode, row_sums, wrap
-from logra_kernels.store.format import Manifest, Shard, read_manifest
+from logra_kernels.store.entry import Shard
+from logra_kernels.store.format import Manifest, read_manifest
 from logra_kernels.store.reading.ahead import loaded, on_device
 from logra_kernels.store.reading.memory import outgrows_memory
 from logra_kernels.store.reading.scoring import merge, scores_of, topk_of

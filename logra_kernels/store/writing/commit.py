@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from logra_kernels.store.durable import remove_files, sync_directory
-from logra_kernels.store.format import Manifest, Shard, write_manifest
+from logra_kernels.store.entry import Shard
+from logra_kernels.store.format import Manifest, write_manifest
 from logra_kernels.store.shard import WrittenShard
 
 MOST_SECONDS = 1.0  # between two commits while shards come in

@@ -8,16 +8,8 @@ from typing import Any
 from logra_kernels.errors import StoreError
 from logra_kernels.ops import MOST_RANK, RowFormat, factored_dim
 from logra_kernels.store.durable import TEMPORARY, remove_files
-from logra_kernels.store.format import (
-    LOCK,
-    MANIFEST,
-    ORIGIN,
-    SIDECARS,
-    Layer,
-    Manifest,
-    default_rows_per_shard,
-    is_row_file,
-)
+from logra_kernels.store.entry import is_row_file
+from logra_kernels.store.format import LOCK, MANIFEST, ORIGIN, SIDECARS, Layer, Manifest, default_rows_per_shard
 from logra_kernels.store.rows import shorten
 from logra_kernels.store.sidecar import remove_temporaries
 from logra_kernels.store.whitening import Whitening

@@ -17,7 +17,8 @@ import xxhash
 from torch import Tensor
 
 from logra_kernels.store.durable import Temporary
-from logra_kernels.store.format import File, Manifest, Shard, shard_names
+from logra_kernels.store.entry import File, Shard, shard_names
+from logra_kernels.store.format import Manifest
 from logra_kernels.store.native import gather
 from logra_kernels.store.shard import WrittenShard, begin_columns, write_shard
 from logra_kernels.store.tensorfile import CHECKSUM_AT, as_bytes, header
