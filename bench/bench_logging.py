@@ -1,20 +1,27 @@
 """What logging costs on top of the model's own forward and backward, a whole model at a time.
 
-    python bench/bench_logging.py [--providers plain,logra_kernels,LogIX] [--rounds 12]
+    python bench/bench_logging.py [--providers plain,logra_kernels,LogIX] [--rounds 16]
 
 A Llama-shaped model (8 layers, hidden 512, intermediate 1408, vocabulary 8192; random weights, frozen), its 24 MLP
 linears tapped at k = 64, 8 x 256 tokens in fp32. Every provider does the same forward and backward, in turn, round by
-round, each round beginning with another. Two ratios to the plain step: of the best rounds, which a shared machine
-disturbs least, and the median of the rounds' own. Peers run where they are installed (`logging_peers.py`).
+round, each round beginning with another. A row has the median of the rounds' ratios to the plain step of the same
+round, and that median's standard error, by bootstrap. All keep their heap: what glibc gives back after a step, the next
+one faults in again, 100,000 pages of it. Peers run where they are installed (`logging_peers.py`).
+
+"+fisher" sums the rows as a `Run` does, in panels of 256. Every round times what 32 steps add, which is one whole
+panel, and counts a 32nd of it to the step.
 """
 
 import argparse
+import ctypes
 import os
+import random
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,9 +30,20 @@ from logging_peers import PEERS, Factors, importable, targets
 from torch import Tensor, nn
 
 import logra_kernels as lk
+from logra_kernels.curvature import GramSums, RawFisher
+from logra_kernels.curvature.sums import PANEL
 
-RANK, BATCH, TOKENS, ROUNDS = 64, 8, 256, 12
+RANK, BATCH, TOKENS, ROUNDS = 64, 8, 256, 16
 INCLUDE = ["*.mlp.*"]
+STEPS = PANEL // BATCH  # to a panel of rows
+
+
+def keep_heap() -> None:
+    """Tell glibc to give no memory back to the system, and to take none from it outside the heap."""
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_threshold = -1, -3
+    assert mallopt(mmap_threshold, 1 << 30)
+    assert mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def make_model() -> tuple[nn.Module, Tensor]:
@@ -99,40 +117,86 @@ def by_hooks(model: nn.Module, ids: Tensor, factors: Factors) -> dict[str, Tenso
     return hooked.grads
 
 
-Run = Callable[[], dict[str, Tensor] | None]
+@dataclass
+class Provider:
+    """What is timed, and how its gradients are checked.
 
-
-def provider(name: str, model: nn.Module, ids: Tensor) -> tuple[Run, Factors, float]:
-    """(a logging step, its factors, how near its gradients must be to those of plain hooks); the model stays as it is.
-
-    Names of ours: "logra_kernels", then " bf16" where activations are rounded to be projected, then "+fisher".
+    Attributes:
+        run: One logging step, which leaves the model as it is; its gradients.
+        factors: What they are projected with.
+        within: How near they must be to those of plain hooks.
+        sum_panel: Adds the last step's rows to the Fisher as often as fills a panel.
+        check_sums: Does so once, and raises unless the first layer's Fisher is right.
     """
+
+    run: Callable[[], dict[str, Tensor] | None]
+    factors: Factors
+    within: float
+    sum_panel: Callable[[], None] | None = None
+    check_sums: Callable[[], None] | None = None
+
+    def seconds(self) -> float:
+        """Of one step, with its part of a panel."""
+        begun = time.perf_counter()
+        self.run()
+        stepped = time.perf_counter()
+        if self.sum_panel is None:
+            return stepped - begun
+        self.sum_panel()
+        return stepped - begun + (time.perf_counter() - stepped) / STEPS
+
+
+def provider(name: str, model: nn.Module, ids: Tensor) -> Provider:
+    """Names of ours: "logra_kernels", then " bf16" where activations are rounded to be projected, then "+fisher"."""
     if name in PEERS:
         peer = PEERS[name](model, ids, RANK, step)
-        return peer.run, peer.factors, 1e-4
+        return Provider(peer.run, peer.factors, 1e-4)
     factors = own_factors(model)
     if name == "plain":
-        return lambda: step(model, ids), factors, 0
+        return Provider(lambda: step(model, ids), factors, 0)
     if name == "hooks":
-        return lambda: by_hooks(model, ids, factors), factors, 1e-4
-    narrow, with_fisher = " bf16" in name, name.endswith("+fisher")
+        return Provider(lambda: by_hooks(model, ids, factors), factors, 1e-4)
+    narrow = " bf16" in name
     taps = lk.capture(
         model,
         lk.Projection(rank=RANK),
         include=INCLUDE,
         projection_dtype=torch.bfloat16 if narrow else None,
     )
-    fisher = {layer: torch.zeros(o * i, o * i) for layer, (o, i) in taps.layers.items()} if with_fisher else {}
 
     def run() -> dict[str, Tensor]:
         with taps:
             taps.reset(BATCH)
             step(model, ids)
-        for layer, total in fisher.items():
-            lk.accumulate_gram(taps.grads[layer].flatten(1), total)
         return taps.grads
 
-    return run, factors, 2e-2 if narrow else 1e-4
+    within = 2e-2 if narrow else 1e-4
+    return with_fisher(taps, run, factors, within) if name.endswith("+fisher") else Provider(run, factors, within)
+
+
+def with_fisher(taps: lk.Taps, logs: Callable[[], dict[str, Tensor]], factors: Factors, within: float) -> Provider:
+    parts = RawFisher.columns(taps.layers)
+    sums, rows = GramSums(parts), torch.empty(0)
+
+    def run() -> dict[str, Tensor]:
+        nonlocal rows
+        grads = logs()
+        rows = taps.rows()
+        return grads
+
+    def sum_panel() -> None:
+        for _ in range(STEPS):
+            sums.add(rows)
+
+    def check_sums() -> None:
+        sum_panel()
+        layer = next(iter(parts))
+        g = rows[:, parts[layer]].double()
+        torch.testing.assert_close(
+            sums.total([layer])[layer].double(), STEPS * g.T @ g, rtol=1e-5, atol=1e-5 * STEPS * g.square().max().item()
+        )
+
+    return Provider(run, factors, within, sum_panel, check_sums)
 
 
 OURS = ("logra_kernels", "logra_kernels bf16", "logra_kernels+fisher", "logra_kernels bf16+fisher")
@@ -157,39 +221,47 @@ def high_water() -> int:
 
 def peak_bytes(name: str) -> int:
     """High-water mark of a fresh process after three steps of one provider."""
-    out = subprocess.run([sys.executable, __file__, "--peak", name], capture_output=True, text=True, check=True)
-    return int(out.stdout.split()[-1])
+    # every freed block goes back to the system, so that the mark does not hang on how they fitted into the heap
+    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    asked = [sys.executable, __file__, "--peak", name]
+    return int(subprocess.run(asked, capture_output=True, text=True, check=True, env=settings).stdout.split()[-1])
+
+
+def median_error(ratios: list[float]) -> float:
+    """The standard error of their median: its deviation over 2,000 resamples."""
+    draw = random.Random(0)
+    return statistics.stdev(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
 
 
 def measure(names: list[str], rounds: int, with_memory: bool = True) -> list[dict]:
     """One row a provider, "plain" first; raises before any timing if a provider's gradients are wrong."""
+    keep_heap()
     model, ids = make_model()
-    steps: dict[str, Run] = {}
+    providers = {}
     for name in names:
-        run, factors, within = provider(name, model, ids)
-        check(name, run(), by_hooks(model, ids, factors), within)
-        steps[name] = run
+        made = providers[name] = provider(name, model, ids)
+        check(name, made.run(), by_hooks(model, ids, made.factors), made.within)
+        if made.check_sums is not None:
+            made.check_sums()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for r in range(rounds):
+    for r in range(-1, rounds):  # the first, untimed, brings the heap to its size
         for i in range(len(names)):
             name = names[(i + r) % len(names)]
-            begun = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - begun)
+            taken = providers[name].seconds()
+            if r >= 0:
+                seconds[name].append(taken)
     memory = {name: peak_bytes(name) for name in names} if with_memory else {}
     rows = []
     for name, own in seconds.items():
         ratios = [mine / plain for mine, plain in zip(own, seconds["plain"], strict=True)]
-        quarters = statistics.quantiles(ratios, n=4)
         rows.append(
             {
                 "provider": name,
                 "best_ms": round(min(own) * 1e3, 1),
                 "median_ms": round(statistics.median(own) * 1e3, 1),
-                "tokens_per_s": round(BATCH * TOKENS / min(own)),
-                "time_ratio_best": round(min(own) / min(seconds["plain"]), 4),
+                "tokens_per_s": round(BATCH * TOKENS / statistics.median(own)),
                 "time_ratio_median": round(statistics.median(ratios), 4),
-                "time_ratio_quartiles": [round(quarters[0], 4), round(quarters[2], 4)],
+                "time_ratio_error": round(median_error(ratios), 4),
             }
             | ({"memory_ratio": round(memory[name] / memory["plain"], 4)} if memory else {})
         )
@@ -211,9 +283,9 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.peak:
         model, ids = make_model()
-        run, _, _ = provider(asked.peak, model, ids)
+        made = provider(asked.peak, model, ids)
         for _ in range(3):
-            run()
+            made.seconds()
         print(high_water())
         return
     from machine import commit, cpu_model
