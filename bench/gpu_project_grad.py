@@ -9,7 +9,7 @@ from tolerance import assert_as_good_as_naive
 from torch import Tensor
 
 import logra_kernels as lk
-from logra_kernels.ops import _dispatch
+from logra_kernels.ops import _device, _dispatch
 
 SIDES = ((4096, 4096), (4096, 14336), (14336, 4096), (2048, 8192))  # d_in, d_out
 RANKS = (16, 64, 128)
@@ -37,13 +37,11 @@ def by_path(path: str) -> Callable[..., Tensor]:
     """The kernels in CUDA C++ of one architecture."""
 
     def call(*args: Tensor) -> Tensor:
-        from logra_kernels.ops.project_grad import cuda
-
-        before, cuda.FORCED_PATH = cuda.FORCED_PATH, path
+        before, _device.CUDA_PATH = _device.CUDA_PATH, path
         try:
             return lk.project_grad(*args, backend="cuda")
         finally:
-            cuda.FORCED_PATH = before
+            _device.CUDA_PATH = before
 
     return call
 

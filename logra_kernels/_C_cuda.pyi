@@ -28,15 +28,43 @@ def project_grad(
     k_out: int,
     stream: int,
 ) -> None: ...
-def score_block_tile(queries: int) -> tuple[int, int, int]: ...
+
+_Scored = Matrix | Encoded
+
+SCORE_TOPK_MOST_K: int
+
+def score_tile(queries: _Scored, rows: _Scored, query_count: int) -> tuple[int, int, int]: ...
 def score_block(
-    queries: Matrix,
-    rows: Matrix | Encoded,
+    arch: int,
+    queries: _Scored,
+    rows: _Scored,
     out: int,
     partial: int,
     query_count: int,
     row_count: int,
     d: int,
+    piece: int,
+    pieces: int,
+    stream: int,
+) -> None: ...
+def score_topk(
+    arch: int,
+    queries: _Scored,
+    rows: _Scored,
+    row_scale: tuple[int, int],  # address, stride
+    values: int,
+    indices: int,
+    candidates: int,
+    counts: int,
+    best: int,
+    partial: int,
+    query_count: int,
+    row_count: int,
+    d: int,
+    k: int,
+    largest: bool,
+    first_block: int,
+    capacity: int,
     piece: int,
     pieces: int,
     stream: int,

@@ -2,11 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <utility>
 #include <variant>
 
 #include "arguments.h"
 #include "project_grad/cuda.h"
 #include "score_block/cuda.h"
+#include "score_topk/cuda.h"
 
 namespace py = pybind11;
 using namespace lgk;
@@ -42,15 +45,42 @@ project_grad::CudaSide side_of(const std::tuple<Address, int, int64_t, int64_t, 
 // Codes, scales, format code, whether scales are fp16, block, bytes and scales between rows.
 using Encoded = std::tuple<Address, Address, int, bool, int64_t, int64_t, int64_t>;
 
-EncodedRows encoded_of(const Encoded& rows) {
-  const auto& [codes, scales, code, half_scales, block, code_stride, scale_stride] = rows;
-  LGK_CHECK(code >= 3 && code <= 7, "score_block: format code " + std::to_string(code) + " is unknown");
-  LGK_CHECK(block >= 32 && (block & (block - 1)) == 0, "score_block: block must be a power of two from 32 on");
-  return {{static_cast<Code>(code), half_scales, block},
-          reinterpret_cast<const uint8_t*>(codes),
-          reinterpret_cast<const void*>(scales),
-          code_stride,
-          scale_stride};
+using Scored = std::variant<Matrix, Encoded>;
+
+score_block::Operand operand_of(const char* op, const Scored& rows) {
+  if (const auto* numbers = std::get_if<Matrix>(&rows)) return {rows_of(op, *numbers), {}};
+  const auto& [codes, scales, code, half_scales, block, code_stride, scale_stride] = std::get<Encoded>(rows);
+  LGK_CHECK(code >= 3 && code <= 7, std::string(op) + ": format code " + std::to_string(code) + " is unknown");
+  LGK_CHECK(block >= 32 && (block & (block - 1)) == 0, std::string(op) + ": block must be a power of two from 32 on");
+  return {{},
+          {{static_cast<Code>(code), half_scales, block},
+           reinterpret_cast<const uint8_t*>(codes),
+           reinterpret_cast<const void*>(scales),
+           code_stride,
+           scale_stride}};
+}
+
+score_block::Arch scores_arch_of(const char* op, int code) {
+  LGK_CHECK(code == 80 || code == 90, std::string(op) + ": arch must be 80 or 90");
+  return static_cast<score_block::Arch>(code);
+}
+
+// The queries, the rows and how D is cut, checked.
+score_block::CudaArgs scores_of(const char* op, const Scored& queries, const Scored& rows, Address partial,
+                                int64_t query_count, int64_t row_count, int64_t d, int64_t piece, int64_t pieces) {
+  check_sizes(op, {query_count, row_count, d});
+  score_block::CudaArgs args = {};
+  args.queries = operand_of(op, queries), args.rows = operand_of(op, rows);
+  LGK_CHECK(args.queries.encoded.codes == nullptr ||
+                args.queries.encoded.encoding.block >= std::min<int64_t>(args.rows.encoded.encoding.block, 128),
+            std::string(op) + ": queries' scales reach less far than the rows'");
+  const auto tile = score_block::tile(args.queries, args.rows, query_count);
+  LGK_CHECK(piece > 0 && piece % tile.depth == 0 && pieces > 0 && pieces < 65536 &&
+                (pieces == 1 || (pieces - 1) * piece < d) && d <= pieces * piece,
+            std::string(op) + ": pieces do not cover D");
+  args.partial = reinterpret_cast<float*>(partial);
+  args.query_count = query_count, args.row_count = row_count, args.d = d, args.piece = piece, args.pieces = pieces;
+  return args;
 }
 
 }  // namespace
@@ -104,32 +134,58 @@ PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
       py::arg("out"), py::arg("partial"), py::arg("samples"), py::arg("length"), py::arg("chunk"), py::arg("chunks"),
       py::arg("d_in"), py::arg("d_out"), py::arg("k_in"), py::arg("k_out"), py::arg("stream"));
   m.def(
-      "score_block_tile",
-      [](int64_t queries) {
-        const auto tile = score_block::tile(queries);
+      "score_tile",
+      [](const Scored& queries, const Scored& rows, int64_t query_count) {
+        const auto tile =
+            score_block::tile(operand_of("score_block", queries), operand_of("score_block", rows), query_count);
         return std::make_tuple(tile.queries, tile.rows, tile.depth);
       },
-      py::arg("queries"), "(queries and rows of a block's tile, numbers of D at a time)");
+      py::arg("queries"), py::arg("rows"), py::arg("query_count"),
+      "(queries and rows of a block's tile, a number of which pieces of D are multiples)");
   m.def(
       "score_block",
-      [](const Matrix& queries, const std::variant<Matrix, Encoded>& rows, Address out, Address partial,
-         int64_t query_count, int64_t row_count, int64_t d, int64_t piece, int64_t pieces, Address stream) {
-        check_sizes("score_block", {query_count, row_count, d});
-        LGK_CHECK(piece > 0 && piece % score_block::tile(query_count).depth == 0 && pieces > 0 && pieces < 65536 &&
-                      (pieces - 1) * piece < d && d <= pieces * piece,
-                  "score_block: pieces do not cover D");
-        score_block::CudaArgs args = {};
-        args.queries = rows_of("score_block", queries);
-        if (const auto* numbers = std::get_if<Matrix>(&rows))
-          args.rows = rows_of("score_block", *numbers);
-        else
-          args.encoded = encoded_of(std::get<Encoded>(rows));
-        args.out = reinterpret_cast<float*>(out), args.partial = reinterpret_cast<float*>(partial);
-        args.query_count = query_count, args.row_count = row_count, args.d = d;
-        args.piece = piece, args.pieces = pieces;
+      [](int arch, const Scored& queries, const Scored& rows, Address out, Address partial, int64_t query_count,
+         int64_t row_count, int64_t d, int64_t piece, int64_t pieces, Address stream) {
+        const auto kernels = scores_arch_of("score_block", arch);
+        auto args = scores_of("score_block", queries, rows, partial, query_count, row_count, d, piece, pieces);
+        args.out = reinterpret_cast<float*>(out);
         py::gil_scoped_release unlocked;
-        score_block::score_block_cuda(args, reinterpret_cast<void*>(stream));
+        score_block::score_block_cuda(kernels, args, reinterpret_cast<void*>(stream));
       },
-      py::arg("queries"), py::arg("rows"), py::arg("out"), py::arg("partial"), py::arg("query_count"),
+      py::arg("arch"), py::arg("queries"), py::arg("rows"), py::arg("out"), py::arg("partial"), py::arg("query_count"),
       py::arg("row_count"), py::arg("d"), py::arg("piece"), py::arg("pieces"), py::arg("stream"));
+  m.attr("SCORE_TOPK_MOST_K") = score_topk::kMostBest;
+  m.def(
+      "score_topk",
+      [](int arch, const Scored& queries, const Scored& rows, std::pair<Address, int64_t> row_scale, Address values,
+         Address indices, Address candidates, Address counts, Address best, Address partial, int64_t query_count,
+         int64_t row_count, int64_t d, int64_t k, bool largest, int64_t first_block, int64_t capacity, int64_t piece,
+         int64_t pieces, Address stream) {
+        const auto kernels = scores_arch_of("score_topk", arch);
+        score_topk::CudaArgs args = {};
+        args.scores = scores_of("score_topk", queries, rows, partial, query_count, row_count, d, piece, pieces);
+        LGK_CHECK(row_count < int64_t(1) << 32, "score_topk: " + std::to_string(row_count) +
+                                                    " rows; a call of the CUDA kernels takes less than 2^32");
+        LGK_CHECK(k >= 1 && k <= score_topk::kMostBest && k <= row_count,
+                  "score_topk: k must be from 1 to " + std::to_string(score_topk::kMostBest) + " and at most all rows");
+        LGK_CHECK(first_block >= 1 && first_block <= capacity && (pieces == 1 || row_count <= first_block),
+                  "score_topk: blocks of rows do not fit");
+        args.scores.candidates = {reinterpret_cast<uint64_t*>(candidates),
+                                  reinterpret_cast<uint32_t*>(counts),
+                                  nullptr,
+                                  k,
+                                  capacity,
+                                  0,
+                                  reinterpret_cast<const float*>(row_scale.first),
+                                  row_scale.second,
+                                  largest};
+        args.best = reinterpret_cast<uint64_t*>(best), args.first_block = first_block;
+        args.values = reinterpret_cast<float*>(values), args.indices = reinterpret_cast<int64_t*>(indices);
+        py::gil_scoped_release unlocked;
+        score_topk::score_topk_cuda(kernels, args, reinterpret_cast<void*>(stream));
+      },
+      py::arg("arch"), py::arg("queries"), py::arg("rows"), py::arg("row_scale"), py::arg("values"), py::arg("indices"),
+      py::arg("candidates"), py::arg("counts"), py::arg("best"), py::arg("partial"), py::arg("query_count"),
+      py::arg("row_count"), py::arg("d"), py::arg("k"), py::arg("largest"), py::arg("first_block"), py::arg("capacity"),
+      py::arg("piece"), py::arg("pieces"), py::arg("stream"));
 }

@@ -16,6 +16,12 @@ constexpr int kTileRowBytes = 128;
 constexpr int kTileAlignment = 1024;
 constexpr int kGroup = 128;  // threads of a warp group
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LGK_CUDA_ON_CPU)
+constexpr bool kIsSm90 = true;  // whether this is compiled for sm_90a
+#else
+constexpr bool kIsSm90 = false;
+#endif
+
 // The tile's address, a stride of 1024 bytes from each 8 rows to the next ones, and the 128-byte swizzle, in the bit
 // fields of wgmma's matrix descriptor. Rows run along K; `column` is a byte of a row, a multiple of 32.
 __device__ inline uint64_t matrix_descriptor(uint32_t address, int column) {
@@ -109,39 +115,53 @@ __device__ inline void take_products(float (&c)[kColumns][4]) {
     for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[j][e])::"memory");
   }
 }
+template <int kColumns>
+__device__ inline void take_products(int32_t (&c)[kColumns][4]) {
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(c[j][e])::"memory");
+  }
+}
 
-#define LGK_C(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
-#define LGK_C4(j) LGK_C(j), LGK_C(j + 1), LGK_C(j + 2), LGK_C(j + 3)
+#define LGK_C(kind, j) kind(c[j][0]), kind(c[j][1]), kind(c[j][2]), kind(c[j][3])
+#define LGK_C4(kind, j) LGK_C(kind, j), LGK_C(kind, j + 1), LGK_C(kind, j + 2), LGK_C(kind, j + 3)
 #define LGK_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
-#define LGK_R10 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9"
-#define LGK_PRODUCT(numbers, n, registers, a_at, b_at, ...)                                                      \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." numbers "." numbers " {" registers "}, %" #a_at \
-               ", %" #b_at ", 1, 1, 1, 0, 0;"                                                                    \
-               : __VA_ARGS__                                                                                     \
+#define LGK_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define LGK_R10 LGK_R8 ", %8, %9"
+#define LGK_PRODUCT(n, numbers, end, registers, a_at, b_at, ...)                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n numbers " {" registers "}, %" #a_at ", %" #b_at end ";" \
+               : __VA_ARGS__                                                                                  \
                : "l"(a), "l"(b))
 
-#define LGK_GROUP_PRODUCTS(name, numbers)                                                                         \
-  __device__ inline void name(float (&c)[4][4], uint64_t a, uint64_t b) {                                         \
-    LGK_PRODUCT(numbers, 32, LGK_R10 ", %10, %11, %12, %13, %14, %15", 16, 17, LGK_C4(0));                        \
-  }                                                                                                               \
-  __device__ inline void name(float (&c)[8][4], uint64_t a, uint64_t b) {                                         \
-    LGK_PRODUCT(numbers, 64, LGK_R10 ", " LGK_TEN(1) ", " LGK_TEN(2) ", %30, %31", 32, 33, LGK_C4(0), LGK_C4(4)); \
-  }                                                                                                               \
-  __device__ inline void name(float (&c)[16][4], uint64_t a, uint64_t b) {                                        \
-    LGK_PRODUCT(numbers, 128,                                                                                     \
-                LGK_R10 ", " LGK_TEN(1) ", " LGK_TEN(2) ", " LGK_TEN(3) ", " LGK_TEN(4) ", " LGK_TEN(             \
-                    5) ", %60, %61, %62, %63",                                                                    \
-                64, 65, LGK_C4(0), LGK_C4(4), LGK_C4(8), LGK_C4(12));                                             \
+#define LGK_GROUP_PRODUCTS(name, type, kind, numbers, end)                                                       \
+  __device__ inline void name(type(&c)[2][4], uint64_t a, uint64_t b) {                                          \
+    LGK_PRODUCT(16, numbers, end, LGK_R8, 8, 9, LGK_C(kind, 0), LGK_C(kind, 1));                                 \
+  }                                                                                                              \
+  __device__ inline void name(type(&c)[4][4], uint64_t a, uint64_t b) {                                          \
+    LGK_PRODUCT(32, numbers, end, LGK_R10 ", %10, %11, %12, %13, %14, %15", 16, 17, LGK_C4(kind, 0));            \
+  }                                                                                                              \
+  __device__ inline void name(type(&c)[8][4], uint64_t a, uint64_t b) {                                          \
+    LGK_PRODUCT(64, numbers, end, LGK_R10 ", " LGK_TEN(1) ", " LGK_TEN(2) ", %30, %31", 32, 33, LGK_C4(kind, 0), \
+                LGK_C4(kind, 4));                                                                                \
+  }                                                                                                              \
+  __device__ inline void name(type(&c)[16][4], uint64_t a, uint64_t b) {                                         \
+    LGK_PRODUCT(128, numbers, end,                                                                               \
+                LGK_R10 ", " LGK_TEN(1) ", " LGK_TEN(2) ", " LGK_TEN(3) ", " LGK_TEN(4) ", " LGK_TEN(            \
+                    5) ", %60, %61, %62, %63",                                                                   \
+                64, 65, LGK_C4(kind, 0), LGK_C4(kind, 4), LGK_C4(kind, 8), LGK_C4(kind, 12));                    \
   }
 
-// c [64, N] += a [64, 16] b [N, 16]^T by a warp group, from shared memory; c in the fragments of m64nNk16, which are
-// those of m16n8 for each warp's 16 rows. Not complete before it has been waited for.
-LGK_GROUP_PRODUCTS(multiply_group_bf16, "bf16")
-LGK_GROUP_PRODUCTS(multiply_group_f16, "f16")
+// c [64, N] += a [64, 32 bytes] b [N, 32 bytes]^T by a warp group, from shared memory; c in the fragments of m64nNk16,
+// which are those of m16n8 for each warp's 16 rows. Not complete before it has been waited for.
+LGK_GROUP_PRODUCTS(multiply_group_bf16, float, "+f", "k16.f32.bf16.bf16", ", 1, 1, 1, 0, 0")
+LGK_GROUP_PRODUCTS(multiply_group_f16, float, "+f", "k16.f32.f16.f16", ", 1, 1, 1, 0, 0")
+LGK_GROUP_PRODUCTS(multiply_group_s8, int32_t, "+r", "k32.s32.s8.s8", ", 1")
 
 #undef LGK_C
 #undef LGK_C4
 #undef LGK_TEN
+#undef LGK_R8
 #undef LGK_R10
 #undef LGK_PRODUCT
 #undef LGK_GROUP_PRODUCTS

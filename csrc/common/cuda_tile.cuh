@@ -67,6 +67,25 @@ __device__ inline void multiply_f16(float (&c)[4], const uint32_t (&a)[4], uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c [16, 8] += a [16, 32] b [8, 32]^T of int8, in the fragments of mma.m16n8k32.
+__device__ inline void multiply_s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four of the eight bytes of (b, a), those of a counted first, one for each nibble of the selector.
+__device__ inline uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
+// Two numbers to bf16, to nearest even, the first one in the lower half; NaN stays NaN.
+__device__ inline uint32_t pack_bf16(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
 __device__ inline float f16_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 __device__ inline uint32_t float_bits(float v) { return __float_as_uint(v); }
 __device__ inline float bits_float(uint32_t v) { return __uint_as_float(v); }

@@ -309,11 +309,7 @@ template <class E, int kWidth, int kParts, int kPositions>
 struct Sm90 : Sizes<E, kWidth, kParts, kPositions> {
   using S = Sizes<E, kWidth, kParts, kPositions>;
   using Copies = EngineCopies<Sm90>;
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LGK_CUDA_ON_CPU)
-  static constexpr bool kCompiled = true;
-#else
-  static constexpr bool kCompiled = false;
-#endif
+  static constexpr bool kCompiled = kIsSm90;
   static constexpr bool kWide = kWidth == 128;  // needs more registers than an even share of a block's
   static constexpr int kThreads = S::kWarps * kWarp + (kWide ? kGroup : kWarp);
   static constexpr int kFixed = 2 * S::kSide + S::kWeightBytes + 256;

@@ -3,6 +3,7 @@
 
 #include "score_block/cuda.h"
 #include "score_block/cuda_kernel.cuh"
+#include "score_block/cuda_kinds.cuh"
 
 namespace lgk::score_block {
 namespace {
@@ -29,16 +30,25 @@ void launch(const CudaArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
-Tile tile(int64_t query_count) { return {query_count <= 16 ? 16 : 64, kRows, kDepth}; }
+Tile tile(const Operand& queries, const Operand& rows, int64_t query_count) {
+  return tile_of(queries, rows, query_count);
+}
 
-void score_block_cuda(const CudaArgs& args, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  const bool few = tile(args.query_count).queries == 16;
-  const bool known = with_numbers(args, [&](auto q, auto r) {
-    few ? launch<Kernel<decltype(q), decltype(r), 16>>(args, on)
-        : launch<Kernel<decltype(q), decltype(r), 64>>(args, on);
-  });
-  if (!known) throw std::runtime_error("score_block: no CUDA kernel for queries and rows of these dtypes");
+bool has_sm90() {
+#ifdef LGK_SM90A
+  return true;
+#else
+  return false;
+#endif
+}
+
+void score_block_cuda(Arch arch, const CudaArgs& args, void* stream) {
+  if (arch == Arch::kSm90 && !has_sm90()) throw std::runtime_error("score_block: no kernel of sm_90a in this build");
+  const auto launched = [&](auto kernel) { launch<decltype(kernel)>(args, static_cast<cudaStream_t>(stream)); };
+  const int queries = tile_of(args.queries, args.rows, args.query_count).queries;
+  if (!with_kernel(arch_for(arch, args.queries, args.rows), args, queries, launched)) {
+    throw std::runtime_error("score_block: no CUDA kernel for queries and rows of these formats");
+  }
 }
 
 }  // namespace lgk::score_block

@@ -30,7 +30,7 @@ FORCED = os.environ.get("LOGRA_KERNELS_BACKEND", "auto")
 
 _MODULE = {"cpp": "cpu", "triton": "triton", "cuda": "cuda", "reference": "reference"}
 _ORDER = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "cuda", "reference")}
-_CUDA_OPS = ("project_grad", "score_block")  # those that have kernels in CUDA C++
+_CUDA_OPS = ("project_grad", "score_block", "score_topk")  # those that have kernels in CUDA C++
 
 
 class FallbackWarning(UserWarning):

@@ -10,17 +10,9 @@ from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._codes import as_bytes, field_of, number_of
+from logra_kernels.ops._device import device_of
 from logra_kernels.ops._format import EncodedRows
-from logra_kernels.ops._tile import (
-    INTERPRETED,
-    OPTIONS,
-    accumulator,
-    block,
-    device_of,
-    dot_tile,
-    fp32_precision,
-    must_upcast,
-)
+from logra_kernels.ops._tile import INTERPRETED, OPTIONS, accumulator, block, dot_tile, fp32_precision, must_upcast
 
 
 @triton.jit

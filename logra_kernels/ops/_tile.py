@@ -1,11 +1,8 @@
 """What the Triton kernels share: one tile of a matrix product, and how a launcher sizes and places it."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 
@@ -86,8 +83,3 @@ def fp32_precision() -> str:
 def block(size: int, most: int) -> int:
     """A tile's extent along a dimension of `size`: a power of two from 16 (the least tl.dot takes) to `most`."""
     return min(most, max(16, triton.next_power_of_2(size)))
-
-
-def device_of(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -5,7 +5,7 @@ import torch
 from tolerance import assert_as_good_as_naive
 
 import logra_kernels as lk
-from logra_kernels.ops import _dispatch
+from logra_kernels.ops import _device, _dispatch
 from logra_kernels.ops.project_grad import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -80,7 +80,7 @@ def test_project_grad_in_cuda_by_either_path(monkeypatch, path, dtype, k):
 
     if path == "sm_90a" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")
-    monkeypatch.setattr(cuda, "FORCED_PATH", path)
+    monkeypatch.setattr(_device, "CUDA_PATH", path)
     for lengths in ([512] * 16, [8192], [5000, 12, 700, 0, 1800, 680]):
         args = [torch.randn(s, device="cuda").to(dtype) for s in ((sum(lengths), 1024), (sum(lengths), 520))]
         args += [(torch.randn(k, d, device="cuda") / d**0.5).to(dtype) for d in (1024, 520)]

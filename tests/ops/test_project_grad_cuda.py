@@ -15,7 +15,7 @@ from ops.test_project_grad import case, exactly, position_weights, ragged
 from ops.views import VIEWS
 from tolerance import assert_as_good_as_naive
 
-from logra_kernels.ops import _dispatch
+from logra_kernels.ops import _device, _dispatch
 from logra_kernels.ops.project_grad import reference
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -218,13 +218,11 @@ class TestLauncher:
         self.check(launch, tuple(map(VIEWS[view], case(2, 37, 24, 16, 17, 9, torch.bfloat16))))
 
     def test_forced(self, launch, monkeypatch):
-        from logra_kernels.ops.project_grad import cuda
-
         args = case(1, 20, 16, 8, 8, 4, torch.bfloat16)
-        monkeypatch.setattr(cuda, "FORCED_PATH", "sm_80")
+        monkeypatch.setattr(_device, "CUDA_PATH", "sm_80")
         self.check(launch, args)
         assert launch.archs == [80]
-        monkeypatch.setattr(cuda, "FORCED_PATH", "sm_75")
+        monkeypatch.setattr(_device, "CUDA_PATH", "sm_75")
         with pytest.raises(RuntimeError, match="LOGRA_KERNELS_CUDA_PATH is 'sm_75'; it must be"):
             launch.call(*args, None, None)
 

@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from logra_kernels.ops._codes import as_bytes, field_of, number_of
+from logra_kernels.ops._device import device_of
 from logra_kernels.ops._format import EncodedRows
-from logra_kernels.ops._tile import device_of
 
 RUN = 1024
 

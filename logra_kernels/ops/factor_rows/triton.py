@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype
+from logra_kernels.ops._device import device_of
 from logra_kernels.ops._factored import Layers, factored_dim, layer_table
-from logra_kernels.ops._tile import OPTIONS, accumulator, block, device_of
+from logra_kernels.ops._tile import OPTIONS, accumulator, block
 
 ITERATIONS = 8  # residuals stay within 1e-3 of the least ones on matrices of independent normal numbers
 WIDTH = 16  # vectors; the least extent tl.dot takes

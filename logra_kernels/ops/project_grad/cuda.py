@@ -4,17 +4,13 @@ Half operands whose rows the copy engine can fetch go through the kernels of sm_
 9.0; everything else, and everything under LOGRA_KERNELS_CUDA_PATH=sm_80, through those of sm_80.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
 from logra_kernels import _C_cuda
-from logra_kernels.ops._device import programs_of
+from logra_kernels.ops._device import cuda_arch, programs_of
 from logra_kernels.ops._native import DTYPE_CODE, matrix
 from logra_kernels.ops.project_grad.chunks import cut, partials_of
-
-FORCED_PATH = os.environ.get("LOGRA_KERNELS_CUDA_PATH")
 
 
 def launch(
@@ -69,14 +65,8 @@ def launch(
 
 
 def arch_of(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> int:
-    """80 or 90: whose kernels take these operands, on their device.
-
-    Raises:
-        RuntimeError: LOGRA_KERNELS_CUDA_PATH is neither sm_80 nor sm_90a.
-    """
-    if FORCED_PATH not in (None, "sm_80", "sm_90a"):
-        raise RuntimeError(f"LOGRA_KERNELS_CUDA_PATH is {FORCED_PATH!r}; it must be sm_80 or sm_90a, or unset")
-    if FORCED_PATH == "sm_80" or not _C_cuda.has_sm_90a() or torch.cuda.get_device_capability(dy.device) != (9, 0):
+    """80 or 90: whose kernels take these operands, on their device."""
+    if cuda_arch(dy, _C_cuda.has_sm_90a()) == 80:
         return 80
     half = dy.dtype in (torch.bfloat16, torch.float16)
     sides = [(v, p) for v, p in ((x, p_in), (dy, p_out)) if p is not None]

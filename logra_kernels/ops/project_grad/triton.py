@@ -13,12 +13,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from logra_kernels.ops._check import accumulator_dtype
-from logra_kernels.ops._device import programs_of
+from logra_kernels.ops._device import device_of, programs_of
 from logra_kernels.ops._tile import (
     OPTIONS,
     accumulator,
     block,
-    device_of,
     dot_tile,
     dot_tile_described,
     fp32_precision,

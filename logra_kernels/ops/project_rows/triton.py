@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype
-from logra_kernels.ops._tile import OPTIONS, accumulator, block, device_of, dot_tile, fp32_precision, must_upcast
+from logra_kernels.ops._device import device_of
+from logra_kernels.ops._tile import OPTIONS, accumulator, block, dot_tile, fp32_precision, must_upcast
 
 
 @triton.jit

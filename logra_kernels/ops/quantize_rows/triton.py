@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from logra_kernels.ops._codes import as_bytes
+from logra_kernels.ops._device import device_of
 from logra_kernels.ops._format import RowFormat
-from logra_kernels.ops._tile import device_of
 
 RUN = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}

@@ -6,9 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype
+from logra_kernels.ops._device import device_of
 from logra_kernels.ops._factored import Layers, layer_table
 from logra_kernels.ops._format import EncodedRows
-from logra_kernels.ops._tile import INTERPRETED, OPTIONS, accumulator, block, device_of, fp32_precision
+from logra_kernels.ops._tile import INTERPRETED, OPTIONS, accumulator, block, fp32_precision
 from logra_kernels.ops.dequantize_rows.triton import launch as dequantize_rows
 
 

@@ -106,7 +106,7 @@ def score_topk(
         row_scale: A factor for each row's score, [N], fp32 (fp64 for fp64 rows); l-RelatIF's 1/sqrt(self-influence).
         largest: False for the lowest scores, ascending.
         query_format: As in `score_block`.
-        backend: "auto", "cpp", "triton" or "reference"; an unavailable one raises RuntimeError.
+        backend: "auto", "cpp", "triton", "cuda" or "reference"; an unavailable one raises RuntimeError.
 
     Returns:
         values [Q, min(k, N)] in fp32 (fp64 for fp64 rows), best first, and row numbers of the same shape in int64.

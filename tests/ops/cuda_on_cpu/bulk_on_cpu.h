@@ -70,18 +70,19 @@ struct Matrix {
     must((descriptor >> 62) == 1, "only the 128-byte swizzle is known here");
     must((descriptor >> 49 & 7) == 0 && (start & 0x380) == 0, "the swizzle's pattern does not start at 1024 bytes");
   }
-  uint16_t at(int row, int k) const {
-    uint32_t address = start + uint32_t(row / 8) * stride + uint32_t(row % 8) * 128 + uint32_t(k) * 2;
+  // The 8 bytes that start at a multiple of 8 of a row.
+  uint64_t at(int row, int byte) const {
+    uint32_t address = start + uint32_t(row / 8) * stride + uint32_t(row % 8) * 128 + uint32_t(byte);
     address ^= (address >> 7 & 7) << 4;
-    uint16_t number;
-    std::memcpy(&number, shared_memory + address, 2);
-    return number;
+    uint64_t word;
+    std::memcpy(&word, shared_memory + address, 8);
+    return word;
   }
 };
 
-// m64nNk16: warp w of the group holds rows 16 w + g and + 8, columns 8 j + 2 t and + 1 of c.
-template <float (*kWiden)(uint16_t), int kColumns>
-void multiply_group(float (&c)[kColumns][4], uint64_t a, uint64_t b) {
+// m64nN with k of 32 bytes: warp w of the group holds rows 16 w + g and + 8, columns 8 j + 2 t and + 1 of c.
+template <auto kNumber, int kEach, class T, int kColumns>
+void multiply_group(T (&c)[kColumns][4], uint64_t a, uint64_t b) {
   const uint64_t words[] = {a, b};
   const Exchange& all = exchange(words, 2);
   for (int lane = 0; lane < kWarp; ++lane) {
@@ -90,17 +91,17 @@ void multiply_group(float (&c)[kColumns][4], uint64_t a, uint64_t b) {
   Products& products = bulk().of_thread[block->current];
   must(products.fenced, "products without a fence before them");
   const int lane = block->current % kWarp, row = block->current / kWarp % 4 * 16 + lane / 4;
-  float(*sums)[4] = c;
+  T(*sums)[4] = c;
   products.open.push_back([=] {
     const Matrix left(a), right(b);
-    float numbers[2][16];
-    for (int h = 0; h < 2; ++h) {
-      for (int k = 0; k < 16; ++k) numbers[h][k] = kWiden(left.at(row + 8 * h, k));
-    }
-    for (int j = 0; j < kColumns; ++j) {
-      for (int e = 0; e < 4; ++e) {
-        for (int k = 0; k < 16; ++k) {
-          sums[j][e] += numbers[e / 2][k] * kWiden(right.at(j * 8 + lane % 4 * 2 + e % 2, k));
+    for (int byte = 0; byte < 32; byte += 8) {
+      const uint64_t rows[] = {left.at(row, byte), left.at(row + 8, byte)};
+      for (int j = 0; j < kColumns; ++j) {
+        for (int h = 0; h < 2; ++h) {
+          const uint64_t column = right.at(j * 8 + lane % 4 * 2 + h, byte);
+          for (int e = h; e < 4; e += 2) {
+            for (int k = 0; k < 2 * kEach; ++k) sums[j][e] += kNumber(rows[e / 2], k) * kNumber(column, k);
+          }
         }
       }
     }
@@ -213,16 +214,20 @@ void wait_for_products() {
   const uint64_t none[] = {0};
   on_cpu::exchange(none, 1);  // no lane goes on before the whole warp is here
 }
-template <int kColumns>
-void take_products(float (&)[kColumns][4]) {}
+template <class T, int kColumns>
+void take_products(T (&)[kColumns][4]) {}
 
 template <int kColumns>
 void multiply_group_bf16(float (&c)[kColumns][4], uint64_t a, uint64_t b) {
-  on_cpu::multiply_group<on_cpu::bf16_to_float>(c, a, b);
+  on_cpu::multiply_group<on_cpu::from_bf16, 2>(c, a, b);
 }
 template <int kColumns>
 void multiply_group_f16(float (&c)[kColumns][4], uint64_t a, uint64_t b) {
-  on_cpu::multiply_group<on_cpu::half_to_float>(c, a, b);
+  on_cpu::multiply_group<on_cpu::from_half, 2>(c, a, b);
+}
+template <int kColumns>
+void multiply_group_s8(int32_t (&c)[kColumns][4], uint64_t a, uint64_t b) {
+  on_cpu::multiply_group<on_cpu::from_s8, 4>(c, a, b);
 }
 
 }  // namespace lgk

@@ -107,7 +107,7 @@ inline Dim3 threadIdx, blockIdx, blockDim;
 namespace on_cpu {
 
 // The calling fiber's `turn`th barrier of `threads` fibers.
-inline void meet(std::vector<int> Block::*at, size_t turn, int threads) {
+inline void meet(std::vector<int> Block::* at, size_t turn, int threads) {
   auto& counts = block->*at;
   if (counts.size() <= turn) counts.resize(turn + 1, 0);
   ++counts[turn];
@@ -118,6 +118,13 @@ inline void meet(std::vector<int> Block::*at, size_t turn, int threads) {
 
 inline void __syncthreads() {
   on_cpu::meet(&on_cpu::Block::at_barrier, on_cpu::self().barriers++, int(on_cpu::block->fibers.size()));
+}
+
+template <class T>
+T atomicAdd(T* at, T more) {
+  const T before = *at;
+  *at += more;
+  return before;
 }
 
 namespace on_cpu {
@@ -182,20 +189,23 @@ inline float bf16_to_float(uint16_t h) {
   return v;
 }
 
-// mma.m16n8k16: a lane holds rows g, g + 8 of a, row g of b, and rows g, g + 8, columns 2t, 2t + 1 of c.
-template <float (*kWiden)(uint16_t)>
-void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// Number i of a word or of a tile's bytes, as the products take it.
+inline float from_bf16(uint64_t word, int i) { return bf16_to_float(uint16_t(word >> 16 * i)); }
+inline float from_half(uint64_t word, int i) { return half_to_float(uint16_t(word >> 16 * i)); }
+inline int32_t from_s8(uint64_t word, int i) { return int8_t(word >> 8 * i); }
+
+// mma.m16n8 with k of 32 bytes: a lane holds rows g, g + 8 of a, row g of b, and rows g, g + 8, columns 2t, 2t + 1 of
+// c.
+template <auto kNumber, int kEach, class T>
+void multiply(T (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint64_t words[] = {a[0], a[1], a[2], a[3], b0, b1};
   const Exchange& all = exchange(words, 6);
   const int lane = block->current % kWarp, g = lane / 4, t = lane % 4;
-  const auto number = [&](int from, int word, int half) {
-    return kWiden(uint16_t(all.words[from][word] >> 16 * half));
-  };
   for (int e = 0; e < 4; ++e) {
-    for (int k = 0; k < 16; ++k) {
-      const int owner = k % 8 / 2, upper = k / 8;
-      const float left = number(g * 4 + owner, e / 2 + 2 * upper, k % 2);
-      const float right = number((2 * t + e % 2) * 4 + owner, 4 + upper, k % 2);
+    for (int k = 0; k < 8 * kEach; ++k) {
+      const int owner = k / kEach % 4, upper = k / (4 * kEach);
+      const T left = kNumber(all.words[g * 4 + owner][e / 2 + 2 * upper], k % kEach);
+      const T right = kNumber(all.words[(2 * t + e % 2) * 4 + owner][4 + upper], k % kEach);
       c[e] += left * right;
     }
   }
@@ -248,10 +258,19 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const char* shared) {
   }
 }
 inline void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  on_cpu::multiply<on_cpu::bf16_to_float>(c, a, b0, b1);
+  on_cpu::multiply<on_cpu::from_bf16, 2>(c, a, b0, b1);
 }
 inline void multiply_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  on_cpu::multiply<on_cpu::half_to_float>(c, a, b0, b1);
+  on_cpu::multiply<on_cpu::from_half, 2>(c, a, b0, b1);
+}
+inline void multiply_s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  on_cpu::multiply<on_cpu::from_s8, 4>(c, a, b0, b1);
+}
+inline uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = uint64_t(b) << 32 | a;
+  uint32_t bytes = 0;
+  for (int i = 0; i < 4; ++i) bytes |= uint32_t(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return bytes;
 }
 inline float f16_to_float(uint16_t bits) { return on_cpu::half_to_float(bits); }
 inline uint32_t float_bits(float v) {
@@ -263,6 +282,15 @@ inline float bits_float(uint32_t bits) {
   float v;
   std::memcpy(&v, &bits, 4);
   return v;
+}
+
+// To nearest even; NaN stays NaN.
+inline uint32_t pack_bf16(float low, float high) {
+  const auto half = [](float v) {
+    const uint32_t bits = float_bits(v);
+    return v != v ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return half(high) << 16 | half(low);
 }
 
 }  // namespace lgk
