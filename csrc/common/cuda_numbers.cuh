@@ -20,6 +20,7 @@ struct F32 {
 struct BF16 {
   static constexpr int kParts = 1, kBytes = 2, kRun = 8;
   static constexpr bool kEncoded = false;
+  __device__ static float widen(const uint32_t* words, int i) { return bits_float(words[i / 2] >> i % 2 * 16 << 16); }
 };
 struct F16 {
   static constexpr int kParts = 2, kBytes = 2, kRun = 8;
@@ -38,6 +39,18 @@ struct Integers {
   static constexpr int kParts = 1, kBytes = 1, kRun = 16;
   static constexpr bool kEncoded = true;
 };
+
+// Number d of a row.
+template <class N>
+__device__ inline float number_at(const Rows& numbers, int64_t row, int64_t d) {
+  const int64_t at = row * numbers.row_stride + d * numbers.column_stride;
+  uint32_t word;
+  if constexpr (N::kBytes == 4)
+    word = static_cast<const uint32_t*>(numbers.data)[at];
+  else
+    word = static_cast<const uint16_t*>(numbers.data)[at];
+  return N::widen(&word, 0);
+}
 
 // A chunk's numbers as they were read.
 template <class N>

@@ -5,7 +5,8 @@
 // for fp32. Products of parts are summed in fp32 on the tensor cores, those below fp32's precision left out; a code's
 // scale multiplies sums of at most 64 numbers. Whole codes beside int8 queries are multiplied as int8: sums of at most
 // 128 numbers are exact, both scales multiply them. A long row is cut into pieces of D, whose sums are added in order:
-// same input, same bits. Infinite numbers of fp32 and fp16 make NaN of their scores.
+// same input, same bits. Scores that parts make NaN of are summed anew of whole numbers, so that infinite ones of fp32
+// and fp16 count as they do in bf16.
 #pragma once
 #include "common/rows.h"
 #include "encoded/rows.h"

@@ -90,6 +90,33 @@ class Step {
   float scales_[K::kScaleRuns > 0 ? K::kScaleRuns : 1];
 };
 
+// Parts of an infinite number, or of one that rounds to infinity in bf16, make NaN of scores that are none: those that
+// are NaN are summed anew, of whole numbers in fp32, up to where they are NaN again.
+template <class K>
+__device__ inline void mend_nans(typename K::Sums& sums, const CudaArgs& args, const Place& place, int64_t begin,
+                                 int warp, int lane) {
+  constexpr int kSums = K::kDown * K::kAcross * 4;
+  static_assert(kSums <= 32, "a bit for each");
+  const auto each = [&](const auto& function) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) function(i, sums.c[i / 4 / K::kAcross][i / 4 % K::kAcross][i % 4]);
+  };
+  uint32_t nans = 0;
+  each([&](int i, float sum) { nans |= uint32_t(sum != sum) << i; });
+#pragma unroll 1
+  for (int at = 0; nans != 0; ++at, nans >>= 1) {
+    const int64_t q = place.q0 + K::query(warp) + at / 4 % K::kAcross * 8 + lane % 4 * 2 + at % 2;
+    const int64_t n = place.n0 + K::row(warp) + at / 4 / K::kAcross * 16 + lane / 4 + at % 4 / 2 * 8;
+    if ((nans & 1) == 0 || q >= args.query_count || n >= args.row_count) continue;
+    float score = 0;
+#pragma unroll 1
+    for (int64_t d = begin; d < place.end && score == score; ++d) {
+      score += number_at<typename K::Q>(args.queries.numbers, q, d) * number_at<typename K::R>(args.rows.numbers, n, d);
+    }
+    each([&](int i, float& sum) { sum = i == at ? score : sum; });
+  }
+}
+
 // function(query, row, score) for what a thread has of the tile.
 template <class K, class Function>
 __device__ inline void for_each_score(const typename K::Sums& sums, int warp, int lane, const Function& function) {
@@ -133,6 +160,7 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks) score_kernel(const __gri
       char* other = now;
       now = next, next = other;
     }
+    if constexpr (!K::R::kEncoded && K::kMost > 1) mend_nans<K>(products.sums, args, place, begin, warp, lane);
     if (args.candidates.list != nullptr && args.pieces == 1) {
       keep_candidates<K>(args, products.sums, place.q0, place.n0, reinterpret_cast<uint32_t*>(shared), warp, lane);
       return;

@@ -130,6 +130,23 @@ def test_what_is_not_finite_stays_in_its_row(kernels, arch):
     assert not bad.any()
 
 
+@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize(("queries", "rows"), PAIRS, ids=str)
+def test_infinite_numbers(kernels, arch, queries, rows, tile):
+    asked, stored = (torch.randint(-2, 3, (n, 300)).to(dtype) for n, dtype in ((tile - 3, queries), (133, rows)))
+    asked[3, 5], asked[tile - 4, 250] = float("inf"), -float("inf")
+    stored[8, 5], stored[9, 290], stored[132, 17], stored[80, 2] = (float(v) for v in ("inf", "-inf", "inf", "nan"))
+    for piece in (128, 384):
+        got = run(kernels, arch, asked, stored, tile, piece)
+        torch.testing.assert_close(got, asked.float() @ stored.float().T, rtol=0, atol=0, equal_nan=True)
+
+
+def test_largest_numbers(kernels, arch):
+    most = torch.finfo(F32).max  # infinity in bf16
+    got = run(kernels, arch, torch.tensor([[most, 1]]), torch.tensor([[0.5, 0.0], [1, 0], [0, 3]]), 16, 128)
+    assert got.tolist() == [[most / 2, most, 3]]
+
+
 @pytest.mark.skipif(_dispatch.cuda_error() is not None, reason="logra_kernels._C_cuda is not built")
 class TestLauncher:
     """ops/score_block/cuda.py on CPU tensors, its kernels' binding replaced by the kernels on a CPU."""

@@ -90,7 +90,8 @@ def test_pieces_of_d(kernels, arch, largest):
 def test_nan_and_infinities(kernels, arch, largest):
     queries, rows = torch.ones(2, 1), torch.tensor([[0.0], [-torch.inf], [1.0], [torch.inf], [-torch.inf], [-0.0]])
     queries[1] = 0
-    check(kernels, arch, queries.bfloat16(), rows.bfloat16(), 6, None, largest)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        check(kernels, arch, queries.to(dtype), rows.to(dtype), 6, None, largest)
 
 
 def test_nothing_to_sum(kernels, arch):
