@@ -1,7 +1,7 @@
-"""LogIX and Bergson as `bench_logging.py` drives them: same layers, rank, batch and loss, gradients kept in memory.
+"""LogIX, Bergson and dattri as `bench_logging.py` drives them: same layers, rank, batch and loss.
 
-Each is a step beside `step(model, ids)`, with the factors it drew, so that its gradients can be checked. Neither is
-told to write a store, as the others do not, and neither gathers a Hessian.
+Each is a step beside `step(model, ids)` that keeps its gradients in memory, with the factors it drew, so that they can
+be checked. None is told to write a store, as the others do not, and none gathers a Hessian.
 """
 
 import copy
@@ -92,7 +92,40 @@ def bergson(model: nn.Module, ids: Tensor, rank: int, step: Step) -> Peer:
     return Peer(once, factors)
 
 
-PEERS = {"LogIX": logix, "Bergson": bergson}
+def dattri(model: nn.Module, ids: Tensor, rank: int, step: Step) -> Peer:
+    """dattri 0.3.0 with the hooks and compressors of its `LoGraAttributor`, on a copy; Gaussian factors.
+
+    It compiles what projects, for which torch needs a C++ compiler.
+    """
+    import torch
+    from dattri.algorithm.block_projected_if import HookManager, setup_model_compressors
+
+    model = copy.deepcopy(model)
+    layers = targets(model)
+    normal = {"device": "cpu", "proj_dim": rank, "proj_max_batch_size": 64, "proj_type": "normal"}
+    compressors = setup_model_compressors(
+        model, list(layers), normal, {**normal, "proj_dim": -1, "proj_type": "identity"}, {"input_ids": ids}
+    )
+    hooks = HookManager(model, list(layers))
+    hooks.set_compressors(compressors)
+
+    def once() -> dict[str, Tensor]:
+        step(model, ids)
+        grads = hooks.get_compressed_grads()
+        return {name: g.unflatten(1, (rank, rank)) for name, g in zip(layers, grads, strict=True)}
+
+    def factor(project: Callable, width: int) -> Tensor:
+        return project(torch.eye(width), ensemble_id=0).T
+
+    factors = {}
+    for (name, m), compressor in zip(layers.items(), compressors, strict=True):
+        of_dy, of_x = compressor.sparsifier.sparsifier_comp
+        # it takes losses for means over the batch, and multiplies dy by the batch's size
+        factors[name] = factor(of_x, m.in_features), factor(of_dy, m.out_features) * len(ids)
+    return Peer(once, factors)
+
+
+PEERS = {"LogIX": logix, "Bergson": bergson, "dattri": dattri}
 
 
 def importable() -> Iterator[str]:
