@@ -96,8 +96,8 @@ def streamed(device: str, count: int, dim: int, queries: int = 64) -> Iterator[d
             row = {"part": "streamed", "shape": f"Q{queries} N{count} D{dim}", "provider": form}
             row |= {"median_ms": round(seconds * 1e3, 2), "pairs_per_s": round(queries * count / seconds)}
             row |= {
-                "share_of_wire": round(sizes[form] / seconds / wire, 3),
-                "over_bf16": round(took["bf16"] / seconds, 2),
+                "share_of_wire": float(f"{sizes[form] / seconds / wire:.3g}"),
+                "over_bf16": float(f"{took['bf16'] / seconds:.3g}"),
             }
             yield row
 
