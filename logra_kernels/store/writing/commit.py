@@ -4,10 +4,12 @@ A commit: both files of every new shard, then the directory, then the manifest, 
 the deletion of a tail that a shard replaces. A crash between any two steps leaves the old manifest or the new one, and
 every file either of them names.
 
-Every wait for the disk holds up what is written beside it, and every commit writes the whole manifest. So shards that
-come fast are committed together, every `MOST_SECONDS`: a crash costs that much work, and the rows of the last shard.
+Every wait for the disk holds up what is written beside it, and every commit writes the whole manifest. So after the
+first shard, those that come fast are committed together, every `MOST_SECONDS`: a crash costs that much work, and the
+rows of the last shard.
 """
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +32,7 @@ class Committer:
         self._written: list[WrittenShard] = []
         self._settled: list[Shard] = []
         self._broken = False  # a shard could not be settled
-        self._committed_at = time.monotonic()
+        self._committed_at = -math.inf
 
     @property
     def behind(self) -> bool:
