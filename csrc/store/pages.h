@@ -5,9 +5,9 @@
 namespace lgk::store {
 
 // Returns once [address, address + bytes) is in memory and in the page table. The disk is read by several threads at
-// once: one alone waits for each piece. Huge pages are not asked for: where memory is in pieces, as after others'
-// reads, making room for them takes longer than the disk does. 0, or the errno of a disk that cannot be read (without
-// this call, touching the page would end the process).
+// once: one alone waits for each piece. Huge pages are not asked for: after other reads of the file, cold ones came at
+// less than half the rate with them. 0, or the errno of a disk that cannot be read (without this call, touching the
+// page would end the process).
 int populate(const void* address, int64_t bytes, int n_threads);
 
 // Whether a sample of the range's pages, spread evenly, is in the page cache.

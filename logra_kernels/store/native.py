@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logra_kernels.ops._native import DTYPE_CODE
 
-READERS = 8  # threads that bring a file in; cold, ext4 on a virtual disk: 2.1 GB/s from 3, 2.8 from 8
+READERS = 8  # threads that bring a file in; more than there are cores, since each waits for the disk
 
 
 @cache
