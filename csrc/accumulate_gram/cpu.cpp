@@ -37,21 +37,23 @@ Triangle cut(int64_t d, int n_threads) {
 
 template <typename T>
 struct Tile {
-  const Kernels<T>& kernels;
+  const Products<T>& products;
   int64_t ld;
   T *left, *right, *sum;
 
-  static int64_t row_length(const Kernels<T>& kernels, int64_t block) { return round_up(block, kernels.lanes) + 16; }
+  static int64_t row_length(const Products<T>& products, int64_t block) { return round_up(block, products.lanes) + 16; }
   static int64_t size(int64_t ld, int64_t block) { return (2 * (kPanel + 8) + block + 8) * ld; }
 
   void add(const Rows& g, Shape shape, int64_t i, int64_t j, int64_t block, T* out) const {
     const int64_t rows = std::min(block, shape.d - i), columns = std::min(block, shape.d - j);
-    for (int64_t start = 0; start < shape.rows; start += kPanel) {
-      const int64_t depth = std::min(kPanel, shape.rows - start);
-      const int64_t panel = start / kPanel % kPanelsPerRun;
-      kernels.pack_rows(g, start, depth, i, rows, left, ld);
-      if (i != j) kernels.pack_rows(g, start, depth, j, columns, right, ld);
-      kernels.outer(left, ld, rows, i == j ? left : right, ld, columns, depth, sum, ld, panel > 0);
+    const int64_t step = kPanel * products.terms;
+    for (int64_t start = 0; start < shape.rows; start += step) {
+      const int64_t depth = std::min(step, shape.rows - start);
+      const int64_t panel = start / step % kPanelsPerRun;
+      products.pack_terms(g, start, depth, i, rows, left, ld);
+      if (i != j) products.pack_terms(g, start, depth, j, columns, right, ld);
+      products.outer(left, ld, rows, i == j ? left : right, ld, columns, ceil_div(depth, products.terms), sum, ld,
+                     panel > 0);
       if (panel == kPanelsPerRun - 1 || start + depth == shape.rows) flush(shape.d, i, j, rows, columns, out);
     }
   }
@@ -69,19 +71,20 @@ struct Tile {
 
 // A few rows: writing out is what takes time, so that each number of it is computed where it lies and none is mirrored.
 template <typename T>
-void add_in_place(const Kernels<T>& kernels, const Rows& g, T* out, Shape shape, int n_threads) {
-  const int64_t ld = Tile<T>::row_length(kernels, shape.d), step = kernels.row_block;
-  const Buffer<T> packed(round_up(shape.rows, kernels.row_tile) * ld);
+void add_in_place(const Products<T>& products, const Rows& g, T* out, Shape shape, int n_threads) {
+  const int64_t ld = Tile<T>::row_length(products, shape.d), step = products.row_block, terms = products.terms;
+  const int64_t slice = products.row_tile * terms;
+  const Buffer<T> packed(round_up(shape.rows, slice) / terms * ld);
 #pragma omp parallel num_threads(n_threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < shape.rows; r += kernels.row_tile) {
-      kernels.pack_rows(g, r, std::min(kernels.row_tile, shape.rows - r), 0, shape.d, packed.data() + r * ld, ld);
+    for (int64_t r = 0; r < shape.rows; r += slice) {
+      products.pack_terms(g, r, std::min(slice, shape.rows - r), 0, shape.d, packed.data() + r / terms * ld, ld);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < shape.d; i += step) {
-      kernels.outer(packed.data() + i, ld, std::min(step, shape.d - i), packed.data(), ld, shape.d, shape.rows,
-                    out + i * shape.d, shape.d, true);
+      products.outer(packed.data() + i, ld, std::min(step, shape.d - i), packed.data(), ld, shape.d,
+                     ceil_div(shape.rows, terms), out + i * shape.d, shape.d, true);
     }
   }
 }
@@ -91,17 +94,17 @@ void add_in_place(const Kernels<T>& kernels, const Rows& g, T* out, Shape shape,
 template <typename T>
 void accumulate_gram(const Rows& g, T* out, Shape shape, int n_threads) {
   if (shape.rows == 0 || shape.d == 0) return;
-  const Kernels<T>& kernels = lgk::kernels<T>();
+  const Products<T>& products = lgk::products<T>(g.dtype, g.dtype);
   n_threads = threads_for(double(shape.rows) * shape.d * shape.d / 2, n_threads);
-  if (shape.rows <= kFewRows && shape.d % kernels.lanes == 0) return add_in_place(kernels, g, out, shape, n_threads);
+  if (shape.rows <= kFewRows && shape.d % products.lanes == 0) return add_in_place(products, g, out, shape, n_threads);
   const Triangle triangle = cut(shape.d, n_threads);
-  const int64_t ld = Tile<T>::row_length(kernels, triangle.block), size = Tile<T>::size(ld, triangle.block);
+  const int64_t ld = Tile<T>::row_length(products, triangle.block), size = Tile<T>::size(ld, triangle.block);
   const Buffer<T> scratch(size * n_threads);
 
 #pragma omp parallel num_threads(n_threads)
   {
     T* mine = scratch.data() + size * omp_get_thread_num();
-    const Tile<T> tile = {kernels, ld, mine, mine + (kPanel + 8) * ld, mine + 2 * (kPanel + 8) * ld};
+    const Tile<T> tile = {products, ld, mine, mine + (kPanel + 8) * ld, mine + 2 * (kPanel + 8) * ld};
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < triangle.tasks(); ++task) {
       int64_t i, j;

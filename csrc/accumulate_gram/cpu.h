@@ -1,5 +1,6 @@
-// out += sum_n g[n] g[n]^T. Order of summation: panels of kPanel rows, each a chain; the sums of a run of panels are
-// added in order and then added to out, run by run. out[i][j] and out[j][i] receive the same number.
+// out += sum_n g[n] g[n]^T. Order of summation: panels of kPanel rows (of pairs of rows where the machine multiplies
+// bf16 itself), each a chain; the sums of a run of panels are added in order and then added to out, run by run.
+// out[i][j] and out[j][i] receive the same number.
 #pragma once
 #include "common/rows.h"
 

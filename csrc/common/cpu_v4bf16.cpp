@@ -20,8 +20,8 @@
 #define LGK_VECTORS 4
 #define LGK_SUMS 24
 #define LGK_F16C
+#include "common/outer.inc"
 #include "common/pack.inc"
-#include "common/tile.inc"
 
 namespace lgk {
 namespace {
@@ -63,6 +63,48 @@ void pack_pairs(const Rows& src, int64_t row, int64_t rows, int64_t column, int6
   for (int64_t r = rows; r < round_to(rows, LGK_ROW_STEP); ++r) zero(dst + r * ld, padded / 2);
 }
 
+// 16 numbers of a row as the halves of 16 pairs.
+LGK_INLINE __m512i halves(const Half* src, __mmask16 kept) {
+  return _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(kept, src));
+}
+LGK_INLINE __m512i halves(const RoundedFloat* src, __mmask16 kept) {
+  return _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(kept, src)));
+}
+
+// Rows row and row + 1 of src, or the first alone.
+template <typename S>
+void pair_rows(const Rows& src, int64_t row, bool two, int64_t column, int64_t columns, float* dst) {
+  const S* data = static_cast<const S*>(src.data) + column * src.column_stride;
+  const S* first = data + src.offset(row);
+  const S* second = two ? data + src.offset(row + 1) : first;
+  for (int64_t c = 0; c < columns; c += kLanes<float>) {
+    const int64_t count = columns - c < kLanes<float> ? columns - c : kLanes<float>;
+    const __mmask16 kept = count < kLanes<float> ? (1u << count) - 1 : 0xffff;
+    S row_of_first[kLanes<float>], row_of_second[kLanes<float>];
+    const S *low = first + c, *high = second + c;
+    if (src.column_stride != 1) {
+      for (int64_t i = 0; i < count; ++i) {
+        row_of_first[i] = first[(c + i) * src.column_stride];
+        row_of_second[i] = second[(c + i) * src.column_stride];
+      }
+      low = row_of_first, high = row_of_second;
+    }
+    const __m512i upper = _mm512_maskz_slli_epi32(0xffff, halves(high, two ? kept : 0), 16);
+    _mm512_storeu_si512(dst + c, _mm512_or_si512(halves(low, kept), upper));
+  }
+}
+
+void pack_row_pairs(const Rows& src, int64_t row, int64_t rows, int64_t column, int64_t columns, float* dst,
+                    int64_t ld) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    if (src.rounded) {
+      pair_rows<RoundedFloat>(src, row + r, r + 1 < rows, column, columns, dst + r / 2 * ld);
+    } else {
+      pair_rows<Half>(src, row + r, r + 1 < rows, column, columns, dst + r / 2 * ld);
+    }
+  }
+}
+
 }  // namespace
 
 extern const Products<float> kPairsV4Bf16;
@@ -74,7 +116,9 @@ const Products<float> kPairsV4Bf16 = {Dtype::kBF16,
                                       kFew / 2,
                                       pack_pairs,
                                       pack_columns<float, pack_pairs, 2>,
-                                      multiply<PairProducts, float>};
+                                      multiply<PairProducts, float>,
+                                      pack_row_pairs,
+                                      outer<PairProducts, float>};
 
 }  // namespace lgk
 #endif

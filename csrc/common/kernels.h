@@ -60,14 +60,18 @@ struct Products {
   // multiple of row_tile, as they lie; b from pack_columns; k ascending. depth counts packed numbers.
   void (*multiply)(const void* a, int64_t stride, int64_t rows, const T* b, int64_t columns, int64_t depth, T* c,
                    int64_t ldc, bool add, const Fetch& fetch);
+
+  // Operands of outer: dst[r][c] = src[row + r, column + c], a pair being two rows' numbers; zeros up to whole lanes,
+  // and in the last pair of an odd number of rows.
+  void (*pack_terms)(const Rows& src, int64_t row, int64_t rows, int64_t column, int64_t columns, T* dst, int64_t ld);
+
+  // c[i][j] (+)= sum_k a[k][i] b[k][j]: both from pack_terms; k ascending. depth counts packed rows.
+  void (*outer)(const T* a, int64_t lda, int64_t rows, const T* b, int64_t ldb, int64_t columns, int64_t depth, T* c,
+                int64_t ldc, bool add);
 };
 
 template <typename T>
 struct Kernels : Products<T> {
-  // c[i][j] (+)= sum_k a[k][i] b[k][j]: both from pack_rows; k ascending.
-  void (*outer)(const T* a, int64_t lda, int64_t rows, const T* b, int64_t ldb, int64_t columns, int64_t depth, T* c,
-                int64_t ldc, bool add);
-
   // sums[i][j][lane] (+)= sum over a's columns column + k of a[row + i, column + k] b[j][k], k = lane modulo lanes, in
   // chains of kDotChain. a's columns are neighbours in memory; b comes from pack_rows, its `width` a power of 2 up to
   // kFew; whole kDotRuns of columns, but for the last. sums has room for whole multiples of kDotRows rows.

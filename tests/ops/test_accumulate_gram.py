@@ -6,7 +6,7 @@ from tolerance import assert_as_good_as_naive
 import logra_kernels as lk
 from logra_kernels.ops.accumulate_gram import op, reference
 
-SHAPES = [(1, 16), (37, 24), (150, 131), (9, 1), (3, 70)]  # N d
+SHAPES = [(1, 16), (37, 24), (150, 131), (301, 20), (9, 1), (3, 70)]  # N d
 
 
 def case(n, d, dtype=torch.float32, device="cpu"):
