@@ -55,7 +55,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     lk.accumulate_gram(wide(rows), want, backend="reference")
     same(got, want, dtype)
     assert torch.equal(got, got.T)
-    for count in (1, 7, 64):  # few rows of whole vectors are added where `out` lies
+    for count in (1, 7, 64, 128):  # few rows of whole vectors are added where `out` lies
         few = torch.randn(count, 192, dtype=dtype)
         got, want = torch.ones(192, 192, dtype=acc), torch.ones(192, 192, dtype=acc)
         lk.accumulate_gram(few, got, backend="cpp")

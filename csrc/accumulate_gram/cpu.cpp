@@ -12,7 +12,7 @@ namespace lgk::accumulate_gram {
 namespace {
 
 constexpr int64_t kMostBlock = 192;  // side of a block of out: two packed panels and their product fit the L2 cache
-constexpr int64_t kFewRows = 64;     // of one panel: so many cost less than mirroring what they add
+constexpr int64_t kFewRows = 64;     // packed ones of one panel: so many cost less than mirroring what they add
 constexpr int64_t kLeastBlock = 48;  // below this, packing costs more than a second thread gains
 
 // The upper triangle of out in square blocks, in row-major order.
@@ -62,9 +62,24 @@ struct Tile {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; ++c) out[(i + r) * d + j + c] += sum[r * ld + c];
     }
-    if (i == j) return;
-    for (int64_t c = 0; c < columns; ++c) {
-      for (int64_t r = 0; r < rows; ++r) out[(j + c) * d + i + r] += sum[r * ld + c];
+    if (i != j) mirror(d, i, j, rows, columns, out);
+  }
+
+  void mirror(int64_t d, int64_t i, int64_t j, int64_t rows, int64_t columns, T* out) const {
+    const Rows sums = matrix(sum, sizeof(T) == sizeof(double) ? Dtype::kF64 : Dtype::kF32, ld, 1);
+    const Kernels<T>& kernels = lgk::kernels<T>();
+    const int64_t step = 2 * kernels.lanes;
+    T *transposed = left, *scratch = right;
+    for (int64_t r = 0; r < rows; r += step) {
+      const int64_t count = std::min(step, rows - r), width = round_up(count, kernels.lanes);
+      for (int64_t c = 0; c < columns; c += kPanel) {
+        const int64_t here = std::min(kPanel, columns - c);
+        kernels.pack_columns(sums, r, count, c, here, transposed, scratch);
+        for (int64_t k = 0; k < here; ++k) {
+          T* to = out + (j + c + k) * d + i + r;
+          for (int64_t n = 0; n < count; ++n) to[n] += transposed[k * width + n];
+        }
+      }
     }
   }
 };
@@ -96,7 +111,8 @@ void accumulate_gram(const Rows& g, T* out, Shape shape, int n_threads) {
   if (shape.rows == 0 || shape.d == 0) return;
   const Products<T>& products = lgk::products<T>(g.dtype, g.dtype);
   n_threads = threads_for(double(shape.rows) * shape.d * shape.d / 2, n_threads);
-  if (shape.rows <= kFewRows && shape.d % products.lanes == 0) return add_in_place(products, g, out, shape, n_threads);
+  const bool few = ceil_div(shape.rows, products.terms) <= kFewRows;
+  if (few && shape.d % products.lanes == 0) return add_in_place(products, g, out, shape, n_threads);
   const Triangle triangle = cut(shape.d, n_threads);
   const int64_t ld = Tile<T>::row_length(products, triangle.block), size = Tile<T>::size(ld, triangle.block);
   const Buffer<T> scratch(size * n_threads);
