@@ -20,7 +20,9 @@ def projected_autograd(model: nn.Module, taps: Taps, losses: list[Callable[[], T
         for (name, _), dw in zip(wanted.items(), grads, strict=True):
             p_in, p_out = (None if p is None else p.double() for p in taps.factors[name])
             module = model.get_submodule(name)
-            g = dw.double() if isinstance(module, nn.Linear) else dw.double().T  # Conv1D keeps W transposed
+            g = (
+                dw.double() if isinstance(module, nn.Linear | nn.Embedding) else dw.double().T
+            )  # Conv1D keeps W transposed
             g = g if p_out is None else p_out @ g
             rows[name].append(g if p_in is None else g @ p_in.T)
     for p in frozen:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.nn.adapters import Adapter, parallel
+from logra_kernels.nn.adapters import Adapter, check_forward, parallel
 from logra_kernels.nn.layers import Layer
 from logra_kernels.nn.tap import Tap
 from logra_kernels.projection import Projection
@@ -66,6 +66,7 @@ class Hook:
 
     def __init__(self, name: str, adapter: Adapter, probe: Probe, taps: "Taps") -> None:
         self.name, self.adapter, self.probe, self.taps = name, adapter, probe, taps
+        self._known = adapter.known
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         if not self.taps.active or not torch.is_grad_enabled():
@@ -74,6 +75,9 @@ class Hook:
         x = args[0] if args else kwargs[adapter.argument]
         adapter.check(self.name, x)
         self._leaf(x)
+        if not self._known:
+            check_forward(self.name, adapter, module, x, y)
+            self._known = True
         offsets = self.taps.offsets
         if offsets is not None:
             shape = adapter.positions(x, y)

@@ -1,6 +1,6 @@
 """Which layers of a model are tapped: what the kinds and the user's filters choose, tied weights seen as one layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -40,7 +40,8 @@ def find_layers(
         include: Glob patterns on module names ("*.mlp.*"); None takes every layer of the kinds.
         exclude: Glob patterns taken away from these.
         kinds: Of "linear", "conv", "embedding", "norm", "expert".
-        bias: Give linear layers that have a bias one more input column, its gradient.
+        bias: Give linear layers that have a bias one more input column, its gradient; not where their weight is tied to
+            a module's that has none.
 
     Raises:
         ValueError: An unknown kind, a pattern that matches no layer, or nothing is left.
@@ -64,7 +65,17 @@ def find_layers(
     tied: dict[tuple[int, str], list[str]] = {}
     for name, weight in weights.items():
         tied.setdefault((id(weight), found[name][1].part), []).append(name)
-    return [Layer(names[0], weights[names[0]], tuple(found[name] for name in names)) for names in tied.values()]
+    return [Layer(names[0], weights[names[0]], _holders(names, found)) for names in tied.values()]
+
+
+def _holders(
+    names: Sequence[str], found: Mapping[str, tuple[nn.Module, Adapter]]
+) -> tuple[tuple[nn.Module, Adapter], ...]:
+    """The modules of one weight, whose gradients are to be added: all without a bias where one is."""
+    holders = tuple(found[name] for name in names)
+    if len({adapter.d_in for _, adapter in holders}) == 1:
+        return holders
+    return tuple((module, adapt(module, (adapter.kind,), bias=False)[adapter.part]) for module, adapter in holders)
 
 
 def tappable(

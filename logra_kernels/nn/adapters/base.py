@@ -25,6 +25,7 @@ class Adapter(ABC):
         samples_first: Whether dimension 0 of the module's input holds the samples.
         mixes_dtypes: Whether factors may have another dtype than what they meet, because nothing but the ops sees them.
         repeats: How many rows of `sides` stand for one position (a convolution's groups), as [repeats, T] flattened.
+        known: Whether the module's forward is the kind's; else `check_forward` asks it.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Adapter(ABC):
     samples_first = True
     mixes_dtypes = False
     repeats = 1
+    known = True
 
     def __init__(self, d_in: int, d_out: int) -> None:
         self.d_in, self.d_out = d_in, d_out
@@ -71,6 +73,10 @@ class Adapter(ABC):
     @abstractmethod
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         """left [N, repeats * T, k_out], right [N, repeats * T, k_in]: the gradient is sum_t left (x) right."""
+
+    def output(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """What a layer of this kind gives for x; None where that is not to be had (quantised weights)."""
+        return None
 
     def parameters(self, module: nn.Module) -> list[Tensor]:
         """The parameters whose gradients make up dW."""

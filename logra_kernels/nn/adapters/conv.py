@@ -79,6 +79,9 @@ class ConvAdapter(Adapter):
         """[N, groups * T, ...] -> [N, T * groups, ...]."""
         return rows.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
 
+    def output(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        return module._conv_forward(x.to(module.weight.dtype), module.weight, module.bias)  # type: ignore
+
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.groups == 1:
             return projected(dy.flatten(2).transpose(1, 2), p_out), kept
@@ -86,4 +89,8 @@ class ConvAdapter(Adapter):
 
 
 def adapt_conv(module: nn.Module, bias: bool) -> Adapter | None:
-    return ConvAdapter(module) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return None
+    adapter = ConvAdapter(module)
+    adapter.known = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    return adapter

@@ -13,13 +13,16 @@ class EmbeddingAdapter(Adapter):
     """y[t] = W[id[t]]: dW = sum_t onehot(id[t]) (x) dy[t], [vocabulary, width] as torch (and a tied head) keeps W.
 
     P_out times a one-hot is a column of P_out, so nothing of the vocabulary's width is made; only the ids are kept.
+
+    Args:
+        scale: What the module multiplies W[id[t]] with, as Gemma does.
     """
 
     kind = "embedding"
 
-    def __init__(self, embedding: nn.Embedding) -> None:
+    def __init__(self, embedding: nn.Embedding, scale: float = 1.0) -> None:
         super().__init__(embedding.embedding_dim, embedding.num_embeddings)
-        self.padding = embedding.padding_idx
+        self.padding, self.scale = embedding.padding_idx, scale
 
     def check(self, name: str, x: Tensor) -> None:
         if x.dim() < 1 or x.is_floating_point():
@@ -42,19 +45,34 @@ class EmbeddingAdapter(Adapter):
         if self.padding is not None:  # torch gives this id no gradient
             counted = (kept != self.padding).to(torch.float64 if dy.dtype == torch.float64 else torch.float32)
             weights = counted if weights is None else weights * counted
-        return sample_gradients(positions_flat(dy), self._columns(kept, dy, p_out), p_in, None, weights, offsets)
+        return sample_gradients(self._rows(dy), self._columns(kept, dy, p_out), p_in, None, weights, offsets)
+
+    def _rows(self, dy: Tensor) -> Tensor:
+        """The gradient of W[id[t]], [N, T, width]."""
+        rows = positions_flat(dy)
+        return rows if self.scale == 1 else rows * self.scale
 
     def _columns(self, kept: Tensor, dy: Tensor, p_out: Tensor | None) -> Tensor:
         """P_out onehot(id), [N, T, k_out]."""
         return F.one_hot(kept, self.d_out).to(dy.dtype) if p_out is None else p_out.T[kept]
 
+    def output(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        return F.embedding(x, module.weight) * self.scale  # type: ignore[arg-type]
+
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         left = self._columns(kept, dy, p_out)
         if self.padding is not None:
             left = left * (kept != self.padding)[..., None].to(left.dtype)
-        return left, projected(positions_flat(dy), p_in)
+        return left, projected(self._rows(dy), p_in)
 
 
 def adapt_embedding(module: nn.Module, bias: bool) -> Adapter | None:
-    plain = isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq
-    return EmbeddingAdapter(module) if plain else None  # type: ignore[arg-type]
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None or module.scale_grad_by_freq:
+        return None
+    if type(module).forward is nn.Embedding.forward:
+        return EmbeddingAdapter(module)
+    scale = getattr(module, "embed_scale", None)  # Hugging Face's scaled ones
+    number = scale.to(module.weight.dtype).item() if isinstance(scale, Tensor) else scale
+    adapter = EmbeddingAdapter(module, 1.0 if number is None else float(number))
+    adapter.known = number is not None and type(module).__name__.endswith("ScaledWordEmbedding")
+    return adapter

@@ -3,6 +3,7 @@
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logra_kernels.nn.adapters.base import Adapter, positions_flat, projected, sample_gradients
@@ -51,6 +52,12 @@ class LinearAdapter(Adapter):
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         return projected(positions_flat(dy), p_out), kept
 
+    def output(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if weight.dim() != 2 or not weight.is_floating_point() or weight.itemsize < 2:
+            return None
+        return F.linear(x.to(weight.dtype), weight.T if self.transposed else weight, module.bias)  # type: ignore[arg-type]
+
     def parameters(self, module: nn.Module) -> list[Tensor]:
         return [module.weight, module.bias] if self.bias else [module.weight]  # type: ignore[list-item]
 
@@ -63,10 +70,15 @@ def adapt_linear(module: nn.Module, bias: bool) -> Adapter | None:
     # nn.MultiheadAttention's out_proj is never called as a module, so a tap on it would see nothing
     if not isinstance(module, nn.Linear) or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
-    return LinearAdapter(module.in_features, module.out_features, bias=bias and module.bias is not None)
+    adapter = LinearAdapter(module.in_features, module.out_features, bias=bias and module.bias is not None)
+    adapter.known = type(module).forward is nn.Linear.forward
+    return adapter
 
 
 def adapt_hugging_face_conv1d(module: nn.Module, bias: bool) -> Adapter | None:
     owner = sys.modules.get("transformers.pytorch_utils")  # a model that has one has imported it
-    fits = owner is not None and isinstance(module, owner.Conv1D)
-    return LinearAdapter(module.nx, module.nf, "x", bias, transposed=True) if fits else None  # type: ignore[arg-type]
+    if owner is None or not isinstance(module, owner.Conv1D):
+        return None
+    adapter = LinearAdapter(module.nx, module.nf, "x", bias, transposed=True)
+    adapter.known = type(module).forward is owner.Conv1D.forward
+    return adapter
