@@ -138,13 +138,21 @@ def _asking_bytes(queries: int, k: int, dim: int) -> int:
     return 4 * queries * dim + 2 * 16 * queries * 2 * k + _OP_BYTES
 
 
-def probe(model: nn.Module, step: Callable[[], object], samples: int, **settings: Any) -> Probe:
+def probe(
+    model: nn.Module,
+    step: Callable[[], object],
+    samples: int,
+    *,
+    sequence_length: int | None = None,
+    **settings: Any,
+) -> Probe:
     """Log a few batches for real, into a store that is thrown away, and measure.
 
     Args:
         model: As `Run` takes it.
         step: Forward and backward of one batch.
         samples: How many samples that batch has.
+        sequence_length: As in `Run.log`.
         settings: Of `Run`: include, exclude, projection, dtype, rank_c, ...
 
     Raises:
@@ -160,7 +168,8 @@ def probe(model: nn.Module, step: Callable[[], object], samples: int, **settings
     with tempfile.TemporaryDirectory() as scratch, Run(Path(scratch) / "store", model, **settings) as run:
         for number in range(1 + PROBE_STEPS):
             begun = time.perf_counter()
-            with run.log(ids=[f"{number}-{sample}" for sample in range(samples)]):
+            ids = [f"{number}-{sample}" for sample in range(samples)]
+            with run.log(ids=ids, sequence_length=sequence_length):
                 step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

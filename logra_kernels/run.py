@@ -175,6 +175,7 @@ class Run(Analysis):
         weights: Tensor | None = None,
         offsets: Tensor | None = None,
         *,
+        sequence_length: int | None = None,
         nonfinite: str = "raise",
     ) -> Iterator[None]:
         """Store the projected gradients of a batch of training rows: forward and `loss.backward()` go inside.
@@ -185,6 +186,7 @@ class Run(Analysis):
             weights: A factor for each position, [N, T], as in `Taps.reset`.
             offsets: Where token rows are packed with documents, their limits in the flattened positions, [N+1] int64,
                 as in `Taps.reset`; every document is a row of the store.
+            sequence_length: T, where the model flattens samples and positions for some layers, as in `Taps.reset`.
             nonfinite: What to do with samples whose gradient is NaN or infinite: "raise", and store nothing of the
                 batch, or "skip": store the others, and record their ids (`Run.skipped`) with a warning that says how
                 many. A rerun takes skipped rows for committed ones.
@@ -199,7 +201,7 @@ class Run(Analysis):
             raise ValueError(f"log: nonfinite is {nonfinite!r}; it must be 'raise' or 'skip'")
         ids = [str(i) for i in ids]
         self._observation.decide()
-        with self._tapped(len(ids), weights, offsets):
+        with self._tapped(len(ids), weights, offsets, sequence_length):
             yield
             rows = self.taps.rows()
         store = self._writer()
@@ -218,13 +220,18 @@ class Run(Analysis):
 
     @contextmanager
     def query(
-        self, ids: Sequence[str], weights: Tensor | None = None, offsets: Tensor | None = None
+        self,
+        ids: Sequence[str],
+        weights: Tensor | None = None,
+        offsets: Tensor | None = None,
+        *,
+        sequence_length: int | None = None,
     ) -> Iterator[Query]:
         """Gather the projected gradients of queries: forward and `loss.backward()` go inside.
 
         Args:
             ids: One string a sample.
-            weights, offsets: As in `log`.
+            weights, offsets, sequence_length: As in `log`.
 
         Raises:
             ValueError: `offsets` do not fit the ids or the batch.
@@ -232,7 +239,7 @@ class Run(Analysis):
         """
         query = Query([str(i) for i in ids])
         self._observation.decide()
-        with self._tapped(len(query.ids), weights, offsets):
+        with self._tapped(len(query.ids), weights, offsets, sequence_length):
             yield query
             rows = self.taps.rows().float().cpu()
         bad = [i for i, row in zip(query.ids, rows, strict=True) if not row.isfinite().all()]
@@ -242,7 +249,12 @@ class Run(Analysis):
 
     @contextmanager
     def observe(
-        self, weights: Tensor | None = None, offsets: Tensor | None = None, *, sharing: str = "expand"
+        self,
+        weights: Tensor | None = None,
+        offsets: Tensor | None = None,
+        *,
+        sequence_length: int | None = None,
+        sharing: str = "expand",
     ) -> Iterator[None]:
         """Learn from a sample of the training data what rows alone cannot tell: forward and backward go inside.
 
@@ -253,6 +265,7 @@ class Run(Analysis):
         Args:
             weights: A factor for each position, [N, T]; positions of weight 0 (padding) do not count.
             offsets: As in `log`; with "expand" only.
+            sequence_length: As in `log`; `weights` must then say how many samples there are.
             sharing: How the positions count that share a weight: "expand", each by itself, or "reduce", a sample's
                 together (Eschenhagen et al. 2023). Measured, the projections are alike, and KFAC and EKFAC are far
                 better with "expand" (bench/results/accuracy-patches.json).
@@ -263,14 +276,16 @@ class Run(Analysis):
         """
         if offsets is not None and sharing == "reduce":
             raise ValueError('observe: sharing="reduce" needs one sample a token row; observe documents unpacked')
-        with self._tapped(None, weights, offsets), self._observation.batch(sharing):
+        with self._tapped(None, weights, offsets, sequence_length), self._observation.batch(sharing):
             yield
         self._forget()
         if self._store is not None and not self._writing:
             self._observation.keep(self._store)
 
     @contextmanager
-    def observe_fisher(self, weights: Tensor | None = None, offsets: Tensor | None = None) -> Iterator[None]:
+    def observe_fisher(
+        self, weights: Tensor | None = None, offsets: Tensor | None = None, *, sequence_length: int | None = None
+    ) -> Iterator[None]:
         """Sum the Fisher of the model's own predictions, for curvature "fisher": forward and backward go inside.
 
         Each sample's loss is that of a label drawn from what the model predicts; several draws sharpen it. Or, exactly,
@@ -278,13 +293,13 @@ class Run(Analysis):
         session's first batch replaces what earlier sessions observed.
 
         Args:
-            weights, offsets: As in `log`.
+            weights, offsets, sequence_length: As in `observe`.
 
         Raises:
             LograError: A layer received no gradient, or a gradient is NaN or infinite.
         """
         self._observation.decide()
-        with self._tapped(None, weights, offsets):
+        with self._tapped(None, weights, offsets, sequence_length):
             yield
             rows = self.taps.rows()
         self._fisher.observe(self.taps.layers, rows)
@@ -293,10 +308,16 @@ class Run(Analysis):
             self._fisher.keep(self._store)
 
     @contextmanager
-    def _tapped(self, samples: int | None, weights: Tensor | None, offsets: Tensor | None = None) -> Iterator[None]:
+    def _tapped(
+        self,
+        samples: int | None,
+        weights: Tensor | None,
+        offsets: Tensor | None = None,
+        sequence_length: int | None = None,
+    ) -> Iterator[None]:
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in self.model.modules()):
             warnings.warn("Run: dropout is on, so gradients are random; call model.eval() first", stacklevel=4)
-        self.taps.reset(samples, weights, offsets)
+        self.taps.reset(samples, weights, offsets, sequence_length)
         learning = [p for p in self.model.parameters() if p.requires_grad] if self._freeze else []
         for p in learning:
             p.requires_grad_(False)

@@ -142,7 +142,7 @@ def _observe(
                 continue
             ids = [row.id for row in batch]
             encoded = causal_lm.encode(tokenizer, [row.text for row in batch], max_length=longest, ids=ids).to(device)
-            with logging.observe(weights=encoded.attention_mask):
+            with logging.observe(weights=encoded.attention_mask, sequence_length=encoded.sequence_length):
                 causal_lm.loss_sum(model, encoded).backward()
 
 
@@ -179,7 +179,8 @@ def _log(
             if not args.no_text:
                 columns["text"] = [row.text for row in batch]
             encoded = causal_lm.encode(tokenizer, [row.text for row in batch], max_length=longest, ids=ids).to(device)
-            with logging.log(ids=ids, columns=columns, nonfinite=args.nonfinite):
+            length = encoded.sequence_length
+            with logging.log(ids=ids, columns=columns, sequence_length=length, nonfinite=args.nonfinite):
                 causal_lm.loss_sum(model, encoded, nonfinite=kept).backward()
             bar.update(len(batch))
     return True

@@ -60,6 +60,7 @@ def _try(args: argparse.Namespace) -> Probe:
         model,
         lambda: causal_lm.loss_sum(model, batch).backward(),
         args.batch_size,
+        sequence_length=batch.sequence_length,
         include=args.include,
         exclude=args.exclude,
         projection=Projection(args.rank, "orthonormal"),

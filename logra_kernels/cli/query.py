@@ -109,7 +109,7 @@ def _ask(
     ids = [question.id for question in questions]
     prompts = [question.prompt for question in questions]
     batch = causal_lm.encode(tokenizer, prompts, completions=completions, max_length=longest, ids=ids)
-    with asking.query(ids=ids) as query:
+    with asking.query(ids=ids, sequence_length=batch.sequence_length) as query:
         nll, tokens = causal_lm.losses(model, batch.to(next(model.parameters()).device))
         nll.sum().backward()
     top = asking.topk(

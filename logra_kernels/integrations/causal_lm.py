@@ -39,6 +39,11 @@ class Batch:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    @property
+    def sequence_length(self) -> int:
+        """T."""
+        return self.input_ids.shape[1]
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         return replace(

@@ -58,6 +58,7 @@ class Taps:
         self.weights: Tensor | None = None
         self.offsets: Tensor | None = None
         self.positions = 0  # where the offsets end
+        self.sequence_length: int | None = None  # of each sample, where layers may flatten samples and positions
         self.samples: int | None = None  # of the batch, once it is known
         self.mode: TokenShares | Covariances | None = None
         self._layers = layers
@@ -95,7 +96,11 @@ class Taps:
         self.reset()
 
     def reset(
-        self, batch_size: int | None = None, weights: Tensor | None = None, offsets: Tensor | None = None
+        self,
+        batch_size: int | None = None,
+        weights: Tensor | None = None,
+        offsets: Tensor | None = None,
+        sequence_length: int | None = None,
     ) -> None:
         """Begin a new batch.
 
@@ -106,13 +111,22 @@ class Taps:
                 positions offsets[n] .. offsets[n+1]-1 of the B * T flattened ones, of which every one belongs to a
                 document (padding to the one before it, with weight 0 where the loss does not leave it out already).
                 Each document is then a sample, an empty one with a gradient of zero; weights are [B, T].
+            sequence_length: T, where a model gives some layers the rows of all samples as [N * T, d] (OPT, the shared
+                experts of Qwen's mixtures); without it such a layer is refused. N is batch_size or the weights'.
 
         Raises:
-            ValueError: `offsets` are not such, or another number of samples than batch_size.
+            ValueError: `offsets` are not such, or another number of samples than batch_size; `sequence_length` without
+                a number of samples or beside `offsets`, which say as much.
         """
+        if sequence_length is not None:
+            batch_size = len(weights) if batch_size is None and weights is not None else batch_size
+            if batch_size is None or offsets is not None:
+                beside = "without batch_size or weights" if offsets is None else "beside offsets"
+                raise ValueError(f"capture: sequence_length {sequence_length} {beside}")
         if offsets is not None:
             batch_size, self.positions = _check_offsets(offsets, batch_size)
         self.weights, self.offsets, self.samples = weights, offsets, batch_size
+        self.sequence_length = sequence_length
         for probe in self._probes.values():
             probe.leaf = None
             if batch_size is not None:
@@ -226,7 +240,7 @@ def capture(
 
     Args:
         model: Any module; its inputs must hold the samples in dimension 0 of every tapped layer, unless
-            `Taps.reset(offsets=)` says where they lie (packed documents, flattened positions).
+            `Taps.reset` says where they lie (packed documents, flattened positions).
         projection: Kind, rank and seed of the factors; default `Projection()`.
         include: Glob patterns on layer names ("*.mlp.*"); default every layer of the kinds.
         exclude: Glob patterns taken away from these.

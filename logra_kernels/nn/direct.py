@@ -169,6 +169,8 @@ class LinearHook(Hook):
         leaf = probe.leaf
         if leaf is None or leaf.shape[0] != x.shape[0]:
             leaf = self._leaf(x)
+            if len(leaf) != len(x):  # flattened
+                return False
         kept = x if self._project is None else self._project(x)
         # the two steps of Tensor.register_hook, without the handle it makes, which costs as much again
         at._backward_hooks = _LastHook({_OURS: partial(_gather, [kept], self._add, leaf, *self._source)})

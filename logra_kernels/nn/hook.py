@@ -71,13 +71,21 @@ class Hook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         if not self.taps.active or not torch.is_grad_enabled():
             return None
-        adapter, probe = self.adapter, self.probe
+        adapter = self.adapter
         x = args[0] if args else kwargs[adapter.argument]
         adapter.check(self.name, x)
-        self._leaf(x)
+        leaf = self._leaf(x)
         if not self._known:
             check_forward(self.name, adapter, module, x, y)
             self._known = True
+        if self.taps.offsets is None and len(leaf) != len(x):
+            shape = len(leaf), self.taps.sequence_length
+            return self._behind(adapter, y.unflatten(0, shape), x.unflatten(0, shape)).flatten(0, 1)
+        return self._behind(adapter, y, x)
+
+    def _behind(self, adapter: Adapter, y: Tensor, x: Tensor) -> Tensor:
+        """y with the tap behind it, weights and offsets checked against its positions."""
+        probe = self.probe
         offsets = self.taps.offsets
         if offsets is not None:
             shape = adapter.positions(x, y)
@@ -112,13 +120,18 @@ class Hook:
             if taps.samples is None:
                 taps.samples = x.shape[0]
             leaf = self.probe.renew(taps.samples)
-        if taps.offsets is None and leaf.shape[0] != x.shape[0]:
+        if taps.offsets is None and leaf.shape[0] != x.shape[0] and not self._flattened(x):
             raise ValueError(
                 f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun; call"
                 " taps.reset() between batches; exclude layers whose inputs are not [N, ...], or, where a model"
-                " flattens samples and positions, give their limits as offsets"
+                " flattens samples and positions, give sequence_length (or, packed, the samples' limits as offsets)"
             )
         return leaf
+
+    def _flattened(self, x: Tensor) -> bool:
+        """Whether x is [N * T, ...], with the T that was said beforehand."""
+        length, samples = self.taps.sequence_length, self.taps.samples
+        return length is not None and samples is not None and self.adapter.flattens and len(x) == samples * length
 
     def tap(self, adapter: Adapter, y: Tensor, x: Tensor, weights: Tensor | None, offsets: Tensor | None) -> Tensor:
         """y with the tap behind it; everything fits, and there is a leaf."""

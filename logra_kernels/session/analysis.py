@@ -43,7 +43,13 @@ class Analysis(ABC):
     def _statistics(self, wanted: Collection[str], damping: float | Damping | None) -> dict[str, Tensor]: ...
 
     @abstractmethod
-    def _tapped(self, samples: int | None, weights: Tensor | None) -> AbstractContextManager[None]: ...
+    def _tapped(
+        self,
+        samples: int | None,
+        weights: Tensor | None,
+        offsets: Tensor | None = None,
+        sequence_length: int | None = None,
+    ) -> AbstractContextManager[None]: ...
 
     def _asked(
         self, query: Query, mode: str, damping: float | Damping | None
@@ -203,7 +209,12 @@ class Analysis(ABC):
 
     @contextmanager
     def tokens(
-        self, query: Query, damping: float | Damping | None = None, weights: Tensor | None = None
+        self,
+        query: Query,
+        damping: float | Damping | None = None,
+        weights: Tensor | None = None,
+        *,
+        sequence_length: int | None = None,
     ) -> Iterator[TokenShares]:
         """Share out scores over positions: forward and backward of the rows in question, [N, T] tokens, go inside.
 
@@ -216,13 +227,14 @@ class Analysis(ABC):
             query, damping: As in `scores`.
             weights: A factor for each position, [N, T], the one that was logged with. Documents packed in token rows
                 need no limits here: the shares of a document's positions add up to its score.
+            sequence_length: As in `observe`.
 
         Raises:
             ValueError: The positions of a layer are not [N, T]; the message names it.
             LograError: A layer received no gradient.
         """
         factor, _, _ = self._asked(query, "dot", damping)
-        with self._tapped(None, weights), self.taps.tokens(factor.solve(query.rows)) as tokens:
+        with self._tapped(None, weights, None, sequence_length), self.taps.tokens(factor.solve(query.rows)) as tokens:
             yield tokens
             tokens.check()
 

@@ -222,7 +222,8 @@ def test_packed_documents():
     assert_close({name: grad[[0, 2, 3]] for name, grad in taps.grads.items()}, exact)
 
 
-def test_a_shared_expert_that_sees_flattened_tokens_needs_the_samples_limits():
+@pytest.mark.parametrize("limits", [{"offsets": torch.arange(4) * 7}, {"batch_size": 3, "sequence_length": 7}])
+def test_a_shared_expert_that_sees_flattened_tokens_needs_the_samples_limits(limits):
     config = transformers.Qwen2MoeConfig(
         **COMMON,
         moe_intermediate_size=12,
@@ -238,9 +239,9 @@ def test_a_shared_expert_that_sees_flattened_tokens_needs_the_samples_limits():
             p.normal_(std=0.3)
     exact = exact_rows(model, lk.capture(model, SMALL, kinds=["linear", "expert"]), per_sample(model, ids))
     with lk.capture(model, SMALL, kinds=["linear", "expert"]) as taps:
-        with pytest.raises(ValueError, match=r"sees 21 samples where 3 were begun.*give their limits as offsets"):
+        with pytest.raises(ValueError, match=r"sees 21 samples where 3 were begun.*give sequence_length"):
             lm_loss(model, ids)
-        taps.reset(offsets=torch.arange(4) * 7)
+        taps.reset(**limits)
         lm_loss(model, ids).backward()
     assert "model.layers.0.mlp.shared_expert.up_proj" in taps.layers
     assert_close(taps.grads, exact)

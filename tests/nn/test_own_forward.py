@@ -55,6 +55,13 @@ class Router(nn.Linear):
         return logits.softmax(-1), logits
 
 
+class SizedPositions(nn.Embedding):
+    """As Pegasus's: a shape comes in."""
+
+    def forward(self, shape):
+        return super().forward(torch.arange(shape[1]).expand(shape))
+
+
 class Net(nn.Module):
     def __init__(self, layer: nn.Module, wrap=lambda y: y) -> None:
         super().__init__()
@@ -159,3 +166,12 @@ def test_a_head_with_a_bias_tied_to_an_embedding():
         )
         torch.testing.assert_close(taps.grads["wte"][i], dw, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(taps.grads["mlp"][i], torch.cat([dw_mlp, db_mlp[:, None]], 1), rtol=1e-5, atol=1e-5)
+
+
+def test_an_embedding_that_is_given_a_shape():
+    model = Net(SizedPositions(20, 8))
+    with (
+        lk.capture(model, SMALL, kinds=["embedding"]),
+        pytest.raises(ValueError, match="got ids of type Size.*exclude"),
+    ):
+        model(torch.Size([3, 9]))

@@ -25,6 +25,7 @@ class Adapter(ABC):
         samples_first: Whether dimension 0 of the module's input holds the samples.
         mixes_dtypes: Whether factors may have another dtype than what they meet, because nothing but the ops sees them.
         repeats: How many rows of `sides` stand for one position (a convolution's groups), as [repeats, T] flattened.
+        flattens: Whether x may come as [N * T, ...], which models flatten [N, T, ...] to.
         known: Whether the module's forward is the kind's; else `check_forward` asks it.
     """
 
@@ -35,6 +36,7 @@ class Adapter(ABC):
     samples_first = True
     mixes_dtypes = False
     repeats = 1
+    flattens = True
     known = True
 
     def __init__(self, d_in: int, d_out: int) -> None:

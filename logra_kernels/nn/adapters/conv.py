@@ -17,6 +17,7 @@ class ConvAdapter(Adapter):
     """
 
     kind = "conv"
+    flattens = False
     projects_x = True
 
     def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:

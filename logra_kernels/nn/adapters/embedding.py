@@ -25,10 +25,9 @@ class EmbeddingAdapter(Adapter):
         self.padding, self.scale = embedding.padding_idx, scale
 
     def check(self, name: str, x: Tensor) -> None:
-        if x.dim() < 1 or x.is_floating_point():
-            raise ValueError(
-                f"capture: layer {name!r} got ids {tuple(x.shape)} {x.dtype}; they must be [N, ...] integers"
-            )
+        if not isinstance(x, Tensor) or x.dim() < 1 or x.is_floating_point():
+            got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else f"of type {type(x).__name__}"
+            raise ValueError(f"capture: layer {name!r} got ids {got}; they must be [N, ...] integers; exclude it")
 
     def keep(self, x: Tensor, p_in: Tensor | None) -> Tensor:
         return x.reshape(x.shape[0], math.prod(x.shape[1:]))

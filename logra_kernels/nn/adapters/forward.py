@@ -1,8 +1,8 @@
 """Whether a module of somebody's own class computes what it is taken for.
 
 A gradient comes from x and dy alone, so it is right only where y is what the layer's kind says. A subclass may have a
-forward of its own that shifts the ids (BART's positions), pads, normalises or routes. Such a module is asked once, on the
-first batch.
+forward of its own that shifts the ids (BART's positions), pads, normalises or routes. Such a module is asked once, on
+the first batch.
 """
 
 import torch
