@@ -187,7 +187,9 @@ class LinearHook(Hook):
             return
         kept = x.detach().reshape(len(x), -1, x.shape[-1])
         p_in, p_out = self.probe.factors(x.dtype, y.dtype)
-        if not self._learns and p_in is not None:
+        if not self._learns:
+            if p_in is None:  # x would be kept as it is, and autograd would not notice that it was written to
+                return
             self._project = row_projector(kept, p_in)
             if self._project is None:
                 return

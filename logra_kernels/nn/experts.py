@@ -9,6 +9,7 @@ Every expert's rows are tapped as a linear layer's, with the limits of each samp
 """
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,8 +35,12 @@ class _Unrouted(torch.autograd.Function):
         return dy, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
 
 
+def _as_it_was(forward: Callable) -> Callable:
+    return forward
+
+
 class TappedExperts:
-    """Stands in for a module's forward until it is removed.
+    """Stands in for a module's forward until it is removed. A copied or pickled model has its own forward again.
 
     Args:
         module: With a 3-D parameter for each stack, as transformers' `use_experts_implementation` makes it.
@@ -52,6 +57,9 @@ class TappedExperts:
 
     def remove(self) -> None:
         del self._module.forward
+
+    def __reduce__(self):
+        return _as_it_was, (self._forward,)
 
     def __call__(self, *args, **kwargs):
         if not self._taps.active or not torch.is_grad_enabled():

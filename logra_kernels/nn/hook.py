@@ -1,6 +1,7 @@
 """The forward hook that puts a tap behind a module, and what the tapped weight needs."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,12 +62,23 @@ class Probe:
         return self.leaf
 
 
+def untapped(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
+    """The hook in a copy of a model."""
+
+
+def _untapped() -> Callable[[nn.Module, tuple, dict, Tensor], None]:
+    return untapped
+
+
 class Hook:
-    """The forward hook on one module, for one of its layers."""
+    """The forward hook on one module, for one of its layers. A copied or pickled model does not take it along."""
 
     def __init__(self, name: str, adapter: Adapter, probe: Probe, taps: "Taps") -> None:
         self.name, self.adapter, self.probe, self.taps = name, adapter, probe, taps
         self._known = adapter.known
+
+    def __reduce__(self):
+        return _untapped, ()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         if not self.taps.active or not torch.is_grad_enabled():

@@ -290,3 +290,29 @@ def test_what_frozen_layers_keep_goes_with_the_graph(case):
 def test_probes_without_the_graph_are_refused(case):
     with lk.capture(case[0], SMALL) as taps, pytest.raises(LograError, match="in_graph=True"):
         _ = taps.probes
+
+
+def test_a_frozen_layers_input_that_is_written_to():
+    """Projected it may be; kept as it is, autograd must notice."""
+
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            h = torch.tanh(x) * 1.0
+            y = self.up(h)
+            h.add_(1.0)
+            return y + h
+
+    model, x = Writing().requires_grad_(False), torch.randn(3, 7, WIDTH, requires_grad=True)
+    model(x).square().sum().backward()
+    with lk.capture(model, SMALL) as taps:
+        model(x).square().sum().backward()
+    dy, h = 2 * model(x).detach(), torch.tanh(x).detach()
+    p_in, p_out = taps.factors["up"]
+    exact = (dy @ p_out.T).mT @ (h @ p_in.T)
+    assert_equal_rows(taps.grads, {"up": exact.double()})
+    with lk.capture(model, lk.Projection(kind="identity")), pytest.raises(RuntimeError, match="inplace operation"):
+        model(x).square().sum().backward()
