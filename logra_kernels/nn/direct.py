@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 
 from logra_kernels.nn.adapters import Adapter
 from logra_kernels.nn.hook import Hook, Probe
-from logra_kernels.ops import AddProjectGrad, ProjectRows, add_project_grad, plain, row_projector
+from logra_kernels.ops import AddProjectGrad, ProjectRows, accumulator_dtype, add_project_grad, plain, row_projector
 
 if TYPE_CHECKING:
     from logra_kernels.nn.capture import Taps
@@ -185,6 +185,8 @@ class LinearHook(Hook):
         self._add = self._project = None
         if type(weight) is not nn.Parameter or not x.numel() or not x.dtype == y.dtype == weight.dtype:
             return
+        if accumulator_dtype(x.dtype) is not self.probe.dtype:
+            return  # a model in fp64 that was not when the taps were made
         kept = x.detach().reshape(len(x), -1, x.shape[-1])
         p_in, p_out = self.probe.factors(x.dtype, y.dtype)
         if not self._learns:
@@ -193,6 +195,6 @@ class LinearHook(Hook):
             self._project = row_projector(kept, p_in)
             if self._project is None:
                 return
-            kept, p_in = self._project(kept), None
+            kept, p_in = kept.new_empty(*kept.shape[:2], len(p_in), dtype=self.probe.dtype), None
         self._add = add_project_grad(kept, y.detach().reshape(*kept.shape[:2], -1), p_in, p_out)
         self._source = (weight, get_gradient_edge(weight).node) if self._learns else (None, None)

@@ -1,3 +1,4 @@
+from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._dispatch import Backend, FallbackWarning, backends, plain
 from logra_kernels.ops._factored import MOST_RANK, factored_dim, rebuild_rows
 from logra_kernels.ops._format import FORMATS, EncodedRows, RowFormat
@@ -22,6 +23,7 @@ __all__ = [
     "ProjectRows",
     "RowFormat",
     "accumulate_gram",
+    "accumulator_dtype",
     "add_project_grad",
     "backends",
     "dequantize_rows",

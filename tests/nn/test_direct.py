@@ -210,6 +210,18 @@ def test_transposed_inputs_other_factors_and_other_weights(case):
         assert_equal_rows(taps.grads, exact_of(model, taps, x.float(), target.float()))
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_model_made_fp64_and_back_between_batches(case, learns):
+    model, x, target = case[0].requires_grad_(learns), case[1].requires_grad_(), case[2]
+    with lk.capture(model, SMALL) as taps:
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            model.to(dtype)
+            taps.reset()
+            loss_of(model, x.to(dtype), target.to(dtype)).backward()
+            assert all(g.dtype == torch.float32 for g in taps.grads.values())
+            assert_equal_rows(taps.grads, exact_of(model, taps, x.detach().to(dtype), target.to(dtype)))
+
+
 def test_inputs_are_free_after_the_backward_though_the_loss_lives(case):
     model, x, _ = case
     with lk.capture(model, SMALL):
