@@ -6,7 +6,71 @@
 namespace py = pybind11;
 using namespace lgk;
 
+namespace {
+
+Rows scale_of(const char* op, const std::optional<Matrix>& tensor) {
+  const Rows scale = tensor ? rows_of(op, *tensor) : Rows{};
+  LGK_CHECK(!tensor || scale.dtype == Dtype::kF32, std::string(op) + ": row_scale must be fp32");
+  return scale;
+}
+
+void check_room(const char* op, const score_topk::Search& search, int64_t n_rows, int n_threads) {
+  check_sizes(op, {n_rows, search.shape().d});
+  check_threads(op, n_threads);
+  LGK_CHECK(n_rows <= search.left(), std::string(op) + ": more rows than were announced");
+}
+
+}  // namespace
+
 void bind_score_topk(py::module_& m) {
+  py::class_<score_topk::Search>(m, "Search")
+      .def(py::init([](const Matrix& query_tensor, int64_t n_queries, int64_t n_rows, int64_t d, int64_t k,
+                       bool largest) {
+             const char* op = "score_topk";
+             check_sizes(op, {n_queries, d});
+             check_sizes(op, {n_queries, k});
+             LGK_CHECK(k >= std::min<int64_t>(1, n_rows) && k <= n_rows,
+                       "score_topk: k " + std::to_string(k) + " is not in 1.." + std::to_string(n_rows));
+             const Rows queries = rows_of(op, query_tensor);
+             LGK_CHECK(queries.dtype != Dtype::kF64, "score_topk: queries of a search are fp32, bf16 or fp16");
+             return std::make_unique<score_topk::Search>(queries, score_topk::Shape{n_queries, n_rows, d, k, largest});
+           }),
+           py::arg("queries"), py::arg("n_queries"), py::arg("n_rows"), py::arg("d"), py::arg("k"), py::arg("largest"))
+      .def(
+          "add",
+          [](score_topk::Search& search, const Matrix& row_tensor, const std::optional<Matrix>& scale_tensor,
+             int64_t n_rows, int n_threads) {
+            const char* op = "score_topk";
+            check_room(op, search, n_rows, n_threads);
+            const Rows rows = rows_of(op, row_tensor), scale = scale_of(op, scale_tensor);
+            LGK_CHECK(rows.dtype != Dtype::kF64, "score_topk: rows of a search are fp32, bf16 or fp16");
+            py::gil_scoped_release unlocked;
+            search.add(rows, n_rows, scale, n_threads);
+          },
+          py::arg("rows"), py::arg("row_scale"), py::arg("n_rows"), py::arg("n_threads"))
+      .def(
+          "add_encoded",
+          [](score_topk::Search& search, const Encoded& encoded, const std::optional<Matrix>& scale_tensor,
+             int64_t n_rows, int digits, int n_threads) {
+            const char* op = "score_topk";
+            check_room(op, search, n_rows, n_threads);
+            check_digits(op, digits);
+            const EncodedRows rows = encoded_of(op, encoded);
+            const Rows scale = scale_of(op, scale_tensor);
+            py::gil_scoped_release unlocked;
+            search.add(rows, n_rows, scale, digits, n_threads);
+          },
+          py::arg("rows"), py::arg("row_scale"), py::arg("n_rows"), py::arg("digits"), py::arg("n_threads"))
+      .def("found", &score_topk::Search::found)
+      .def(
+          "write",
+          [](const score_topk::Search& search, Address values, Address indices, int n_threads) {
+            check_threads("score_topk", n_threads);
+            py::gil_scoped_release unlocked;
+            search.write(reinterpret_cast<float*>(values), reinterpret_cast<int64_t*>(indices), n_threads);
+          },
+          py::arg("values"), py::arg("indices"), py::arg("n_threads"));
+
   m.def(
       "score_topk",
       [](const Matrix& query_tensor, const Matrix& row_tensor, const std::optional<Matrix>& scale_tensor,

@@ -172,17 +172,4 @@ void multiply_decoded(const EncodedRows& a, int64_t m, const Rows& b, int64_t n,
   multiply_wide(a, m, b, n, depth, c, n_threads);
 }
 
-void multiply_encoded(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
-                      int digits, int n_threads) {
-  if (m == 0 || n == 0) return;
-  if (depth == 0) {
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < n; ++j) c.data[i * c.row_stride + j * c.column_stride] = 0;
-    }
-    return;
-  }
-  if (digits > 0 && multiply_integers(a, m, b, n, depth, c, digits, n_threads)) return;
-  multiply_decoded(a, m, b, n, depth, c, n_threads);
-}
-
 }  // namespace lgk

@@ -1,7 +1,5 @@
 // Few queries meet rows of integer codes at the speed of memory: kFewRows streams, each through rows that are
 // neighbours in memory, so that the processor's own fetching ahead runs on from row to row.
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -17,7 +15,7 @@ constexpr int64_t kMostTaskRows = 256;
 
 // A few queries in groups, each with its units, and every unit with its scale and what the codes' offset adds to it.
 struct Columns {
-  const Plan& plan;
+  Plan plan;
   int64_t width, ld;  // queries of a group; units, padded
   Buffer<int8_t> digits;
   Buffer<float> scales, sums;
@@ -124,12 +122,23 @@ int64_t rows_of_task(const Codes& codes, int n_threads) {
   return round_up(rows, kFewRows);
 }
 
+struct FewQueries : IntegerQueries {
+  Columns columns;
+
+  explicit FewQueries(const Plan& plan) : columns(plan) {}
+  void multiply(const EncodedRows& a, int64_t m, Output<float> c, int n_threads) const override {
+    const Codes codes = {columns.plan, a, m};
+    const FewProduct product = {codes, columns, rows_of_task(codes, n_threads), c};
+    multiply_tasks(product, product.task, product.scratch_size(), n_threads);
+  }
+};
+
 }  // namespace
 
-bool multiply_few_integers(const Codes& codes, const Rows& b, Output<float> c, int n_threads) {
-  const Columns columns(codes.plan);
-  const FewProduct product = {codes, columns, rows_of_task(codes, n_threads), c};
-  return run(columns, product, b, product.task, product.scratch_size(), n_threads);
+std::unique_ptr<IntegerQueries> pack_few_integers(const Plan& plan, const Rows& b, int n_threads) {
+  auto queries = std::make_unique<FewQueries>(plan);
+  if (!pack_spans(queries->columns, b, n_threads)) return nullptr;
+  return queries;
 }
 
 }  // namespace lgk

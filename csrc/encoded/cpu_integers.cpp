@@ -4,20 +4,16 @@
 #include <limits>
 
 #include "common/kernels.h"
-#include "common/threads.h"
 #include "encoded/integer_product.h"
-#include "encoded/kernels.h"
-#include "encoded/product.h"
 
 namespace lgk {
 namespace {
 
-constexpr int64_t kQueries = 64;    // packed at a time, which bounds their copy to kMostDigits kQueries depth bytes
 constexpr int64_t kRunUnits = 16;   // units of kTileCodes rows that are expanded at a time, into the L1 cache
 constexpr int64_t kMostRows = 192;  // rows whose sums a thread holds in the L2 cache
 // Queries as tiles take them: groups, each with its units, span starts and span scales.
 struct Tiles {
-  const Plan& plan;
+  Plan plan;
   int64_t width;  // queries of a group
   Buffer<int8_t> digits;
   Buffer<int32_t> starts;
@@ -150,19 +146,23 @@ int64_t rows_of_task(int64_t m, int n_threads) {
   return std::max(kTileCodes, round_up(ceil_div(m, tasks), kTileCodes));
 }
 
-bool multiply_many_integers(const Codes& codes, const Rows& b, Output<float> c, int n_threads) {
-  const Tiles tiles(codes.plan);
-  const WideProduct product = {codes, tiles, c};
-  const int64_t task = rows_of_task(codes.m, n_threads);
-  return run(tiles, product, b, task, product.scratch_size(task), n_threads);
-}
+struct ManyQueries : IntegerQueries {
+  Tiles tiles;
+
+  explicit ManyQueries(const Plan& plan) : tiles(plan) {}
+  void multiply(const EncodedRows& a, int64_t m, Output<float> c, int n_threads) const override {
+    const WideProduct product = {{tiles.plan, a, m}, tiles, c};
+    const int64_t task = rows_of_task(m, n_threads);
+    multiply_tasks(product, task, product.scratch_size(task), n_threads);
+  }
+};
 
 constexpr double kLargest[kMostDigits + 1] = {0, 127, 127 * 256};  // whole numbers; their digits stay within a byte
 
 }  // namespace
 
-bool pack_span(const IntegerKernels& kernels, const Plan& plan, const Rows& b, int64_t query, int64_t s, float* x,
-               Span& to) {
+bool pack_span(const Plan& plan, const Rows& b, int64_t query, int64_t s, float* x, Span& to) {
+  const IntegerKernels& kernels = *integer_kernels();
   const int64_t start = s * plan.span, n = std::min(plan.span, plan.depth - start);
   lgk::kernels<float>().pack_rows(b, query, 1, start, n, x, kMostSpan);
   to.units = ceil_div(n, kUnit);
@@ -177,19 +177,10 @@ bool pack_span(const IntegerKernels& kernels, const Plan& plan, const Rows& b, i
   return std::isfinite(most);
 }
 
-bool multiply_integers(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
-                       int digits, int n_threads) {
-  const Encoding& encoding = a.encoding;
-  if (integer_kernels() == nullptr || encoding.code == Code::kF8 || encoding.block < kUnit) return false;
-  n_threads = threads_for(double(m) * n * depth, n_threads);
-  for (int64_t q = 0; q < n; q += kQueries) {
-    const Plan plan = {encoding.code, depth, std::min(kQueries, n - q), digits, std::min(encoding.block, kMostSpan)};
-    const Codes codes = {*integer_kernels(), plan, a, m};
-    const Output<float> to = {c.data + q * c.column_stride, c.row_stride, c.column_stride};
-    const auto multiply = plan.queries <= kFewColumns ? multiply_few_integers : multiply_many_integers;
-    if (!multiply(codes, b.from(q), to, n_threads)) return false;
-  }
-  return true;
+std::unique_ptr<IntegerQueries> pack_many_integers(const Plan& plan, const Rows& b, int n_threads) {
+  auto queries = std::make_unique<ManyQueries>(plan);
+  if (!pack_spans(queries->tiles, b, n_threads)) return nullptr;
+  return queries;
 }
 
 }  // namespace lgk

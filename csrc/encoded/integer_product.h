@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <memory>
 
 #include "common/buffer.h"
 #include "common/kernels.h"
@@ -34,15 +35,14 @@ struct Span {
 };
 
 // Packs one span of a query; false if it holds NaN or Inf. x: kMostSpan numbers for each row of a row tile.
-bool pack_span(const IntegerKernels& kernels, const Plan& plan, const Rows& b, int64_t query, int64_t s, float* x,
-               Span& to);
+bool pack_span(const Plan& plan, const Rows& b, int64_t query, int64_t s, float* x, Span& to);
 
 // What both ways need of the rows.
 struct Codes {
-  const IntegerKernels& kernels;
   const Plan& plan;
   const EncodedRows& a;
   int64_t m;
+  const IntegerKernels& kernels = *integer_kernels();
 
   const uint8_t* at(int64_t row, int64_t unit) const {
     return a.codes + row * a.code_stride + unit * a.encoding.bytes(kUnit);
@@ -77,36 +77,45 @@ struct Codes {
   }
 };
 
-// Packs the queries, then multiplies tasks of rows by them; false if a query holds NaN or Inf.
-template <class Packed, class Product>
-bool run(const Packed& packed, const Product& product, const Rows& b, int64_t task, int64_t scratch_size,
-         int n_threads) {
+// Packs the queries; false if one holds NaN or Inf.
+template <class Packed>
+bool pack_spans(const Packed& packed, const Rows& b, int n_threads) {
   const Plan& plan = packed.plan;
-  const int64_t packing = lgk::kernels<float>().row_tile * kMostSpan + kMostSpan;
-  const int64_t size = round_up(std::max(packing, scratch_size), kCacheLine);
+  const int64_t size = round_up(lgk::kernels<float>().row_tile * kMostSpan + kMostSpan, kCacheLine);
   const Buffer<float> scratch(size * n_threads);
   std::atomic<bool> finite{true};
 
-#pragma omp parallel num_threads(n_threads)
-  {
-    float* mine = scratch.data() + size * omp_get_thread_num();
-#pragma omp for schedule(static)
-    for (int64_t s = 0; s < plan.spans(); ++s) {
-      for (int64_t q = 0; q < plan.queries; ++q) {
-        Span span;
-        if (!pack_span(product.kernels, plan, b, q, s, mine, span)) finite = false;
-        packed.place(q, s, span);
-      }
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < product.m; i += task) {
-      if (finite) product.multiply(i, std::min(task, product.m - i), mine);
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+  for (int64_t s = 0; s < plan.spans(); ++s) {
+    for (int64_t q = 0; q < plan.queries; ++q) {
+      Span span;
+      if (!pack_span(plan, b, q, s, scratch.data() + size * omp_get_thread_num(), span)) finite = false;
+      packed.place(q, s, span);
     }
   }
   return finite;
 }
 
-// c[i][q] for the plan's queries; false if one holds NaN or Inf.
-bool multiply_few_integers(const Codes& codes, const Rows& b, Output<float> c, int n_threads);
+// Multiplies tasks of rows by the packed queries.
+template <class Product>
+void multiply_tasks(const Product& product, int64_t task, int64_t scratch_size, int n_threads) {
+  const int64_t size = round_up(scratch_size, kCacheLine);
+  const Buffer<float> scratch(size * n_threads);
+#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
+  for (int64_t i = 0; i < product.m; i += task) {
+    product.multiply(i, std::min(task, product.m - i), scratch.data() + size * omp_get_thread_num());
+  }
+}
+
+// The plan's queries, packed.
+struct IntegerQueries {
+  virtual ~IntegerQueries() = default;
+  // c[i][q] for i < m.
+  virtual void multiply(const EncodedRows& a, int64_t m, Output<float> c, int n_threads) const = 0;
+};
+
+// Null if a query holds NaN or Inf.
+std::unique_ptr<IntegerQueries> pack_few_integers(const Plan& plan, const Rows& b, int n_threads);
+std::unique_ptr<IntegerQueries> pack_many_integers(const Plan& plan, const Rows& b, int n_threads);
 
 }  // namespace lgk

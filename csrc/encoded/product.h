@@ -12,16 +12,14 @@ constexpr int64_t kFewColumns = 8;
 //
 // digits 0: fp32 products of the decoded numbers with b. Otherwise, where the machine multiplies bytes, b in fixed
 // point of so many bytes (1 or 2) a number and span of at most kMostSpan numbers (encoded/integers.h): exact sums of a
-// span, added in order. Integer codes in blocks of kUnit numbers and more have this; all else goes the first way.
+// span, added in order. Integer codes in blocks of kUnit numbers and more have this, unless b's 64 neighbours hold NaN
+// or Inf; all else goes the first way, with 1 digit by b's numbers rounded to int8.
 // Neither m nor the thread count changes the bits of a result.
 void multiply_encoded(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
                       int digits, int n_threads);
 
-// The fp32 way, and the fixed-point one, which says whether it could be gone: not with NaN or Inf in b. m, n, depth >
-// 0.
+// The fp32 way; m, n, depth > 0.
 void multiply_decoded(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
                       int n_threads);
-bool multiply_integers(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
-                       int digits, int n_threads);
 
 }  // namespace lgk

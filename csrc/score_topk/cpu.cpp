@@ -5,8 +5,9 @@
 #include <limits>
 
 #include "common/buffer.h"
+#include "common/check.h"
 #include "common/product.h"
-#include "encoded/product.h"
+#include "encoded/queries.h"
 
 namespace lgk::score_topk {
 namespace {
@@ -15,6 +16,7 @@ constexpr int64_t kQueries = 256;          // scored at a time
 constexpr int64_t kBlockScores = 1 << 20;  // scores held at a time
 constexpr int64_t kLeastRows = 512;
 constexpr int64_t kMostRows = 16384;
+constexpr int64_t kGlance = 64;  // scores that are compared before they are looked at one by one
 constexpr int64_t kSlack = 512;  // candidates beyond k that are gathered before the worst are dropped
 
 template <typename T>
@@ -70,11 +72,11 @@ struct Best {
   bool full;  // k have been kept, and `worst` is the last of them
   typename Key<T>::Type worst;
 
-  void offer(T score, int64_t row, const Shape& shape, int64_t capacity) {
-    const auto key = Key<T>::of(score, shape.largest);
+  void offer(T score, int64_t row, int64_t k, bool largest, int64_t capacity) {
+    const auto key = Key<T>::of(score, largest);
     if (full && key <= worst) return;
     list[count++] = {key, row};
-    if (count == capacity) keep(shape.k);
+    if (count == capacity) keep(k);
   }
 
   void keep(int64_t k) {
@@ -85,66 +87,96 @@ struct Best {
   }
 };
 
-// The candidates of a block of queries, and the scores of a block of rows for them.
+}  // namespace
+
+// The best candidates of every query, and the scores of a block of rows for some of them.
 template <typename T>
-struct Selection {
-  const Shape& shape;
-  int64_t capacity, block_rows;
+struct Ranking {
+  int64_t queries, k, capacity;
+  bool largest;
   Buffer<Candidate<T>> candidates;
   Buffer<Best<T>> best;
-  Buffer<T> scores;
 
-  void reset(int64_t queries) const {
+  Ranking(int64_t queries, int64_t k, int64_t most_rows, bool largest)
+      : queries(queries),
+        k(k),
+        capacity(k + std::max<int64_t>(1, std::min(most_rows - k, slack(queries, k)))),
+        largest(largest),
+        candidates(queries * capacity),
+        best(queries) {
     for (int64_t q = 0; q < queries; ++q) best.data()[q] = {candidates.data() + q * capacity, 0, false, 0};
   }
 
-  void offer(int64_t q, int64_t row, int64_t rows, const Rows& row_scale) const {
-    const T* from = scores.data() + q * block_rows;
-    const T* scale = static_cast<const T*>(row_scale.data);
-    for (int64_t i = 0; i < rows; ++i) {
-      const T score = scale == nullptr ? from[i] : from[i] * scale[row_scale.offset(row + i)];
-      best.data()[q].offer(score, row + i, shape, capacity);
+  static int64_t slack(int64_t queries, int64_t k) {
+    return std::max(k, kSlack * kQueries / std::max(queries, kQueries));
+  }
+
+  // multiply(row, count of rows, query, count of queries, output) gives the scores of rows of a block that starts with
+  // row number `first` of all.
+  template <class Multiply>
+  void add(const Multiply& multiply, int64_t first, int64_t rows, const Rows& row_scale, int n_threads) {
+    if (queries == 0 || rows == 0) return;
+    const int64_t widest = std::min(queries, kQueries);
+    const int64_t block_rows = std::min(rows, std::max(kLeastRows, std::min(kMostRows, kBlockScores / widest)));
+    const Buffer<T> scores(widest * block_rows);
+    for (int64_t q0 = 0; q0 < queries; q0 += kQueries) {
+      const int64_t count = std::min(kQueries, queries - q0);
+      for (int64_t row = 0; row < rows; row += block_rows) {
+        const int64_t here = std::min(block_rows, rows - row);
+        multiply(row, here, q0, count, Output<T>{scores.data(), 1, block_rows});
+#pragma omp parallel for schedule(dynamic) num_threads(std::min<int64_t>(n_threads, count))
+        for (int64_t q = 0; q < count; ++q) {
+          offer(best.data()[q0 + q], scores.data() + q * block_rows, row, first + row, here, row_scale);
+        }
+      }
     }
   }
 
-  void write(int64_t q, T* values, int64_t* indices) const {
-    Best<T>& kept = best.data()[q];
-    kept.keep(shape.k);
-    std::sort(kept.list, kept.list + shape.k);
-    for (int64_t i = 0; i < shape.k; ++i) {
-      values[i] = Key<T>::score(kept.list[i].key, shape.largest);
-      indices[i] = kept.list[i].row;
+  void write(int64_t found, T* values, int64_t* indices, int n_threads) const {
+    if (queries == 0) return;
+#pragma omp parallel for schedule(dynamic) num_threads(std::min<int64_t>(n_threads, queries))
+    for (int64_t q = 0; q < queries; ++q) {
+      Best<T>& kept = best.data()[q];
+      kept.keep(k);
+      std::sort(kept.list, kept.list + found);
+      for (int64_t i = 0; i < found; ++i) {
+        values[q * found + i] = Key<T>::score(kept.list[i].key, largest);
+        indices[q * found + i] = kept.list[i].row;
+      }
     }
+  }
+
+ private:
+  void offer(Best<T>& to, T* scores, int64_t row, int64_t number, int64_t rows, const Rows& row_scale) const {
+    const T* scale = static_cast<const T*>(row_scale.data);
+    for (int64_t i = 0; scale != nullptr && i < rows; ++i) scores[i] *= scale[row_scale.offset(row + i)];
+    for (int64_t i = 0; i < rows; i += kGlance) {
+      const int64_t end = std::min(rows, i + kGlance);
+      if (to.full && none_better(scores + i, end - i, Key<T>::score(to.worst, largest))) continue;
+      for (int64_t x = i; x < end; ++x) to.offer(scores[x], number + x, k, largest, capacity);
+    }
+  }
+
+  bool none_better(const T* scores, int64_t n, T worst) const {
+    int better = 0;  // or NaN
+    for (int64_t i = 0; i < n; ++i) better |= largest ? !(scores[i] <= worst) : !(scores[i] >= worst);
+    return better == 0;
   }
 };
 
-// multiply(row, count of rows, query, count of queries, output) gives the scores of a block of rows.
-template <typename T, class Multiply>
-void select(const Multiply& multiply, const Rows& row_scale, T* values, int64_t* indices, const Shape& shape,
-            int n_threads) {
-  if (shape.queries == 0 || shape.rows == 0) return;
-  const int64_t widest = std::min(shape.queries, kQueries);
-  const int64_t block_rows = std::min(shape.rows, std::max(kLeastRows, std::min(kMostRows, kBlockScores / widest)));
-  const int64_t slack = std::min(shape.rows - shape.k, std::max(shape.k, kSlack));
-  const int64_t capacity = shape.k + std::max<int64_t>(slack, 1);
-  const Selection<T> selection = {shape,
-                                  capacity,
-                                  block_rows,
-                                  Buffer<Candidate<T>>(widest * capacity),
-                                  Buffer<Best<T>>(widest),
-                                  Buffer<T>(widest * block_rows)};
-  for (int64_t q0 = 0; q0 < shape.queries; q0 += kQueries) {
-    const int64_t count = std::min(kQueries, shape.queries - q0);
-    selection.reset(count);
-    for (int64_t row = 0; row < shape.rows; row += block_rows) {
-      const int64_t here = std::min(block_rows, shape.rows - row);
-      multiply(row, here, q0, count, Output<T>{selection.scores.data(), 1, block_rows});
-#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
-      for (int64_t q = 0; q < count; ++q) selection.offer(q, row, here, row_scale);
-    }
-#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
-    for (int64_t q = 0; q < count; ++q) selection.write(q, values + (q0 + q) * shape.k, indices + (q0 + q) * shape.k);
-  }
+namespace {
+
+template <typename T>
+auto products(const Rows& rows, const Rows& queries, int64_t d, int n_threads) {
+  return [=](int64_t row, int64_t count, int64_t query, int64_t n, Output<T> scores) {
+    multiply_rows<T>(rows.from(row), count, queries.from(query), n, d, scores, n_threads);
+  };
+}
+
+auto products(const EncodedRows& rows, const EncodedQueries& queries, int n_threads) {
+  return [=, &queries](int64_t row, int64_t count, int64_t query, int64_t n, Output<float> scores) {
+    queries.multiply(rows.from(row), count, query, n, scores, n_threads);
+  };
 }
 
 }  // namespace
@@ -152,21 +184,46 @@ void select(const Multiply& multiply, const Rows& row_scale, T* values, int64_t*
 template <typename T>
 void score_topk(const Rows& queries, const Rows& rows, const Rows& row_scale, T* values, int64_t* indices, Shape shape,
                 int n_threads) {
-  const auto multiply = [&](int64_t row, int64_t count, int64_t query, int64_t n, Output<T> scores) {
-    multiply_rows<T>(rows.from(row), count, queries.from(query), n, shape.d, scores, n_threads);
-  };
-  select<T>(multiply, row_scale, values, indices, shape, n_threads);
+  Ranking<T> ranking(shape.queries, shape.k, shape.rows, shape.largest);
+  ranking.add(products<T>(rows, queries, shape.d, n_threads), 0, shape.rows, row_scale, n_threads);
+  ranking.write(shape.k, values, indices, n_threads);
 }
 
 void score_encoded(const Rows& queries, const EncodedRows& rows, const Rows& row_scale, float* values, int64_t* indices,
                    Shape shape, int digits, int n_threads) {
-  const auto multiply = [&](int64_t row, int64_t count, int64_t query, int64_t n, Output<float> scores) {
-    multiply_encoded(rows.from(row), count, queries.from(query), n, shape.d, scores, digits, n_threads);
-  };
-  select<float>(multiply, row_scale, values, indices, shape, n_threads);
+  const EncodedQueries laid_out(queries, shape.queries, shape.d, rows.encoding, digits, n_threads);
+  Ranking<float> ranking(shape.queries, shape.k, shape.rows, shape.largest);
+  ranking.add(products(rows, laid_out, n_threads), 0, shape.rows, row_scale, n_threads);
+  ranking.write(shape.k, values, indices, n_threads);
 }
 
 template void score_topk<float>(const Rows&, const Rows&, const Rows&, float*, int64_t*, Shape, int);
 template void score_topk<double>(const Rows&, const Rows&, const Rows&, double*, int64_t*, Shape, int);
+
+Search::Search(const Rows& queries, Shape shape)
+    : queries_(queries),
+      shape_(shape),
+      ranking_(std::make_unique<Ranking<float>>(shape.queries, shape.k, shape.rows, shape.largest)) {}
+Search::~Search() = default;
+
+void Search::add(const Rows& rows, int64_t count, const Rows& row_scale, int n_threads) {
+  ranking_->add(products<float>(rows, queries_, shape_.d, n_threads), rows_, count, row_scale, n_threads);
+  rows_ += count;
+}
+
+void Search::add(const EncodedRows& rows, int64_t count, const Rows& row_scale, int digits, int n_threads) {
+  if (laid_out_ == nullptr) {
+    laid_out_ = std::make_unique<EncodedQueries>(queries_, shape_.queries, shape_.d, rows.encoding, digits, n_threads);
+    encoding_ = rows.encoding;
+  }
+  LGK_CHECK(rows.encoding.code == encoding_.code && rows.encoding.block == encoding_.block,
+            "score_topk: the rows of a search must all have one format");
+  ranking_->add(products(rows, *laid_out_, n_threads), rows_, count, row_scale, n_threads);
+  rows_ += count;
+}
+
+void Search::write(float* values, int64_t* indices, int n_threads) const {
+  ranking_->write(found(), values, indices, n_threads);
+}
 
 }  // namespace lgk::score_topk

@@ -10,7 +10,7 @@ from logra_kernels.ops.project_rows import ProjectRows, project_rows, row_projec
 from logra_kernels.ops.quantize_rows import quantize_rows
 from logra_kernels.ops.score_block import QUERY_FORMATS, score_block
 from logra_kernels.ops.score_factored import score_factored
-from logra_kernels.ops.score_topk import score_topk
+from logra_kernels.ops.score_topk import TopK, score_topk
 
 __all__ = [
     "FORMATS",
@@ -22,6 +22,7 @@ __all__ = [
     "FallbackWarning",
     "ProjectRows",
     "RowFormat",
+    "TopK",
     "accumulate_gram",
     "accumulator_dtype",
     "add_project_grad",

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from logra_kernels import _C_cuda
 from logra_kernels.ops._device import cuda_arch, device_of, programs_of
-from logra_kernels.ops._format import EncodedRows, RowFormat
+from logra_kernels.ops._format import EncodedRows
 from logra_kernels.ops._native import Encoded, Matrix, encoded, matrix, row_major
-from logra_kernels.ops.quantize_rows import quantize_rows
+from logra_kernels.ops._queries import as_multiplied, int8_queries
 
 LEAST_STEPS = 8  # of a piece of D, beside which what its sums cost is little
-MOST_SPAN = 512  # query numbers in int8 that share a scale, and no more than share one in the rows
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Operands:
 
     @classmethod
     def of(cls, op: str, queries: Tensor, rows: Tensor | EncodedRows, digits: int) -> "Operands":
-        """digits 1: queries are numbers that int8 holds, and are multiplied as such beside whole codes.
+        """digits 1: queries are rounded to int8, and multiplied as such beside whole codes.
 
         Raises:
             RuntimeError: Operands in fp64.
@@ -34,9 +33,8 @@ class Operands:
                 raise RuntimeError(f"{op}: backend 'cuda' has no fp64 kernel; use 'triton' or 'reference'")
             return cls(queries, rows)
         if digits != 1 or rows.format.name == "fp8":
-            return cls(queries, row_major(rows))
-        form = RowFormat.of("int8", min(rows.format.block or MOST_SPAN, MOST_SPAN))
-        return cls(row_major(quantize_rows(queries, form)), row_major(rows))
+            return cls(as_multiplied(queries, rows.format, digits), row_major(rows))
+        return cls(row_major(int8_queries(queries, rows.format)), row_major(rows))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from tolerance import assert_as_good_as_naive
 import logra_kernels as lk
 from logra_kernels.ops import FORMATS, EncodedRows, _dispatch
 from logra_kernels.ops._native import encoded, matrix, row_major
-from logra_kernels.ops.score_block import op as block_op
+from logra_kernels.ops._queries import as_multiplied
 from logra_kernels.ops.score_block import reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -178,14 +178,15 @@ class TestLauncher:
     @pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
     def test_int8_queries(self, cuda, name):
         rows = lk.quantize_rows(torch.randn(30, 700), lk.RowFormat.of(name))
-        rounded = block_op.round_queries(torch.randn(70, 700), rows.format)
+        queries = torch.randn(70, 700)
+        rounded = as_multiplied(queries, rows.format, 1)
         numbers = lk.dequantize_rows(rows)
         exact = rounded.double() @ numbers.double().T
         from logra_kernels.ops._score_cuda import Operands
 
-        coded = Operands.of("score_block", rounded, rows, 1)
+        coded = Operands.of("score_block", queries, rows, 1)
         assert isinstance(coded.queries, torch.Tensor) == (name == "fp8")
-        assert_as_good_as_naive(cuda.launch_encoded(rounded, rows, 1), exact, rounded @ numbers.T)
+        assert_as_good_as_naive(cuda.launch_encoded(queries, rows, 1), exact, rounded @ numbers.T)
 
     def test_empty(self, cuda):
         assert cuda.launch(torch.zeros(0, 8), torch.zeros(5, 8)).shape == (0, 5)

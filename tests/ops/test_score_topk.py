@@ -4,6 +4,7 @@ from ops.views import VIEWS, far_apart
 from tolerance import assert_as_good_as_naive
 
 import logra_kernels as lk
+from logra_kernels import ops
 from logra_kernels.ops import _best
 from logra_kernels.ops.score_topk import op, reference
 
@@ -202,3 +203,48 @@ def test_bad_input_raises():
 def test_unavailable_backend_raises():
     with pytest.raises(RuntimeError, match="score_topk: backend 'cublas' is not available here"):
         lk.score_topk(*case(3, 20, 24), 2, backend="cublas")
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
+@pytest.mark.parametrize("q", [1, 70])
+def test_blocks_that_come_one_by_one_give_what_all_rows_give(form, largest, q):
+    queries = torch.randn(q, 300)
+    rows, scale = lk.quantize_rows(torch.randn(500, 300), form), torch.rand(500)
+    numbers = rows if rows.format.scaled else rows.codes
+    queries = queries.to(numbers.dtype) if isinstance(numbers, torch.Tensor) else queries
+    search = ops.TopK(queries, 40, 500, largest=largest)
+    for start, stop in ((0, 7), (7, 8), (8, 8), (8, 300), (300, 500)):
+        search.add(numbers[start:stop], scale[start:stop])
+    values, index = search.best()
+    whole = lk.score_topk(queries, numbers, 40, scale, largest=largest)
+    assert torch.equal(values, whole[0])
+    assert torch.equal(index, whole[1])
+
+
+def test_a_search_of_fewer_rows_than_asked_for():
+    queries, rows = torch.randn(3, 20), torch.randn(9, 20)
+    rows[4] = float("nan")
+    search = ops.TopK(queries, 100, 12)
+    assert search.best()[0].shape == (3, 0)
+    search.add(rows[:5])
+    assert search.best()[1][:, 0].tolist() == [4, 4, 4]
+    search.add(rows[5:])
+    values, index = search.best()
+    assert index.shape == (3, 9)
+    assert values[:, 0].isnan().all()
+    torch.testing.assert_close(values[:, 1:], (queries @ rows.T).gather(1, index)[:, 1:])
+
+
+def test_what_does_not_fit_a_search_raises():
+    queries, rows = torch.randn(3, 200), torch.randn(9, 200)
+    search = ops.TopK(queries, 2, 10)
+    search.add(rows)
+    with pytest.raises(ValueError, match="more rows than were announced"):
+        search.add(rows)
+    search = ops.TopK(queries, 2, 20)
+    search.add(lk.quantize_rows(rows, "int8"))
+    with pytest.raises(ValueError, match="the rows of a search must all have one format"):
+        search.add(lk.quantize_rows(rows, "int4"))
+    with pytest.raises(ValueError, match="k is 0; it must be at least 1"):
+        ops.TopK(queries, 0, 20).add(rows)

@@ -11,12 +11,10 @@ from torch import Tensor
 from logra_kernels.ops._check import accumulator_dtype, check_tensors
 from logra_kernels.ops._dispatch import LIB, launcher
 from logra_kernels.ops._format import EncodedRows, RowFormat
-from logra_kernels.ops.dequantize_rows import dequantize_rows
-from logra_kernels.ops.quantize_rows import quantize_rows
 
 QUERY_FORMATS = ("fp32", "int8")
-DIGITS = {"fp32": 0, None: 2, "int8": 1}  # bytes of a query's number where bytes are multiplied; 0: fp32 products
-MOST_SPAN = 512  # query numbers that share a scale, and no more than share one in the rows
+# Bytes of a query's number where bytes are multiplied; 0: fp32 products. 1 rounds queries to int8 everywhere.
+DIGITS = {"fp32": 0, None: 2, "int8": 1}
 
 LIB.define("score_block(Tensor queries, Tensor rows, str backend) -> Tensor")
 
@@ -88,8 +86,8 @@ def check_scores(op: str, queries: Tensor, rows: Tensor) -> None:
         )
 
 
-def check_encoded(op: str, queries: Tensor, rows: EncodedRows, query_format: str | None) -> tuple[Tensor, int]:
-    """(queries as they enter the product, one of DIGITS)."""
+def check_encoded(op: str, queries: Tensor, rows: EncodedRows, query_format: str | None) -> int:
+    """One of DIGITS."""
     check_tensors(op, queries=queries)
     if queries.dim() != 2 or queries.shape[1] != rows.dim:
         raise ValueError(f"{op}: queries {tuple(queries.shape)} and rows {rows.shape} must be [Q, D] and [N, D]")
@@ -101,12 +99,7 @@ def check_encoded(op: str, queries: Tensor, rows: EncodedRows, query_format: str
         raise ValueError(
             f"{op}: query_format is {query_format!r}; it must be None or one of {', '.join(QUERY_FORMATS)}"
         )
-    return round_queries(queries, rows.format) if query_format == "int8" else queries, DIGITS[query_format]
-
-
-def round_queries(queries: Tensor, form: RowFormat) -> Tensor:
-    """The numbers that int8 queries stand for, fp32."""
-    return dequantize_rows(quantize_rows(queries, RowFormat.of("int8", min(form.block or MOST_SPAN, MOST_SPAN))))
+    return DIGITS[query_format]
 
 
 def numbers_of(op: str, rows: Tensor | EncodedRows, query_format: str | None) -> Tensor | EncodedRows:
@@ -142,7 +135,7 @@ def score_block(
     """
     rows = numbers_of("score_block", rows, query_format)
     if isinstance(rows, EncodedRows):
-        queries, digits = check_encoded("score_block", queries, rows, query_format)
+        digits = check_encoded("score_block", queries, rows, query_format)
         form = rows.format
         return _op_encoded(queries, rows.codes, rows.scales, form.name, form.block, form.scale, digits, backend)
     check_scores("score_block", queries, rows)

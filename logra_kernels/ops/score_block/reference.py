@@ -4,6 +4,7 @@ from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._format import EncodedRows
+from logra_kernels.ops._queries import as_multiplied
 from logra_kernels.ops.dequantize_rows.reference import dequantize_rows
 
 
@@ -13,5 +14,5 @@ def score_block(queries: Tensor, rows: Tensor) -> Tensor:
 
 
 def launch_encoded(queries: Tensor, rows: EncodedRows, digits: int) -> Tensor:
-    """Products in fp32, whatever `digits` allows."""
-    return queries.float() @ dequantize_rows(rows).T
+    """Products in fp32; with 1 digit of queries rounded to int8."""
+    return as_multiplied(queries, rows.format, digits).float() @ dequantize_rows(rows).T

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from logra_kernels.ops._format import EncodedRows
+from logra_kernels.ops._queries import as_multiplied
 from logra_kernels.ops._score import score, score_encoded
 
 
@@ -11,5 +12,5 @@ def launch(queries: Tensor, rows: Tensor) -> Tensor:
 
 
 def launch_encoded(queries: Tensor, rows: EncodedRows, digits: int) -> Tensor:
-    """Products in fp32, whatever `digits` allows."""
-    return score_encoded(queries, rows)
+    """Products in fp32; with 1 digit of queries rounded to int8."""
+    return score_encoded(as_multiplied(queries, rows.format, digits), rows)

@@ -1,3 +1,4 @@
 from logra_kernels.ops.score_topk.op import score_topk
+from logra_kernels.ops.score_topk.search import TopK, merge
 
-__all__ = ["score_topk"]
+__all__ = ["TopK", "merge", "score_topk"]

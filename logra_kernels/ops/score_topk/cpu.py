@@ -53,3 +53,26 @@ def launch_encoded(
         torch.get_num_threads(),
     )
     return values, indices
+
+
+class Search:
+    """Native top k of rows that come block by block, for fp32 scores; queries are laid out once."""
+
+    def __init__(self, queries: Tensor, k: int, count: int, largest: bool):
+        self._queries = queries  # read until the last row has come
+        q, d = queries.shape
+        self._native = _C.Search(matrix(queries), q, count, d, min(k, count), largest)
+
+    def add(self, rows: Tensor | EncodedRows, row_scale: Tensor | None, digits: int) -> None:
+        scale = None if row_scale is None else matrix(row_scale.unsqueeze(-1))
+        if isinstance(rows, EncodedRows):
+            rows = row_major(rows)
+            self._native.add_encoded(encoded(rows), scale, len(rows), digits, torch.get_num_threads())
+        else:
+            self._native.add(matrix(rows), scale, len(rows), torch.get_num_threads())
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        shape = (len(self._queries), self._native.found())
+        values, indices = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+        self._native.write(values.data_ptr(), indices.data_ptr(), torch.get_num_threads())
+        return values, indices

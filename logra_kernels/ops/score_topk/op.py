@@ -87,6 +87,28 @@ def _fake_encoded(
 _op_encoded = torch.ops.logra_kernels.score_topk_encoded.default
 
 
+def check_topk(
+    queries: Tensor, rows: Tensor | EncodedRows, k: int, row_scale: Tensor | None, query_format: str | None
+) -> int:
+    """One of DIGITS."""
+    digits = 0
+    if isinstance(rows, EncodedRows):
+        digits = check_encoded("score_topk", queries, rows, query_format)
+    else:
+        check_scores("score_topk", queries, rows)
+    if k < 1:
+        raise ValueError(f"score_topk: k is {k}; it must be at least 1")
+    if row_scale is not None:
+        numbers = rows.scales if isinstance(rows, EncodedRows) else rows
+        dtype = torch.float32 if isinstance(rows, EncodedRows) else accumulator_dtype(rows.dtype)
+        check_tensors("score_topk", rows=numbers, row_scale=row_scale)
+        if row_scale.shape != rows.shape[:1] or row_scale.dtype != dtype:
+            raise ValueError(
+                f"score_topk: row_scale {tuple(row_scale.shape)} {row_scale.dtype} must be [{rows.shape[0]}] {dtype}"
+            )
+    return digits
+
+
 def score_topk(
     queries: Tensor,
     rows: Tensor | EncodedRows,
@@ -115,21 +137,7 @@ def score_topk(
         ValueError: Sizes, dtypes or devices do not fit, or k < 1.
     """
     rows = numbers_of("score_topk", rows, query_format)
-    digits = 0
-    if isinstance(rows, EncodedRows):
-        queries, digits = check_encoded("score_topk", queries, rows, query_format)
-    else:
-        check_scores("score_topk", queries, rows)
-    if k < 1:
-        raise ValueError(f"score_topk: k is {k}; it must be at least 1")
-    if row_scale is not None:
-        numbers = rows.scales if isinstance(rows, EncodedRows) else rows
-        dtype = torch.float32 if isinstance(rows, EncodedRows) else accumulator_dtype(rows.dtype)
-        check_tensors("score_topk", rows=numbers, row_scale=row_scale)
-        if row_scale.shape != rows.shape[:1] or row_scale.dtype != dtype:
-            raise ValueError(
-                f"score_topk: row_scale {tuple(row_scale.shape)} {row_scale.dtype} must be [{rows.shape[0]}] {dtype}"
-            )
+    digits = check_topk(queries, rows, k, row_scale, query_format)
     if isinstance(rows, EncodedRows):
         form = rows.format
         encoded = rows.codes, rows.scales, form.name, form.block, form.scale

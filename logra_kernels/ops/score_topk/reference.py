@@ -5,6 +5,7 @@ from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._format import EncodedRows
+from logra_kernels.ops._queries import as_multiplied
 from logra_kernels.ops.dequantize_rows.reference import dequantize_rows
 
 
@@ -18,7 +19,8 @@ def score_topk(
 def launch_encoded(
     queries: Tensor, rows: EncodedRows, k: int, row_scale: Tensor | None, largest: bool, digits: int
 ) -> tuple[Tensor, Tensor]:
-    """Products in fp32, whatever `digits` allows."""
+    """Products in fp32; with 1 digit of queries rounded to int8."""
+    queries = as_multiplied(queries, rows.format, digits)
     return _best(queries.float() @ dequantize_rows(rows).T, k, row_scale, largest)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from logra_kernels.ops._best import select
 from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._format import EncodedRows
+from logra_kernels.ops._queries import as_multiplied
 from logra_kernels.ops._score import score, score_encoded
 
 
@@ -19,7 +20,8 @@ def launch(queries: Tensor, rows: Tensor, k: int, row_scale: Tensor | None, larg
 def launch_encoded(
     queries: Tensor, rows: EncodedRows, k: int, row_scale: Tensor | None, largest: bool, digits: int
 ) -> tuple[Tensor, Tensor]:
-    """Products in fp32, whatever `digits` allows."""
+    """Products in fp32; with 1 digit of queries rounded to int8."""
+    queries = as_multiplied(queries, rows.format, digits)
 
     def scores(span: slice) -> Tensor:
         return score_encoded(queries, rows[span], None if row_scale is None else row_scale[span])

@@ -20,7 +20,7 @@ from logra_kernels.store.entry import Shard
 from logra_kernels.store.format import Manifest, read_manifest
 from logra_kernels.store.reading.ahead import loaded, on_device
 from logra_kernels.store.reading.memory import outgrows_memory
-from logra_kernels.store.reading.scoring import merge, scores_of, topk_of
+from logra_kernels.store.reading.scoring import Best, scores_of
 from logra_kernels.store.shard import MappedShard, Piece, damaged, missing, read_columns
 
 BLOCK_BYTES = 64 << 20
@@ -240,13 +240,12 @@ class Reader:
     ) -> tuple[Tensor, Tensor]:
         """`topk` over chosen rows only; `numbers` and `sums` as in `rows_at`."""
         queries, row_scale = self.check(queries, row_scale)
-        values = queries.new_zeros((queries.shape[0], 0), dtype=torch.float32)
-        index = queries.new_zeros((queries.shape[0], 0), dtype=torch.int64)
+        best = Best(self.manifest, queries, k, len(numbers), largest)
         for mine, rows in self.rows_at(numbers, sums):
             scale = None if row_scale is None else row_scale[mine.to(queries.device)]
-            best, places = topk_of(self.manifest, queries, rows.to(queries.device), k, scale, largest)
-            values, index = merge((values, index), (best, mine.to(queries.device)[places]), k, largest)
-        return values, index
+            best.add(rows.to(queries.device), scale)
+        values, places = best.found()
+        return values, numbers.to(queries.device)[places]
 
     def score(
         self,
@@ -277,13 +276,10 @@ class Reader:
         queries, row_scale = self.check(queries, row_scale, query_format)
         if k < 1:
             raise StoreError(f"k is {k}; it must be at least 1")
-        values = queries.new_zeros((queries.shape[0], 0), dtype=torch.float32)
-        index = queries.new_zeros((queries.shape[0], 0), dtype=torch.int64)
+        best = Best(self.manifest, queries, k, self.manifest.rows, largest, query_format)
         for first, rows in on_device(self._blocks_to_score(len(queries), max_bytes), queries.device):
-            scale = None if row_scale is None else row_scale[first : first + len(rows)]
-            block = topk_of(self.manifest, queries, rows, k, scale, largest, query_format)
-            values, index = merge((values, index), (block[0], block[1] + first), k, largest)
-        return values, index
+            best.add(rows, None if row_scale is None else row_scale[first : first + len(rows)])
+        return best.found()
 
     def check(
         self, queries: Tensor, row_scale: Tensor | None, query_format: str | None = None

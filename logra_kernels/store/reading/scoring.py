@@ -6,7 +6,8 @@ Rows that are kept as factors are not rebuilt for it.
 import torch
 from torch import Tensor
 
-from logra_kernels.ops import EncodedRows, score_block, score_factored, score_topk
+from logra_kernels.ops import EncodedRows, TopK, score_block, score_factored
+from logra_kernels.ops.score_topk import merge
 from logra_kernels.store.format import Manifest
 
 Ranked = tuple[Tensor, Tensor]  # values and row numbers [Q, k]: NaN first, then by score, then by row
@@ -25,38 +26,51 @@ def scores_of(manifest: Manifest, queries: Tensor, rows: EncodedRows, query_form
     return score_factored(queries, rows, manifest.sizes, manifest.rank)
 
 
-def topk_of(
-    manifest: Manifest,
-    queries: Tensor,
-    rows: EncodedRows,
-    k: int,
-    row_scale: Tensor | None,
-    largest: bool,
-    query_format: str | None = None,
-) -> Ranked:
-    """The k best of a block, numbered within it."""
-    if manifest.rank is None:
-        return score_topk(queries, rows, k, row_scale, largest=largest, query_format=query_format)
-    scores = scores_of(manifest, queries, rows, query_format)
-    scores = scores if row_scale is None else scores * row_scale
-    k = min(k, scores.shape[1])
-    if not scores.numel():
-        return scores[:, :k], torch.zeros_like(scores[:, :k], dtype=torch.int64)
-    keys = scores if largest else -scores
-    last = keys.topk(k, dim=1).values.amin(dim=1)  # NaN once one is kept, and then every row may be among the best
-    index = torch.stack([_first(key, least, k) for key, least in zip(keys, last, strict=True)])
-    return scores.gather(1, index), index
+class Best:
+    """The k best rows for each query while blocks come in row order, `count` rows at most.
+
+    Raises:
+        ValueError: A query_format for rows that have no scales or are kept as factors.
+    """
+
+    def __init__(
+        self, manifest: Manifest, queries: Tensor, k: int, count: int, largest: bool, query_format: str | None = None
+    ):
+        self._manifest, self._queries, self._k, self._largest = manifest, queries, k, largest
+        self._query_format = query_format
+        self._rows = 0
+        self._dense = None
+        self._found: Ranked = (
+            queries.new_zeros((len(queries), 0), dtype=torch.float32),
+            queries.new_zeros((len(queries), 0), dtype=torch.int64),
+        )
+        if manifest.rank is None:
+            self._dense = TopK(queries, k, count, largest=largest, query_format=query_format)
+
+    def add(self, rows: EncodedRows, row_scale: Tensor | None) -> None:
+        """The next rows, and their factors [n]."""
+        if self._dense is not None:
+            return self._dense.add(rows, row_scale)
+        scores = scores_of(self._manifest, self._queries, rows, self._query_format)
+        values, index = self._of_scores(scores if row_scale is None else scores * row_scale)
+        self._found = merge(self._found, (values, index + self._rows), self._k, self._largest)
+        self._rows += len(rows)
+
+    def found(self) -> Ranked:
+        """Row numbers count from the first row that was added."""
+        return self._found if self._dense is None else self._dense.best()
+
+    def _of_scores(self, scores: Tensor) -> Ranked:
+        k = min(self._k, scores.shape[1])
+        if not scores.numel():
+            return scores[:, :k], torch.zeros_like(scores[:, :k], dtype=torch.int64)
+        keys = scores if self._largest else -scores
+        last = keys.topk(k, dim=1).values.amin(dim=1)  # NaN once one is kept, and then every row may be among the best
+        index = torch.stack([_first(key, least, k) for key, least in zip(keys, last, strict=True)])
+        return scores.gather(1, index), index
 
 
 def _first(keys: Tensor, last: Tensor, k: int) -> Tensor:
     """Rows of the k greatest keys; only those that are not below the last of them are sorted."""
     rows = (~(keys < last)).nonzero().flatten()
     return rows[torch.sort(keys[rows], descending=True, stable=True).indices[:k]]
-
-
-def merge(best: Ranked, block: Ranked, k: int, largest: bool) -> Ranked:
-    """The k first of two sorted lists; `best` holds lower row numbers, so a stable sort keeps ties in row order."""
-    values = torch.cat((best[0], block[0]), dim=1)
-    index = torch.cat((best[1], block[1]), dim=1)
-    order = torch.sort(values if largest else -values, dim=1, descending=True, stable=True).indices[:, :k]
-    return values.gather(1, order), index.gather(1, order)

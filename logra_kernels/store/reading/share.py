@@ -14,7 +14,7 @@ from torch import Tensor
 
 from logra_kernels.ops import EncodedRows
 from logra_kernels.store.reading.reader import BLOCK_BYTES
-from logra_kernels.store.reading.scoring import scores_of, topk_of
+from logra_kernels.store.reading.scoring import Best, scores_of
 from logra_kernels.store.store import GradientStore
 
 
@@ -72,13 +72,13 @@ class Share(GradientStore):
         max_bytes: int | None = None,
         query_format: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        values, index = queries.new_zeros(len(queries), 0), queries.new_zeros((len(queries), 0), dtype=torch.int64)
+        start, stop = self._mine()
+        best = Best(self.manifest, queries, k, stop - start, largest, query_format)
         for first, rows in self.encoded_blocks(max_bytes):
             scale = None if row_scale is None else row_scale[first : first + len(rows)].to(queries.device)
-            found = topk_of(self.manifest, queries, rows.to(queries.device), k, scale, largest, query_format)
-            values, index = torch.cat([values, found[0]], 1), torch.cat([index, found[1] + first], 1)
-            values, index = _first(values, index, k, largest)
-        return _first(*gather_from_ranks(self, values, index), k, largest)
+            best.add(rows.to(queries.device), scale)
+        values, index = best.found()
+        return _first(*gather_from_ranks(self, values, index + start), k, largest)
 
     def sidecar_write(
         self,

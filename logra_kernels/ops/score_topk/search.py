@@ -1,0 +1,67 @@
+"""score_topk of rows that come block by block, as a store too large for memory gives them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logra_kernels.ops._dispatch import is_native, launcher
+from logra_kernels.ops._format import EncodedRows
+from logra_kernels.ops.score_block.op import numbers_of
+from logra_kernels.ops.score_topk.op import check_topk, score_topk
+
+
+class TopK:
+    """The k best rows for each query of blocks that come in row order: what `score_topk` finds in all of them.
+
+    The C++ kernels lay the queries out once and go on from the best rows so far; elsewhere each block's are merged.
+
+    Args:
+        queries, k, largest, query_format: As in `score_topk`; the queries must not change meanwhile.
+        count: Rows that will come at most; memory is taken for min(k, count).
+    """
+
+    def __init__(
+        self, queries: Tensor, k: int, count: int, *, largest: bool = True, query_format: str | None = None
+    ) -> None:
+        self._queries, self._k, self._count = queries, k, count
+        self._largest, self._query_format = largest, query_format
+        self._native = queries.is_cpu and queries.dtype != torch.float64 and is_native("score_topk")
+        self._search: Any = None  # of the C++ launchers
+        self._rows = 0
+        self._best = (
+            queries.new_zeros((len(queries), 0), dtype=torch.float32),
+            queries.new_zeros((len(queries), 0), dtype=torch.int64),
+        )
+
+    def add(self, rows: Tensor | EncodedRows, row_scale: Tensor | None = None) -> None:
+        """The next rows, [n, D] as in `score_topk`, all in one format; their factors [n].
+
+        Raises:
+            ValueError: As in `score_topk`.
+        """
+        if self._native:
+            rows = numbers_of("score_topk", rows, self._query_format)
+            digits = check_topk(self._queries, rows, self._k, row_scale, self._query_format)
+            if self._search is None:
+                make = launcher("score_topk", "cpu", "auto", "Search")
+                self._search = make(self._queries, self._k, self._count, self._largest)
+            self._search.add(rows, row_scale, digits)
+        else:
+            values, index = score_topk(
+                self._queries, rows, self._k, row_scale, largest=self._largest, query_format=self._query_format
+            )
+            self._best = merge(self._best, (values, index + self._rows), self._k, self._largest)
+        self._rows += len(rows)
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """values fp32 and row numbers int64 among all rows so far, [Q, min(k, rows)]."""
+        return self._best if self._search is None else self._search.best()
+
+
+def merge(best: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor], k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The k first of two sorted lists; `best` holds lower row numbers, so a stable sort keeps ties in row order."""
+    values = torch.cat((best[0], block[0]), dim=1)
+    index = torch.cat((best[1], block[1]), dim=1)
+    order = torch.sort(values if largest else -values, dim=1, descending=True, stable=True).indices[:, :k]
+    return values.gather(1, order), index.gather(1, order)
