@@ -14,10 +14,20 @@ Rows scale_of(const char* op, const std::optional<Matrix>& tensor) {
   return scale;
 }
 
-void check_room(const char* op, const score_topk::Search& search, int64_t n_rows, int n_threads) {
-  check_sizes(op, {n_rows, search.shape().d});
+// A block's rows, their factors and how many they are.
+template <typename T>
+using Added = std::tuple<T, std::optional<Matrix>, int64_t>;
+
+template <typename T>
+void check_room(const char* op, const score_topk::Search& search, const std::vector<Added<T>>& blocks, int n_threads) {
+  int64_t left = search.left();
+  for (const auto& block : blocks) {
+    const int64_t count = std::get<2>(block);
+    check_sizes(op, {count, search.shape().d});
+    LGK_CHECK(count <= left, std::string(op) + ": more rows than were announced");
+    left -= count;
+  }
   check_threads(op, n_threads);
-  LGK_CHECK(n_rows <= search.left(), std::string(op) + ": more rows than were announced");
 }
 
 }  // namespace
@@ -38,29 +48,35 @@ void bind_score_topk(py::module_& m) {
            py::arg("queries"), py::arg("n_queries"), py::arg("n_rows"), py::arg("d"), py::arg("k"), py::arg("largest"))
       .def(
           "add",
-          [](score_topk::Search& search, const Matrix& row_tensor, const std::optional<Matrix>& scale_tensor,
-             int64_t n_rows, int n_threads) {
+          [](score_topk::Search& search, const std::vector<Added<Matrix>>& blocks, int n_threads) {
             const char* op = "score_topk";
-            check_room(op, search, n_rows, n_threads);
-            const Rows rows = rows_of(op, row_tensor), scale = scale_of(op, scale_tensor);
-            LGK_CHECK(rows.dtype != Dtype::kF64, "score_topk: rows of a search are fp32, bf16 or fp16");
+            check_room(op, search, blocks, n_threads);
+            for (const auto& [rows, scale, count] : blocks) {
+              LGK_CHECK(rows_of(op, rows).dtype != Dtype::kF64, "score_topk: rows of a search are fp32, bf16 or fp16");
+              scale_of(op, scale);
+            }
             py::gil_scoped_release unlocked;
-            search.add(rows, n_rows, scale, n_threads);
+            for (const auto& [rows, scale, count] : blocks) {
+              search.add(rows_of(op, rows), count, scale_of(op, scale), n_threads);
+            }
           },
-          py::arg("rows"), py::arg("row_scale"), py::arg("n_rows"), py::arg("n_threads"))
+          py::arg("blocks"), py::arg("n_threads"))
       .def(
           "add_encoded",
-          [](score_topk::Search& search, const Encoded& encoded, const std::optional<Matrix>& scale_tensor,
-             int64_t n_rows, int digits, int n_threads) {
+          [](score_topk::Search& search, const std::vector<Added<Encoded>>& blocks, int digits, int n_threads) {
             const char* op = "score_topk";
-            check_room(op, search, n_rows, n_threads);
+            check_room(op, search, blocks, n_threads);
             check_digits(op, digits);
-            const EncodedRows rows = encoded_of(op, encoded);
-            const Rows scale = scale_of(op, scale_tensor);
+            for (const auto& [rows, scale, count] : blocks) {
+              encoded_of(op, rows);
+              scale_of(op, scale);
+            }
             py::gil_scoped_release unlocked;
-            search.add(rows, n_rows, scale, digits, n_threads);
+            for (const auto& [rows, scale, count] : blocks) {
+              search.add(encoded_of(op, rows), count, scale_of(op, scale), digits, n_threads);
+            }
           },
-          py::arg("rows"), py::arg("row_scale"), py::arg("n_rows"), py::arg("digits"), py::arg("n_threads"))
+          py::arg("blocks"), py::arg("digits"), py::arg("n_threads"))
       .def("found", &score_topk::Search::found)
       .def(
           "write",

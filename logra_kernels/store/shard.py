@@ -116,6 +116,7 @@ class MappedShard:
         self._pages = np.frombuffer(self._mapping, np.uint8)
         self._verified = False
         self._brought = False
+        self._tensors: dict[str, Tensor] | None = None
 
     def _map(self) -> mmap.mmap:
         expected = len(self._head) + sum(spec.nbytes for spec in self._specs.values())
@@ -191,7 +192,9 @@ class MappedShard:
     def tensors(self) -> dict[str, Tensor]:
         """Each stored tensor, a line a row, on the mapping."""
         self.verify()
-        return {name: view(self._mapping, spec, offset) for name, spec, offset in self._places()}
+        if self._tensors is None:
+            self._tensors = {name: view(self._mapping, spec, offset) for name, spec, offset in self._places()}
+        return self._tensors
 
     def read_lines(self, lines: Tensor) -> dict[str, Tensor]:
         """Each stored tensor's chosen lines, copied.

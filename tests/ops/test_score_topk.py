@@ -214,8 +214,9 @@ def test_blocks_that_come_one_by_one_give_what_all_rows_give(form, largest, q):
     numbers = rows if rows.format.scaled else rows.codes
     queries = queries.to(numbers.dtype) if isinstance(numbers, torch.Tensor) else queries
     search = ops.TopK(queries, 40, 500, largest=largest)
-    for start, stop in ((0, 7), (7, 8), (8, 8), (8, 300), (300, 500)):
-        search.add(numbers[start:stop], scale[start:stop])
+    for start, stop in ((0, 7), (7, 8), (8, 8)):
+        search.add((numbers[start:stop], scale[start:stop]))
+    search.add(*((numbers[start:stop], scale[start:stop]) for start, stop in ((8, 300), (300, 500))))
     values, index = search.best()
     whole = lk.score_topk(queries, numbers, 40, scale, largest=largest)
     assert torch.equal(values, whole[0])
@@ -227,9 +228,9 @@ def test_a_search_of_fewer_rows_than_asked_for():
     rows[4] = float("nan")
     search = ops.TopK(queries, 100, 12)
     assert search.best()[0].shape == (3, 0)
-    search.add(rows[:5])
+    search.add((rows[:5], None))
     assert search.best()[1][:, 0].tolist() == [4, 4, 4]
-    search.add(rows[5:])
+    search.add((rows[5:], None))
     values, index = search.best()
     assert index.shape == (3, 9)
     assert values[:, 0].isnan().all()
@@ -239,12 +240,12 @@ def test_a_search_of_fewer_rows_than_asked_for():
 def test_what_does_not_fit_a_search_raises():
     queries, rows = torch.randn(3, 200), torch.randn(9, 200)
     search = ops.TopK(queries, 2, 10)
-    search.add(rows)
+    search.add((rows, None))
     with pytest.raises(ValueError, match="more rows than were announced"):
-        search.add(rows)
+        search.add((rows, None))
     search = ops.TopK(queries, 2, 20)
-    search.add(lk.quantize_rows(rows, "int8"))
+    search.add((lk.quantize_rows(rows, "int8"), None))
     with pytest.raises(ValueError, match="the rows of a search must all have one format"):
-        search.add(lk.quantize_rows(rows, "int4"))
+        search.add((lk.quantize_rows(rows, "int4"), None))
     with pytest.raises(ValueError, match="k is 0; it must be at least 1"):
-        ops.TopK(queries, 0, 20).add(rows)
+        ops.TopK(queries, 0, 20).add((rows, None))

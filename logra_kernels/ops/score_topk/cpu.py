@@ -1,5 +1,7 @@
 """C++ launchers of score_topk."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,13 +65,17 @@ class Search:
         q, d = queries.shape
         self._native = _C.Search(matrix(queries), q, count, d, min(k, count), largest)
 
-    def add(self, rows: Tensor | EncodedRows, row_scale: Tensor | None, digits: int) -> None:
-        scale = None if row_scale is None else matrix(row_scale.unsqueeze(-1))
-        if isinstance(rows, EncodedRows):
-            rows = row_major(rows)
-            self._native.add_encoded(encoded(rows), scale, len(rows), digits, torch.get_num_threads())
+    def add(self, blocks: Sequence[tuple[Tensor | EncodedRows, Tensor | None]], digits: int) -> None:
+        """Blocks of rows with their factors, all numbers or all encoded: one call, in which the threads stay awake."""
+        scales = [None if scale is None else matrix(scale.unsqueeze(-1)) for _, scale in blocks]
+        coded = [row_major(rows) for rows, _ in blocks if isinstance(rows, EncodedRows)]
+        plain = [rows for rows, _ in blocks if isinstance(rows, Tensor)]
+        if coded:
+            parts = [(encoded(rows), scale, len(rows)) for rows, scale in zip(coded, scales, strict=True)]
+            self._native.add_encoded(parts, digits, torch.get_num_threads())
         else:
-            self._native.add(matrix(rows), scale, len(rows), torch.get_num_threads())
+            numbers = [(matrix(rows), scale, len(rows)) for rows, scale in zip(plain, scales, strict=True)]
+            self._native.add(numbers, torch.get_num_threads())
 
     def best(self) -> tuple[Tensor, Tensor]:
         shape = (len(self._queries), self._native.found())

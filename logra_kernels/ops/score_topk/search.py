@@ -10,6 +10,8 @@ from logra_kernels.ops._format import EncodedRows
 from logra_kernels.ops.score_block.op import numbers_of
 from logra_kernels.ops.score_topk.op import check_topk, score_topk
 
+Ranked = tuple[Tensor, Tensor]  # values and row numbers [Q, k]: NaN first, then by score, then by row
+
 
 class TopK:
     """The k best rows for each query of blocks that come in row order: what `score_topk` finds in all of them.
@@ -29,38 +31,46 @@ class TopK:
         self._native = queries.is_cpu and queries.dtype != torch.float64 and is_native("score_topk")
         self._search: Any = None  # of the C++ launchers
         self._rows = 0
-        self._best = (
-            queries.new_zeros((len(queries), 0), dtype=torch.float32),
-            queries.new_zeros((len(queries), 0), dtype=torch.int64),
-        )
+        self._best: Ranked | None = None
 
-    def add(self, rows: Tensor | EncodedRows, row_scale: Tensor | None = None) -> None:
-        """The next rows, [n, D] as in `score_topk`, all in one format; their factors [n].
+    def add(self, *blocks: tuple[Tensor | EncodedRows, Tensor | None]) -> None:
+        """The next blocks: rows [n, D] as in `score_topk`, all in one format, and their factors [n] or None.
 
         Raises:
             ValueError: As in `score_topk`.
         """
-        if self._native:
-            rows = numbers_of("score_topk", rows, self._query_format)
-            digits = check_topk(self._queries, rows, self._k, row_scale, self._query_format)
+        if self._native and blocks:
+            found = [(numbers_of("score_topk", rows, self._query_format), scale) for rows, scale in blocks]
+            digits = [check_topk(self._queries, rows, self._k, scale, self._query_format) for rows, scale in found]
             if self._search is None:
                 make = launcher("score_topk", "cpu", "auto", "Search")
                 self._search = make(self._queries, self._k, self._count, self._largest)
-            self._search.add(rows, row_scale, digits)
-        else:
+            self._search.add(found, digits[0])
+            return
+        for rows, scale in blocks:
             values, index = score_topk(
-                self._queries, rows, self._k, row_scale, largest=self._largest, query_format=self._query_format
+                self._queries, rows, self._k, scale, largest=self._largest, query_format=self._query_format
             )
             self._best = merge(self._best, (values, index + self._rows), self._k, self._largest)
-        self._rows += len(rows)
+            self._rows += len(rows)
 
-    def best(self) -> tuple[Tensor, Tensor]:
+    def best(self) -> Ranked:
         """values fp32 and row numbers int64 among all rows so far, [Q, min(k, rows)]."""
-        return self._best if self._search is None else self._search.best()
+        if self._search is not None:
+            return self._search.best()
+        return nothing(self._queries) if self._best is None else self._best
 
 
-def merge(best: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor], k: int, largest: bool) -> tuple[Tensor, Tensor]:
+def nothing(queries: Tensor) -> Ranked:
+    """The best of no rows, [Q, 0]."""
+    shape = (len(queries), 0)
+    return queries.new_zeros(shape, dtype=torch.float32), queries.new_zeros(shape, dtype=torch.int64)
+
+
+def merge(best: Ranked | None, block: Ranked, k: int, largest: bool) -> Ranked:
     """The k first of two sorted lists; `best` holds lower row numbers, so a stable sort keeps ties in row order."""
+    if best is None:
+        return block
     values = torch.cat((best[0], block[0]), dim=1)
     index = torch.cat((best[1], block[1]), dim=1)
     order = torch.sort(values if largest else -values, dim=1, descending=True, stable=True).indices[:, :k]

@@ -86,7 +86,7 @@ def on_device(blocks: Iterable[tuple[int, EncodedRows]], device: torch.device) -
     and kernels overlap; of the device's memory no more than `DEVICE_BLOCKS` blocks are used."""
     if device.type != "cuda":
         for first, rows in blocks:
-            yield first, rows.to(device)
+            yield first, rows if rows.device == device else rows.to(device)
         return
     copies = torch.cuda.Stream(device)
     used: deque[tuple[EncodedRows, EncodedRows, torch.cuda.Event]] = deque()

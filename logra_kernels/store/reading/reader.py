@@ -126,6 +126,13 @@ class Reader:
                 self._mapped.popitem(last=False)
         return mapped
 
+    def _at_hand(self) -> bool:
+        """Whether every shard is mapped, verified and in memory, so that nothing is waited for between them."""
+        mapped = [self._mapped.get(shard.rows.name) for shard in self.manifest.shards]
+        if self._tail is not None:
+            mapped[-1] = self._tail
+        return all(shard is not None and shard.at_hand for shard in mapped)
+
     def _rows(self, shard: Shard, mapped: MappedShard, private: bool) -> EncodedRows:
         tensors = mapped.tensors()
         self._verified.add(shard.rows.checksum)
@@ -154,20 +161,23 @@ class Reader:
         return found
 
     def _stream(
-        self, start: int, stop: int, max_bytes: int, row_bytes: int, private: bool
+        self, start: int, stop: int, max_bytes: int, row_bytes: int, private: bool, at_hand: bool = False
     ) -> Iterator[tuple[int, EncodedRows]]:
         step = max(1, max_bytes // row_bytes)
         wanted = self._overlapping(start, stop)
         give_back = self._outgrows_memory and not private  # what the caller has written would be lost
         mapped: Iterator[MappedShard] = (self._map(shard, private, keep=not give_back) for _, shard in wanted)
-        if len(wanted) > 1:
+        if len(wanted) > 1 and not at_hand:
             mapped = loaded(mapped, give_back)
         for (begin, shard), mapping in zip(wanted, mapped, strict=True):
             rows, shown = self._rows(shard, mapping, private), self._shown.get(shard.start)
             end = min(stop, begin + shard.shown)
             for first in range(max(start, begin), end, step):
                 part = slice(first - begin, min(first + step, end) - begin)
-                yield first, rows[part] if shown is None else _lines(rows, shown[part])
+                if shown is None and len(rows) == part.stop - part.start:
+                    yield first, rows
+                else:
+                    yield first, rows[part] if shown is None else _lines(rows, shown[part])
 
     @cached_property
     def _outgrows_memory(self) -> bool:
@@ -181,19 +191,25 @@ class Reader:
             yield first, decode(self.manifest, rows)
 
     def encoded_blocks(
-        self, max_bytes: int | None = None, start: int = 0, stop: int | None = None
+        self, max_bytes: int | None = None, start: int = 0, stop: int | None = None, at_hand: bool = False
     ) -> Iterator[tuple[int, EncodedRows]]:
-        """(first row, rows [start, stop) as they are stored), in order, of at most `max_bytes` but at least one row."""
+        """(first row, rows [start, stop) as they are stored), in order, of at most `max_bytes` but at least one row.
+
+        Args:
+            at_hand: What `_at_hand` has found.
+        """
         manifest = self.manifest
         stop = manifest.rows if stop is None else stop
-        yield from self._stream(start, stop, max_bytes or SCORED_BYTES, manifest.row_bytes, private=False)
+        yield from self._stream(start, stop, max_bytes or SCORED_BYTES, manifest.row_bytes, False, at_hand)
 
-    def _blocks_to_score(self, queries: int, max_bytes: int | None) -> Iterator[tuple[int, EncodedRows]]:
+    def _blocks_to_score(
+        self, queries: int, max_bytes: int | None, at_hand: bool = False
+    ) -> Iterator[tuple[int, EncodedRows]]:
         """encoded_blocks; those of factors are short, so that their numbers and their scores stay in the cache."""
         manifest, max_bytes = self.manifest, max_bytes or SCORED_BYTES
         if manifest.rank is not None:
             max_bytes = min(max_bytes, _factored_rows(manifest.width, queries) * manifest.row_bytes)
-        return self.encoded_blocks(max_bytes)
+        return self.encoded_blocks(max_bytes, at_hand=at_hand)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) as fp32 [stop - start, D], a copy."""
@@ -243,7 +259,7 @@ class Reader:
         best = Best(self.manifest, queries, k, len(numbers), largest)
         for mine, rows in self.rows_at(numbers, sums):
             scale = None if row_scale is None else row_scale[mine.to(queries.device)]
-            best.add(rows.to(queries.device), scale)
+            best.add((rows.to(queries.device), scale))
         values, places = best.found()
         return values, numbers.to(queries.device)[places]
 
@@ -277,8 +293,16 @@ class Reader:
         if k < 1:
             raise StoreError(f"k is {k}; it must be at least 1")
         best = Best(self.manifest, queries, k, self.manifest.rows, largest, query_format)
-        for first, rows in on_device(self._blocks_to_score(len(queries), max_bytes), queries.device):
-            best.add(rows, None if row_scale is None else row_scale[first : first + len(rows)])
+        at_hand = queries.is_cpu and self._at_hand()
+        blocks = (
+            (rows, None if row_scale is None else row_scale[first : first + len(rows)])
+            for first, rows in on_device(self._blocks_to_score(len(queries), max_bytes, at_hand), queries.device)
+        )
+        if at_hand:
+            best.add(*blocks)
+        else:
+            for block in blocks:
+                best.add(block)
         return best.found()
 
     def check(

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from logra_kernels.ops import EncodedRows, TopK, score_block, score_factored
-from logra_kernels.ops.score_topk import merge
+from logra_kernels.ops.score_topk import Ranked, merge, nothing
 from logra_kernels.store.format import Manifest
-
-Ranked = tuple[Tensor, Tensor]  # values and row numbers [Q, k]: NaN first, then by score, then by row
 
 
 def scores_of(manifest: Manifest, queries: Tensor, rows: EncodedRows, query_format: str | None = None) -> Tensor:
@@ -40,25 +38,25 @@ class Best:
         self._query_format = query_format
         self._rows = 0
         self._dense = None
-        self._found: Ranked = (
-            queries.new_zeros((len(queries), 0), dtype=torch.float32),
-            queries.new_zeros((len(queries), 0), dtype=torch.int64),
-        )
+        self._found: Ranked | None = None
         if manifest.rank is None:
             self._dense = TopK(queries, k, count, largest=largest, query_format=query_format)
 
-    def add(self, rows: EncodedRows, row_scale: Tensor | None) -> None:
-        """The next rows, and their factors [n]."""
+    def add(self, *blocks: tuple[EncodedRows, Tensor | None]) -> None:
+        """The next blocks: rows and their factors [n]."""
         if self._dense is not None:
-            return self._dense.add(rows, row_scale)
-        scores = scores_of(self._manifest, self._queries, rows, self._query_format)
-        values, index = self._of_scores(scores if row_scale is None else scores * row_scale)
-        self._found = merge(self._found, (values, index + self._rows), self._k, self._largest)
-        self._rows += len(rows)
+            return self._dense.add(*blocks)
+        for rows, scale in blocks:
+            scores = scores_of(self._manifest, self._queries, rows, self._query_format)
+            values, index = self._of_scores(scores if scale is None else scores * scale)
+            self._found = merge(self._found, (values, index + self._rows), self._k, self._largest)
+            self._rows += len(rows)
 
     def found(self) -> Ranked:
         """Row numbers count from the first row that was added."""
-        return self._found if self._dense is None else self._dense.best()
+        if self._dense is not None:
+            return self._dense.best()
+        return nothing(self._queries) if self._found is None else self._found
 
     def _of_scores(self, scores: Tensor) -> Ranked:
         k = min(self._k, scores.shape[1])

@@ -76,7 +76,7 @@ class Share(GradientStore):
         best = Best(self.manifest, queries, k, stop - start, largest, query_format)
         for first, rows in self.encoded_blocks(max_bytes):
             scale = None if row_scale is None else row_scale[first : first + len(rows)].to(queries.device)
-            best.add(rows.to(queries.device), scale)
+            best.add((rows.to(queries.device), scale))
         values, index = best.found()
         return _first(*gather_from_ranks(self, values, index + start), k, largest)
 
