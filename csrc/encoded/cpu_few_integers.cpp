@@ -12,6 +12,7 @@ constexpr int64_t kTaskBytes = 1 << 20;     // of codes
 constexpr int64_t kTaskSums = 1024;         // rows times queries at most
 constexpr int64_t kDigitBytes = 256 << 10;  // of the queries that meet rows before the next units do: half an L2 cache
 constexpr int64_t kMostTaskRows = 256;
+constexpr int64_t kVector = 64;  // bytes
 
 // A few queries in groups, each with its units, and every unit with its scale and what the codes' offset adds to it.
 struct Columns {
@@ -24,29 +25,42 @@ struct Columns {
       : plan(plan),
         width(ceil_div(plan.queries, ceil_div(plan.queries, kFewQueries))),
         ld(round_up(plan.units(), kFewLanes)),
-        digits(groups() * width * plan.digits * plan.units() * kUnit),
+        digits(groups() * width * plan.digits * padded_units() * kUnit),
         scales(groups() * width * ld),
         sums(groups() * width * ld) {
     std::fill_n(scales.data(), groups() * width * ld, 0.0f);
     std::fill_n(sums.data(), groups() * width * ld, 0.0f);
-    if (plan.queries % width == 0) return;
-    std::memset(digits_of(groups() - 1, 0), 0, width * plan.digits * plan.units() * kUnit);
+    if (plan.queries % width == 0 && padded_units() == plan.units()) return;
+    std::memset(digits.data(), 0, groups() * width * plan.digits * padded_units() * kUnit);
   }
 
   int64_t groups() const { return ceil_div(plan.queries, width); }
+  int64_t padded_units() const { return round_up(plan.units(), chunk_units(plan.code)); }
   int8_t* digits_of(int64_t group, int64_t unit) const {
-    return digits.data() + (group * plan.units() + unit) * width * plan.digits * kUnit;
+    return digits.data() + (group * padded_units() + unit) * width * plan.digits * kUnit;
   }
 
   void place(int64_t query, int64_t s, const Span& from) const {
+    const bool shared = plan.code == Code::kI2 || plan.code == Code::kSign;
     for (int64_t u = 0; u < from.units; ++u) {
       const int64_t unit = s * plan.span_units() + u;
-      std::memcpy(digits_of(query / width, unit) + query % width * plan.digits * kUnit, from.digits[u],
-                  plan.digits * kUnit);
+      place_digits(query, unit, from.digits[u]);
       int64_t sum = from.sums[u][0];
       for (int d = 1; d < plan.digits; ++d) sum += int64_t{256} * from.sums[u][d];
-      scales.data()[query * ld + unit] = from.unit;
+      scales.data()[query * ld + unit] = shared ? kFewShare * from.unit : from.unit;
       sums.data()[query * ld + unit] = from.unit * static_cast<float>(offset_of(plan.code) * sum);
+    }
+  }
+
+ private:
+  void place_digits(int64_t query, int64_t unit, const int8_t* from) const {
+    const int64_t units = chunk_units(plan.code), vectors = units * kUnit / kVector, size = kVector / units;
+    int8_t* chunk = digits_of(query / width, unit / units * units);
+    for (int64_t d = 0; d < plan.digits; ++d) {
+      int8_t* to = chunk + (query % width * plan.digits + d) * units * kUnit + unit % units * size;
+      for (int64_t v = 0; v < vectors; ++v) {
+        std::memcpy(to + v * kVector, from + d * kUnit + field_of(plan.code, v) * size, size);
+      }
     }
   }
 };
@@ -74,19 +88,27 @@ struct FewProduct : Codes {
         multiply_units(of, unit, scratch, scratch + step * kFewRows * b.width * kFewLanes, steps);
       }
     }
-    for (int64_t q = 0; q < plan.queries; ++q) {
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t place = (q / b.width * steps + r % steps) * kFewRows + r / steps;
-        c.data[(row + r) * c.row_stride + q * c.column_stride] =
-            kernels.sum_lanes(scratch + (place * b.width + q % b.width) * kFewLanes);
-      }
+    for (int64_t g = 0; g < b.groups(); ++g) {
+      for (int64_t step = 0; step < steps; ++step) write(row, rows, step, steps, g, scratch);
     }
   }
 
  private:
+  void write(int64_t row, int64_t rows, int64_t step, int64_t steps, int64_t group, const float* scratch) const {
+    float found[kFewRows * kFewQueries];
+    const int64_t width = b.width, vectors = kFewRows * width;
+    kernels.sum_lanes(scratch + (group * steps + step) * vectors * kFewLanes, vectors, found);
+    for (int64_t i = 0; i < kFewRows && step + i * steps < rows; ++i) {
+      float* to = c.data + (row + step + i * steps) * c.row_stride + group * width * c.column_stride;
+      const int64_t count = std::min(width, plan.queries - group * width);
+      for (int64_t q = 0; q < count; ++q) to[q * c.column_stride] = found[i * width + q];
+    }
+  }
+
   void multiply_units(const int64_t (&of)[kFewRows], int64_t unit, float* scratch, float* sums, int64_t steps) const {
     const int64_t units = std::min(units_at_once(), plan.units() - unit);
-    const bool ragged = unit + units == plan.units() && plan.depth % kUnit != 0;
+    const int64_t chunk = chunk_units(plan.code);
+    const bool ragged = unit + units == plan.units() && plan.depth % (chunk * kUnit) != 0;
     float* copies = scratch + sums_size();
     uint8_t* last = reinterpret_cast<uint8_t*>(copies + kFewRows * scales_size());
     const uint8_t *from[kFewRows], *ends[kFewRows];
@@ -94,7 +116,7 @@ struct FewProduct : Codes {
     for (int64_t i = 0; i < kFewRows; ++i) {
       from[i] = at(of[i], unit);
       ends[i] = last + i * kUnit;
-      if (ragged) copy_last(of[i], last + i * kUnit);
+      if (ragged) copy_last(of[i], (plan.units() - 1) / chunk * chunk, last + i * kUnit);
       scales[i] = scales_of(of[i], unit, units, copies + i * scales_size());
     }
     for (int64_t g = 0; g < b.groups(); ++g) {

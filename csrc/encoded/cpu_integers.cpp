@@ -91,7 +91,7 @@ struct WideProduct : Codes {
     kernels.expand(plan.code, at(row, unit), units - ragged, to);
     if (ragged) {
       uint8_t last[kUnit];
-      copy_last(row, last);
+      copy_last(row, plan.units() - 1, last);
       kernels.expand(plan.code, last, 1, to + (units - 1) * kUnit);
     }
   }
@@ -164,15 +164,21 @@ constexpr double kLargest[kMostDigits + 1] = {0, 127, 127 * 256};  // whole numb
 bool pack_span(const Plan& plan, const Rows& b, int64_t query, int64_t s, float* x, Span& to) {
   const IntegerKernels& kernels = *integer_kernels();
   const int64_t start = s * plan.span, n = std::min(plan.span, plan.depth - start);
-  lgk::kernels<float>().pack_rows(b, query, 1, start, n, x, kMostSpan);
   to.units = ceil_div(n, kUnit);
-  std::fill(x + n, x + to.units * kUnit, 0.0f);
-  const float most = kernels.largest(x, n);
+  const float* from = x;
+  if (b.dtype == Dtype::kF32 && b.column_stride == 1 && !b.rounded && n == plan.span) {
+    from = static_cast<const float*>(b.data) + b.offset(query) + start;
+    for (int64_t i = 0; i < n; i += kCacheLine / 4) __builtin_prefetch(from + n + i);  // of the next span
+  } else {
+    lgk::kernels<float>().pack_rows(b, query, 1, start, n, x, kMostSpan);
+    std::fill(x + n, x + to.units * kUnit, 0.0f);
+  }
+  const float most = kernels.largest(from, n);
   const float unit = static_cast<float>(most / kLargest[plan.digits]);
   const bool some = unit >= std::numeric_limits<float>::min() && std::isfinite(most);
   to.unit = some ? unit : 0.0f;
   for (int64_t u = 0; u < to.units; ++u) {
-    kernels.to_digits(plan.code, x + u * kUnit, some ? 1.0f / unit : 0.0f, plan.digits, to.digits[u], to.sums[u]);
+    kernels.to_digits(plan.code, from + u * kUnit, some ? 1.0f / unit : 0.0f, plan.digits, to.digits[u], to.sums[u]);
   }
   return std::isfinite(most);
 }

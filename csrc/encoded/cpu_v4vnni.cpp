@@ -47,10 +47,13 @@ LGK_INLINE Unit load_unit(const uint8_t* p) {
     const __m512i first = _mm512_mask_srli_epi32(all, 0xff00, all, 2);  // the upper half by one more field
     return {_mm512_and_si512(first, low), _mm512_and_si512(_mm512_srli_epi16(first, 4), low)};
   } else {
-    uint64_t bits[2];
-    std::memcpy(bits, p, sizeof(bits));
-    const __m512i two = _mm512_set1_epi8(2);
-    return {_mm512_maskz_mov_epi8(bits[0], two), _mm512_maskz_mov_epi8(bits[1], two)};
+    const __m128i here = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m512i all = _mm512_maskz_broadcast_i32x4(0xffff, here), two = _mm512_set1_epi8(2);
+    const __m512i lane = _mm512_set_epi64(0x3000300030003, 0x3000300030003, 0x2000200020002, 0x2000200020002,
+                                          0x1000100010001, 0x1000100010001, 0, 0);
+    const __m512i upper = _mm512_add_epi16(lane, _mm512_set1_epi16(3));
+    return {_mm512_and_si512(_mm512_srlv_epi16(_mm512_add_epi16(all, all), lane), two),
+            _mm512_and_si512(_mm512_srlv_epi16(all, upper), two)};
   }
 }
 
@@ -86,45 +89,60 @@ float largest(const float* x, int64_t n) {
   return largest;
 }
 
+// Bytes of the numbers of kUnit in the expanded order: part by part every kEach'th.
 template <int kEach>
-void whole_numbers(const float* x, float inverse, int32_t* whole) {
-  alignas(64) int32_t found[kUnit];
-  const __m512 factor = _mm512_set1_ps(inverse);
-  for (int64_t i = 0; i < kUnit; i += 16) {
-    const __m512i nearest = _mm512_maskz_cvt_roundps_epi32(0xffff, _mm512_mul_ps(_mm512_loadu_ps(x + i), factor),
-                                                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm512_store_si512((kEach == 1 ? whole : found) + i, nearest);
-  }
-  for (int64_t part = 0; kEach > 1 && part < kEach; ++part) {
-    for (int64_t i = 0; i < kUnit / kEach; ++i) whole[part * (kUnit / kEach) + i] = found[i * kEach + part];
+LGK_INLINE void store_parts(const int8_t* natural, int8_t* out) {
+  constexpr int64_t kPart = kUnit / kEach, kOfVector = 64 / kEach;
+  for (int64_t half = 0; half < 2; ++half) {
+    const __m512i all = _mm512_load_si512(natural + 64 * half);
+    for (int part = 0; part < kEach; ++part) {
+      int8_t* to = out + part * kPart + half * kOfVector;
+      if constexpr (kEach == 1) {
+        _mm512_storeu_si512(to, all);
+      } else if constexpr (kEach == 2) {
+        const __m512i field = _mm512_maskz_srli_epi16(~uint32_t{0}, all, 8 * part);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi16_epi8(~uint32_t{0}, field));
+      } else if constexpr (kEach == 4) {
+        const __m512i field = _mm512_maskz_srli_epi32(0xffff, all, 8 * part);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xffff, field));
+      } else {
+        const __m512i field = _mm512_maskz_srli_epi64(0xff, all, 8 * part);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi64_epi8(0xff, field));
+      }
+    }
   }
 }
 
-void to_digits(Code code, const float* x, float inverse, int digits, int8_t* out, int32_t* sums) {
-  alignas(64) int32_t whole[kUnit];
-  if (code == Code::kI4) {
-    whole_numbers<2>(x, inverse, whole);
-  } else if (code == Code::kI2) {
-    whole_numbers<4>(x, inverse, whole);
-  } else {
-    whole_numbers<1>(x, inverse, whole);
+template <int kEach>
+void to_digits_of(const float* x, float inverse, int digits, int8_t* out, int32_t* sums) {
+  alignas(64) int8_t natural[kMostDigits][kUnit];
+  const __m512 factor = _mm512_set1_ps(inverse);
+  for (int64_t i = 0; i < kUnit; i += 16) {
+    __m512i whole = _mm512_maskz_cvt_roundps_epi32(0xffff, _mm512_mul_ps(_mm512_loadu_ps(x + i), factor),
+                                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    for (int digit = 0; digit < digits; ++digit) {
+      _mm_store_si128(reinterpret_cast<__m128i*>(natural[digit] + i), _mm512_maskz_cvtepi32_epi8(0xffff, whole));
+      whole = _mm512_maskz_srai_epi32(0xffff, _mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+    }
   }
   for (int digit = 0; digit < digits; ++digit) {
-    int8_t* to = out + digit * kUnit;
-    for (int64_t i = 0; i < kUnit; i += 16) {
-      const __m512i number = _mm512_load_si512(whole + i);
-      const __m512i low = _mm512_maskz_srai_epi32(0xffff, _mm512_maskz_slli_epi32(0xffff, number, 24), 24);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_maskz_cvtepi32_epi8(0xffff, low));
-      _mm512_store_si512(whole + i, _mm512_maskz_srai_epi32(0xffff, _mm512_sub_epi32(number, low), 8));
-    }
+    store_parts<kEach>(natural[digit], out + digit * kUnit);
     __m512i sum = _mm512_setzero_si512();
-    add_products(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(to));
-    add_products(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(to + 64));
+    add_products(sum, _mm512_set1_epi8(1), _mm512_load_si512(natural[digit]));
+    add_products(sum, _mm512_set1_epi8(1), _mm512_load_si512(natural[digit] + 64));
     alignas(64) int32_t lanes[16];
     _mm512_store_si512(lanes, sum);
     sums[digit] = 0;
     for (int i = 0; i < 16; ++i) sums[digit] += lanes[i];
   }
+}
+
+void to_digits(Code code, const float* x, float inverse, int digits, int8_t* out, int32_t* sums) {
+  const auto run = code == Code::kI8   ? to_digits_of<1>
+                   : code == Code::kI4 ? to_digits_of<2>
+                   : code == Code::kI2 ? to_digits_of<4>
+                                       : to_digits_of<8>;
+  run(x, inverse, digits, out, sums);
 }
 
 void widen(const uint16_t* halves, int64_t n, float* out) {

@@ -69,9 +69,8 @@ struct Codes {
     for (int64_t i = count - 1; i >= 0; --i) to[i] = floats[((first + i) >> shift) - (first >> shift)];
   }
 
-  // A row's last unit, filled up so that it can be read whole.
-  void copy_last(int64_t row, uint8_t* to) const {
-    const int64_t unit = plan.units() - 1;
+  // A row's codes from `unit` on, no more than kUnit bytes, filled up so that they can be read whole.
+  void copy_last(int64_t row, int64_t unit, uint8_t* to) const {
     std::memset(to, 0, kUnit);
     if (row < m) std::memcpy(to, at(row, unit), a.encoding.bytes(plan.depth) - unit * a.encoding.bytes(kUnit));
   }

@@ -16,6 +16,10 @@ constexpr int64_t kTileColumns = 32;  // digits of queries in a tile
 constexpr int64_t kFewRows = 4;       // rows read side by side
 constexpr int64_t kFewQueries = 4;    // queries that few takes at most
 constexpr int64_t kFewLanes = 16;     // sums of every sixteenth group of four numbers
+constexpr float kFewShare = 0.25f;    // of what few makes of int2 and sign codes
+
+// Units that few takes at a time: a vector of codes, or two.
+constexpr int64_t chunk_units(Code code) { return code == Code::kI2 ? 2 : code == Code::kSign ? 4 : 1; }
 
 struct IntegerKernels {
   // Codes of whole units to unsigned bytes, kUnit a unit.
@@ -24,8 +28,8 @@ struct IntegerKernels {
   // The largest magnitude; NaN or Inf if there is one.
   float (*largest)(const float* x, int64_t n);
 
-  // x [kUnit] * inverse to `digits` bytes a number, low digits first: out[digit][kUnit] in the expanded order, and
-  // their sums.
+  // x [kUnit] * inverse to `digits` bytes a number, low digits first: out[digit][kUnit] in the expanded order, which
+  // has the numbers of every byte's first field, then those of the second and so on; and their sums.
   void (*to_digits)(Code code, const float* x, float inverse, int digits, int8_t* out, int32_t* sums);
 
   // fp16 to fp32.
@@ -38,18 +42,24 @@ struct IntegerKernels {
                const float* a_scale, const float* b_scale, float* c, int64_t ldc);
 
   // sums[i][q][lane] (+)= sum over units u of a_scale[i][u] (b_scale[q][u] sum a(i, k) b(q, k) - b_sum[q][u]), for
-  // kFewRows rows of codes as they lie and `queries` of them. Where `last` is given the last unit is read from there.
-  // b [units][queries][digits][kUnit]; b_scale and b_sum are padded to whole vectors of kFewLanes.
+  // kFewRows rows of codes as they lie and `queries` of them. Where `last` is given the last chunk is read from there.
+  // b [chunks][queries][digits][vectors][64], vector v with the numbers of field_of(v) of a chunk's bytes; b_scale and
+  // b_sum are padded to whole vectors of kFewLanes, b_scale is kFewShare of the scale for int2 and sign.
   void (*few)(Code code, const uint8_t* const* rows, const uint8_t* const* last, int64_t units,
               const float* const* a_scale, const int8_t* b, int digits, const float* b_scale, const float* b_sum,
               int64_t ldb, int64_t queries, float* sums, bool add);
 
-  // The sum of kFewLanes numbers.
-  float (*sum_lanes)(const float* lanes);
+  // out[v] = the sum of vector v, kFewLanes numbers; `vectors` is a multiple of kFewRows.
+  void (*sum_lanes)(const float* lanes, int64_t vectors, float* out);
 };
 
 // Null where the instruction set in use has none.
 const IntegerKernels* integer_kernels();
+
+// Of int2 and sign codes the fields that lie four bits apart are multiplied one after the other.
+inline int64_t field_of(Code code, int64_t v) {
+  return code == Code::kI2 ? v / 2 + v % 2 * 2 : code == Code::kSign ? v / 2 + v % 2 * 4 : v;
+}
 
 // What is added to a code to make it an unsigned byte.
 inline int32_t offset_of(Code code) {
