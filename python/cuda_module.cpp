@@ -21,9 +21,9 @@ project_grad::Element element_of(int code) {
   return static_cast<project_grad::Element>(code);
 }
 
-project_grad::Arch arch_of(int code) {
-  LGK_CHECK(code == 80 || code == 90, "project_grad: arch must be 80 or 90");
-  return static_cast<project_grad::Arch>(code);
+Arch arch_of(const char* op, int code) {
+  LGK_CHECK(code == 80 || code == 90, std::string(op) + ": arch must be 80 or 90");
+  return static_cast<Arch>(code);
 }
 
 // positions as (address, dtype code, strides of sample, row and column), d, and the projection with its k.
@@ -60,11 +60,6 @@ score_block::Operand operand_of(const char* op, const Scored& rows) {
            scale_stride}};
 }
 
-score_block::Arch scores_arch_of(const char* op, int code) {
-  LGK_CHECK(code == 80 || code == 90, std::string(op) + ": arch must be 80 or 90");
-  return static_cast<score_block::Arch>(code);
-}
-
 // The queries, the rows and how D is cut, checked.
 score_block::CudaArgs scores_of(const char* op, const Scored& queries, const Scored& rows, Address partial,
                                 int64_t query_count, int64_t row_count, int64_t d, int64_t piece, int64_t pieces) {
@@ -87,11 +82,12 @@ score_block::CudaArgs scores_of(const char* op, const Scored& queries, const Sco
 
 PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "Torch-free CUDA kernels of logra_kernels; arguments are raw addresses, checked by the Python caller.";
-  m.def("has_sm_90a", project_grad::has_sm90, "Whether this build holds kernels for compute capability 9.0 alone.");
+  m.def("has_sm_90a", [] { return kHasSm90; }, "Whether this build holds kernels for compute capability 9.0 alone.");
   m.def(
       "project_grad_tiling",
       [](int arch, int dtype, int64_t k_in, int64_t k_out, bool dy_projected) {
-        const auto tiling = project_grad::tiling(arch_of(arch), element_of(dtype), k_in, k_out, dy_projected);
+        const auto tiling =
+            project_grad::tiling(arch_of("project_grad", arch), element_of(dtype), k_in, k_out, dy_projected);
         return std::make_tuple(tiling.positions, tiling.least_positions, tiling.tiles);
       },
       py::arg("arch"), py::arg("dtype"), py::arg("k_in"), py::arg("k_out"), py::arg("dy_projected"),
@@ -104,7 +100,7 @@ PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
          int64_t offset_stride, Address chunk_ends, Address out, Address partial, int64_t samples, int64_t length,
          int64_t chunk, int64_t chunks, int64_t d_in, int64_t d_out, int64_t k_in, int64_t k_out, Address stream) {
         check_sizes("project_grad", {samples, k_out, k_in});
-        const auto kernels = arch_of(arch);
+        const auto kernels = arch_of("project_grad", arch);
         const auto tiling = project_grad::tiling(kernels, element_of(dtype), k_in, k_out, !p_out);
         LGK_CHECK(positions == tiling.positions || positions == tiling.least_positions,
                   "project_grad: positions is not one of the tiling's");
@@ -146,7 +142,7 @@ PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
       "score_block",
       [](int arch, const Scored& queries, const Scored& rows, Address out, Address partial, int64_t query_count,
          int64_t row_count, int64_t d, int64_t piece, int64_t pieces, Address stream) {
-        const auto kernels = scores_arch_of("score_block", arch);
+        const auto kernels = arch_of("score_block", arch);
         auto args = scores_of("score_block", queries, rows, partial, query_count, row_count, d, piece, pieces);
         args.out = reinterpret_cast<float*>(out);
         py::gil_scoped_release unlocked;
@@ -161,7 +157,7 @@ PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
          Address indices, Address candidates, Address counts, Address best, Address partial, int64_t query_count,
          int64_t row_count, int64_t d, int64_t k, bool largest, int64_t first_block, int64_t capacity, int64_t piece,
          int64_t pieces, Address stream) {
-        const auto kernels = scores_arch_of("score_topk", arch);
+        const auto kernels = arch_of("score_topk", arch);
         score_topk::CudaArgs args = {};
         args.scores = scores_of("score_topk", queries, rows, partial, query_count, row_count, d, piece, pieces);
         LGK_CHECK(row_count < int64_t(1) << 32, "score_topk: " + std::to_string(row_count) +

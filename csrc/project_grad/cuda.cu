@@ -71,20 +71,12 @@ Tiling tiling(Arch arch, Element element, int64_t k_in, int64_t k_out, bool dy_p
   return {128, width == 128 ? 128 : 64, tiles};
 }
 
-bool has_sm90() {
-#ifdef LGK_SM90A
-  return true;
-#else
-  return false;
-#endif
-}
-
 void project_grad_cuda(Arch arch, Element element, int positions, const CudaArgs& args, void* stream) {
   const bool dy_projected = args.dy.projection == nullptr;
   const int width = width_class(element, std::max(args.x.k, args.dy.k), dy_projected);
   const auto on = static_cast<cudaStream_t>(stream);
   if (arch == Arch::kSm90) {
-    if (!has_sm90() || element == Element::kF32 || dy_projected) {
+    if (!kHasSm90 || element == Element::kF32 || dy_projected) {
       throw std::runtime_error("project_grad: no kernel of sm_90a in this build, or for these operands");
     }
     if (element == Element::kBF16) return launch_sm90<BF16>(width, positions, args, on);

@@ -7,6 +7,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/cuda_arch.h"
+
 namespace lgk::project_grad {
 
 enum class Element : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
@@ -41,10 +43,6 @@ struct CudaArgs {
   CudaShape shape;
 };
 
-// What the kernels use: copies by threads and mma.sync, or the copy engine and wgmma, which exist on compute capability
-// 9.0 alone.
-enum class Arch : int { kSm80 = 80, kSm90 = 90 };
-
 // positions: that a block takes at a time, of which chunks are multiples, and the fewest it can take. tiles: of (k_out,
 // k_in), a block each.
 struct Tiling {
@@ -52,9 +50,6 @@ struct Tiling {
   int64_t tiles;
 };
 Tiling tiling(Arch arch, Element element, int64_t k_in, int64_t k_out, bool dy_projected);
-
-// Whether this build holds the kernels of sm_90a.
-bool has_sm90();
 
 // Launches on the stream and returns without waiting; throws std::runtime_error with CUDA's own words on failure.
 // positions is one of the tiling's. The kernels of sm_90 are for half operands whose dy is projected here; addresses

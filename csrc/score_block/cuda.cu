@@ -34,16 +34,8 @@ Tile tile(const Operand& queries, const Operand& rows, int64_t query_count) {
   return tile_of(queries, rows, query_count);
 }
 
-bool has_sm90() {
-#ifdef LGK_SM90A
-  return true;
-#else
-  return false;
-#endif
-}
-
 void score_block_cuda(Arch arch, const CudaArgs& args, void* stream) {
-  if (arch == Arch::kSm90 && !has_sm90()) throw std::runtime_error("score_block: no kernel of sm_90a in this build");
+  if (arch == Arch::kSm90 && !kHasSm90) throw std::runtime_error("score_block: no kernel of sm_90a in this build");
   const auto launched = [&](auto kernel) { launch<decltype(kernel)>(args, static_cast<cudaStream_t>(stream)); };
   const int queries = tile_of(args.queries, args.rows, args.query_count).queries;
   if (!with_kernel(arch_for(arch, args.queries, args.rows), args, queries, launched)) {

@@ -8,6 +8,7 @@
 // same input, same bits. Scores that parts make NaN of are summed anew of whole numbers, so that infinite ones of fp32
 // and fp16 count as they do in bf16.
 #pragma once
+#include "common/cuda_arch.h"
 #include "common/rows.h"
 #include "encoded/rows.h"
 
@@ -42,17 +43,11 @@ struct CudaArgs {
   int64_t piece, pieces;  // numbers of a piece of D, a multiple of the tile's depth, and pieces in all
 };
 
-// What the kernels use: mma.sync, or wgmma, which exists on compute capability 9.0 alone.
-enum class Arch : int { kSm80 = 80, kSm90 = 90 };
-
 // Queries and rows of a block's tile, and a number of which pieces of D are multiples.
 struct Tile {
   int queries, rows, depth;
 };
 Tile tile(const Operand& queries, const Operand& rows, int64_t query_count);
-
-// Whether this build holds the kernels of sm_90a.
-bool has_sm90();
 
 // Launches on the stream and returns without waiting; throws std::runtime_error with CUDA's own words on failure.
 // Queries are of the rows' dtype or fp32; beside codes fp32, bf16, fp16 or, unless the codes are fp8, int8 with a scale

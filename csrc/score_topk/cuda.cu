@@ -6,7 +6,7 @@
 
 namespace lgk::score_topk {
 
-void score_topk_cuda(score_block::Arch arch, const CudaArgs& args, void* stream) {
+void score_topk_cuda(Arch arch, const CudaArgs& args, void* stream) {
   for (int64_t start = 0; start < args.scores.row_count; start += block_rows(args, start)) {
     const Block block = block_of(args, start);
     score_block::score_block_cuda(arch, block.scores, stream);

@@ -21,6 +21,6 @@ struct CudaArgs {
 // Launches on the stream and returns without waiting; throws std::runtime_error with CUDA's own words on failure.
 // candidates.counts [query_count] are zeros before and after; 1 <= k <= kMostBest and k <= rows < 2^32. D is cut into
 // pieces only where one block takes all rows.
-void score_topk_cuda(score_block::Arch arch, const CudaArgs& args, void* stream);
+void score_topk_cuda(Arch arch, const CudaArgs& args, void* stream);
 
 }  // namespace lgk::score_topk

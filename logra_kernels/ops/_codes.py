@@ -34,6 +34,16 @@ def number_of(field, CODE: tl.constexpr):
     return (field - (8 if CODE == 5 else 2)).to(tl.float32)
 
 
+@triton.jit
+def integer_of(field, CODE: tl.constexpr):
+    """A whole code's bits as int8: the code itself."""
+    if CODE == 4:
+        return ((field ^ 0x80) - 0x80).to(tl.int8)
+    if CODE == 7:
+        return (2 * field - 1).to(tl.int8)
+    return (field - (8 if CODE == 5 else 2)).to(tl.int8)
+
+
 def as_bytes(codes: Tensor) -> Tensor:
     """The same codes as uint8."""
     return codes.view(torch.uint8)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from logra_kernels.ops._format import EncodedRows, RowFormat
+from logra_kernels.ops._native import row_major
 from logra_kernels.ops.dequantize_rows import dequantize_rows
 from logra_kernels.ops.quantize_rows import quantize_rows
 
@@ -17,3 +18,10 @@ def int8_queries(queries: Tensor, form: RowFormat) -> EncodedRows:
 def as_multiplied(queries: Tensor, form: RowFormat, digits: int) -> Tensor:
     """The numbers that enter the product with rows of a format: with 1 digit those that int8 queries stand for."""
     return dequantize_rows(int8_queries(queries, form)) if digits == 1 else queries
+
+
+def operand(queries: Tensor, form: RowFormat, digits: int) -> Tensor | EncodedRows:
+    """The same where bytes are multiplied: with 1 digit, beside whole codes, their codes, a row's being neighbours."""
+    if digits == 1 and form.name != "fp8":
+        return row_major(int8_queries(queries, form))
+    return as_multiplied(queries, form, digits)

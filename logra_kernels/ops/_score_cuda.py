@@ -9,7 +9,7 @@ from logra_kernels import _C_cuda
 from logra_kernels.ops._device import cuda_arch, device_of, programs_of
 from logra_kernels.ops._format import EncodedRows
 from logra_kernels.ops._native import Encoded, Matrix, encoded, matrix, row_major
-from logra_kernels.ops._queries import as_multiplied, int8_queries
+from logra_kernels.ops._queries import operand
 
 LEAST_STEPS = 8  # of a piece of D, beside which what its sums cost is little
 
@@ -32,9 +32,7 @@ class Operands:
             if rows.dtype == torch.float64:
                 raise RuntimeError(f"{op}: backend 'cuda' has no fp64 kernel; use 'triton' or 'reference'")
             return cls(queries, rows)
-        if digits != 1 or rows.format.name == "fp8":
-            return cls(as_multiplied(queries, rows.format, digits), row_major(rows))
-        return cls(row_major(int8_queries(queries, rows.format)), row_major(rows))
+        return cls(operand(queries, rows.format, digits), row_major(rows))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -38,6 +38,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
 }
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a block can have
 
@@ -141,9 +142,13 @@ def variants(dtype: torch.dtype) -> dict[str, Callable]:
             for name, scale in (("fp8", "fp32"), ("int8", "fp16"), ("int2", "fp32"), ("sign", "fp16"))
         },
         **{
-            f"score_encoded, {name} {kind}": partial(score_encoded, zeros(kind, 8, 512), encoded(name), False)
+            f"score_encoded, {name} {kind}": partial(score_encoded, zeros(kind, 8, 512), encoded(name), 0)
             for name in ("fp8", "int8", "int4", "int2", "sign")
             for kind in (torch.float32, torch.bfloat16)
+        },
+        **{
+            f"score_encoded, {name} int8": partial(score_encoded, zeros(torch.float32, 8, 512), encoded(name), 1)
+            for name in ("int8", "int4", "int2", "sign")
         },
         "score_block, mixed": lambda: score_block(queries, rows.to(dtype)),
         "score_factored, mixed": lambda: score_factored(queries, rows[:, :48].to(dtype), [(16, 32)], 1),

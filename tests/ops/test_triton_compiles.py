@@ -22,7 +22,7 @@ KERNELS = {
     "quantize_rows": [["_scales_kernel", "_codes_kernel"]],
     "dequantize_rows": [["_dequantize_rows_kernel"]],
     "score_block": [["_score_kernel"]],
-    "score_encoded": [["_score_encoded_kernel"]],
+    "score_encoded": [["_score_encoded_kernel"], ["_score_int8_kernel"]],
     "score_topk": [["_score_kernel"]],
     "factor_rows": [["_factor_rows_kernel"]],
     "score_factored": [["_score_factored_kernel"]],

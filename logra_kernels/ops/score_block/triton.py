@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from logra_kernels.ops._format import EncodedRows
-from logra_kernels.ops._queries import as_multiplied
+from logra_kernels.ops._queries import operand
 from logra_kernels.ops._score import score, score_encoded
 
 
@@ -12,5 +12,5 @@ def launch(queries: Tensor, rows: Tensor) -> Tensor:
 
 
 def launch_encoded(queries: Tensor, rows: EncodedRows, digits: int) -> Tensor:
-    """Products in fp32; with 1 digit of queries rounded to int8."""
-    return score_encoded(as_multiplied(queries, rows.format, digits), rows)
+    """Products of int8 where `digits` is 1 and the codes are whole numbers, in fp32 otherwise."""
+    return score_encoded(operand(queries, rows.format, digits), rows)

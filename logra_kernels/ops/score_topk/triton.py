@@ -6,7 +6,7 @@ from torch import Tensor
 from logra_kernels.ops._best import select
 from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._format import EncodedRows
-from logra_kernels.ops._queries import as_multiplied
+from logra_kernels.ops._queries import operand
 from logra_kernels.ops._score import score, score_encoded
 
 
@@ -20,10 +20,10 @@ def launch(queries: Tensor, rows: Tensor, k: int, row_scale: Tensor | None, larg
 def launch_encoded(
     queries: Tensor, rows: EncodedRows, k: int, row_scale: Tensor | None, largest: bool, digits: int
 ) -> tuple[Tensor, Tensor]:
-    """Products in fp32; with 1 digit of queries rounded to int8."""
-    queries = as_multiplied(queries, rows.format, digits)
+    """Products as in score_block."""
+    asked = operand(queries, rows.format, digits)
 
     def scores(span: slice) -> Tensor:
-        return score_encoded(queries, rows[span], None if row_scale is None else row_scale[span])
+        return score_encoded(asked, rows[span], None if row_scale is None else row_scale[span])
 
     return select(scores, queries.shape[0], len(rows), k, largest, rows.device, torch.float32)

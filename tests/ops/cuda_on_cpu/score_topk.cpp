@@ -31,7 +31,7 @@ extern "C" const char* score_topk(int arch, int tile, int timing, const int64_t*
   return guarded([&] {
     for (int64_t start = 0; start < row_count; start += block_rows(args, start)) {
       const Block block = block_of(args, start);
-      score_block::run(score_block::Arch(arch), tile, block.scores, when);
+      score_block::run(Arch(arch), tile, block.scores, when);
       on_cpu::launch({unsigned(query_count), 1}, kThreads, when, [&] { merge_kernel(block.merge); });
     }
   });
