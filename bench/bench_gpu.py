@@ -25,6 +25,7 @@ SECONDS = 400
 PARTS: dict[str, Callable[[], Iterator[dict]]] = {
     "paper": lambda: gpu_scoring.paper("cuda"),
     "resident": lambda: gpu_scoring.resident("cuda", 65536, 8192, gpu_scoring.QUERIES),
+    "topk": lambda: gpu_scoring.topk("cuda", 65536, 8192),
     "streamed": lambda: gpu_scoring.streamed("cuda", 8192, 98304),
     "logging 160m": lambda: chain.from_iterable(
         gpu_logging.measure("160m", compiler) for compiler in (None, "default", "reduce-overhead")

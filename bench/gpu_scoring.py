@@ -11,6 +11,7 @@ from torch import Tensor
 
 import logra_kernels as lk
 from logra_kernels.ops import EncodedRows, _dispatch
+from logra_kernels.ops._queries import as_multiplied
 from logra_kernels.store import GradientStore
 
 FORMATS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")
@@ -32,14 +33,21 @@ def rows_in(form: str, rows: Tensor) -> Tensor | EncodedRows:
     return lk.quantize_rows(rows, made) if made.scaled else rows.to(made.code_dtype)
 
 
-def scored(queries: Tensor, rows: Tensor | EncodedRows, backend: str) -> Callable[[], Tensor]:
+def scored(
+    queries: Tensor, rows: Tensor | EncodedRows, backend: str, query_format: str | None = None
+) -> Callable[[], Tensor]:
     """A call, whose first rows are right."""
     some = rows[:CHECKED]
     numbers = some if isinstance(some, Tensor) else lk.dequantize_rows(some)
-    naive = (queries @ numbers.to(queries.dtype).T).float()
-    exact = queries.double() @ numbers.double().T
-    assert_as_good_as_naive(lk.score_block(queries, rows, backend=backend)[:, :CHECKED], exact, naive)
-    return lambda: lk.score_block(queries, rows, backend=backend)
+    asked = as_multiplied(queries, rows.format, 1) if query_format and isinstance(rows, EncodedRows) else queries
+    naive = (asked @ numbers.to(asked.dtype).T).float()
+    exact = asked.double() @ numbers.double().T
+
+    def call() -> Tensor:
+        return lk.score_block(queries, rows, query_format=query_format, backend=backend)
+
+    assert_as_good_as_naive(call()[:, :CHECKED], exact, naive)
+    return call
 
 
 def resident(device: str, count: int, dim: int, queries: tuple, part: str = "resident") -> Iterator[dict]:
@@ -54,11 +62,37 @@ def resident(device: str, count: int, dim: int, queries: tuple, part: str = "res
                 rows = rows_in(form, plain)
                 query = asked[:number].to(torch.bfloat16 if form in ("bf16", "fp8", "int8", "int4") else torch.float32)
                 calls[f"{form} {backend}"] = scored(query, rows, backend)
+                if form in ("int8", "int4"):
+                    calls[f"{form} {backend}, int8 queries"] = scored(query.float(), rows, backend, "int8")
         took = seconds_of(calls)
         for name, seconds in took.items():
             row = {"part": part, "shape": f"Q{number} N{count} D{dim}", "provider": name}
             row |= {"median_us": round(seconds * 1e6, 1), "pairs_per_s": round(number * count / seconds)}
             yield row | {"over_torch_bf16": round(took["torch bf16"] / seconds, 3)}
+
+
+def topk(device: str, count: int, dim: int, number: int = 64) -> Iterator[dict]:
+    """The best rows without a queries x rows matrix, beside torch's bf16 product and its topk."""
+    plain = torch.randn(count, dim, device=device)
+    asked = torch.randn(number, dim, device=device)
+    half, half_asked = plain.bfloat16(), asked.bfloat16()
+    calls: dict[str, Callable] = {"torch bf16, topk": lambda: (half_asked @ half.T).topk(TOP)}
+    for form in ("bf16", "int8", "int4"):
+        rows = rows_in(form, plain)
+        for backend in backends(device):
+            query = half_asked if form == "bf16" else asked
+
+            def call(query: Tensor = query, rows=rows, backend: str = backend) -> tuple[Tensor, Tensor]:
+                return lk.score_topk(query, rows, TOP, backend=backend)
+
+            numbers = rows if isinstance(rows, Tensor) else lk.dequantize_rows(rows)
+            check_order(*call(), query.double() @ numbers.double().T)
+            calls[f"{form} {backend}"] = call
+    took = seconds_of(calls)
+    for name, seconds in took.items():
+        row = {"part": "topk", "shape": f"Q{number} N{count} D{dim} k{TOP}", "provider": name}
+        row |= {"median_us": round(seconds * 1e6, 1), "pairs_per_s": round(number * count / seconds)}
+        yield row | {"over_torch": round(took["torch bf16, topk"] / seconds, 3)}
 
 
 def paper(device: str, shape: tuple[int, int, int] = PAPER) -> Iterator[dict]:
@@ -106,7 +140,10 @@ def check_best(store: GradientStore, queries: Tensor) -> None:
     """The best rows' scores are those of fp64."""
     few = queries[:4]
     exact = torch.cat([few.double() @ rows.to(few.device).double().T for _, rows in store.blocks()], dim=1)
-    values, index = store.topk(few, TOP)
+    check_order(*store.topk(few, TOP), exact)
+
+
+def check_order(values: Tensor, index: Tensor, exact: Tensor) -> None:
     best = exact.topk(index.shape[1])
     slack = 2e-3 * exact.std()
     assert (values.double() - best.values).abs().max() < slack

@@ -25,8 +25,9 @@ def test_project_grad():
 
 def test_scoring(monkeypatch):
     rows = [*gpu_scoring.resident("cpu", 70, 300, (1, 5)), *gpu_scoring.paper("cpu", (3, 4, 500))]
-    assert len(rows) == 3 * (1 + len(gpu_scoring.FORMATS))
+    assert len(rows) == 3 * (1 + len(gpu_scoring.FORMATS) + 2)
     monkeypatch.setattr(gpu_scoring, "TOP", 5)
+    assert len(list(gpu_scoring.topk("cpu", 70, 300, 3))) == 1 + 3
     streamed = list(gpu_scoring.streamed("cpu", 40, 4096, 3))
     assert [row["provider"] for row in streamed] == ["bf16", "int8", "int4"]
     assert all(row["share_of_wire"] > 0 and row["over_bf16"] > 0 for row in streamed)
