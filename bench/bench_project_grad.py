@@ -1,9 +1,8 @@
-import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
-from clock import TIMED, synced
+from clock import TIMED, in_turn
 from torch import Tensor
 
 import logra_kernels as lk
@@ -55,19 +54,6 @@ def widened(x: Tensor, dy: Tensor, p_in: Tensor, p_out: Tensor, lengths: list[in
 def rounded(x: Tensor, dy: Tensor, p_in: Tensor, p_out: Tensor, lengths: list[int] | None) -> Tensor:
     """`composed` of fp32 positions rounded to the factors' dtype."""
     return composed(x.to(p_in.dtype), dy.to(p_out.dtype), p_in, p_out, lengths)
-
-
-def in_turn(calls: dict[str, Callable[[], object]], rounds: int = 40) -> dict[str, float]:
-    """The median time of each call, all taking turns: on a shared machine what is timed apart is not comparable."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            begun = synced()
-            call()
-            times[name].append(synced() - begun)
-    return {name: statistics.median(took) for name, took in times.items()}
 
 
 def shares(args: tuple, compositions: dict[str, Callable], rows: int, d: int, k: int) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """How long and by which clock a bench measures."""
 
+import statistics
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,3 +16,23 @@ def synced() -> float:
 
 
 TIMED = pytest.mark.benchmark(timer=synced, min_rounds=5, max_time=0.3, warmup=True, warmup_iterations=2)
+
+
+def in_turn(
+    calls: dict[str, Callable[[], object]], rounds: int = 40, before: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """The median time of each call, all taking turns: on a shared machine what is timed apart is not comparable.
+
+    Args:
+        before: What is done before each, untimed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            before()
+            begun = synced()
+            call()
+            times[name].append(synced() - begun)
+    return {name: statistics.median(took) for name, took in times.items()}
