@@ -32,9 +32,8 @@ void launch(const CudaArgs& args, cudaStream_t stream) {
   check(cudaGetLastError(), "launch");
   if (shape.offsets == nullptr && shape.length <= shape.chunk) return;
   constexpr int kThreads = 128;
-  const int64_t size = args.dy.k * args.x.k;
-  const dim3 grid(static_cast<unsigned>((size + kThreads - 1) / kThreads), static_cast<unsigned>(shape.samples));
-  add_chunks_kernel<<<grid, kThreads, 0, stream>>>(args);
+  const int64_t runs = (args.dy.k * args.x.k + kThreads - 1) / kThreads;
+  add_chunks_kernel<<<static_cast<unsigned>(runs * shape.samples), kThreads, 0, stream>>>(args);
   check(cudaGetLastError(), "launch of the sum");
 }
 

@@ -211,8 +211,8 @@ __global__ void __launch_bounds__(Path::kThreads, Path::kBlocks)
 // out[n] = the sum of n's partial sums, in order; a sample of one chunk is there already, one of none is zero.
 __global__ void add_chunks_kernel(const CudaArgs args) {
   const CudaShape& shape = args.shape;
-  const int64_t size = args.dy.k * args.x.k, n = blockIdx.y;
-  const int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t size = args.dy.k * args.x.k, runs = (size + blockDim.x - 1) / blockDim.x;
+  const int64_t n = blockIdx.x / runs, e = blockIdx.x % runs * blockDim.x + threadIdx.x;
   const int64_t most = (shape.length + shape.chunk - 1) / shape.chunk;
   const int64_t end = shape.offsets == nullptr ? (n + 1) * most : shape.chunk_ends[n];
   const int64_t begin = shape.offsets == nullptr ? n * most : n == 0 ? 0 : shape.chunk_ends[n - 1];

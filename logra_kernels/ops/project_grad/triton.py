@@ -154,7 +154,8 @@ def _add_chunks_kernel(
     BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """g[n] = sum of the partial sums of n's chunks, in order; samples of exactly one chunk are there already"""
-    n = tl.program_id(1).to(tl.int64)
+    runs = tl.cdiv(SIZE, BLOCK)
+    n = tl.program_id(0).to(tl.int64) // runs
     if offsets is None:
         first = n * MOST
         count = tl.cast(MOST, tl.int64)
@@ -169,7 +170,7 @@ def _add_chunks_kernel(
         count = (length + CHUNK - 1) // CHUNK
     if count == 1:
         return
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    e = (tl.program_id(0) % runs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], ACC)
     for start in range(0, count, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C).to(tl.int64)
@@ -253,7 +254,7 @@ def launch_tile(
     )  # fmt: skip
     if partial is not g:
         size = k_out * k_in
-        _add_chunks_kernel[triton.cdiv(size, 256), n](
+        _add_chunks_kernel[triton.cdiv(size, 256) * n,](
             offsets, partial, g, n, t, size, 0 if offsets is None else offsets.stride(0),
             **cuts, BLOCK_C=16, BLOCK=256, num_warps=4, **OPTIONS,
         )  # fmt: skip

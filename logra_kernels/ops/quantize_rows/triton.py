@@ -35,11 +35,11 @@ def _nearest(x):
 @triton.jit
 def _scales_kernel(
     g, scales,
-    D, stride_gn, stride_gd, stride_s,
+    D, COUNT, stride_gn, stride_gd, stride_s,
     BLOCK: tl.constexpr, RUN: tl.constexpr, MOST: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """scales[n,b] = max |g| / MOST or mean |g| over the block"""
-    n, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n, b = tl.program_id(0).to(tl.int64) // COUNT, tl.program_id(0) % COUNT  # a grid's second side ends at 65535
     count = tl.minimum(D - b * BLOCK, BLOCK)
     best = tl.zeros([RUN], tl.int32)  # magnitudes in the order of their bits, NaN above all
     total = tl.zeros([RUN], tl.float32)
@@ -113,8 +113,8 @@ def launch(g: Tensor, form: RowFormat, rounding: str, seed: int, first_row: int)
         return codes, scales
     stochastic = rounding == "stochastic"
     with device_of(g):
-        _scales_kernel[n, scales.shape[1]](
-            g, scales, d, *g.stride(), scales.stride(0),
+        _scales_kernel[n * scales.shape[1],](
+            g, scales, d, scales.shape[1], *g.stride(), scales.stride(0),
             BLOCK=form.block, RUN=min(form.block or 0, RUN), MOST=form.most,
             MEAN=form.name == "sign" and not stochastic, **OPTIONS,
         )  # fmt: skip

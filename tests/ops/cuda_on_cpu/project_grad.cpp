@@ -20,8 +20,7 @@ void run(const CudaArgs& args, on_cpu::Timing timing) {
                  [&] { project_grad_kernel<Path>(args, maps); });
   if (args.shape.offsets == nullptr && args.shape.length <= args.shape.chunk) return;
   const int64_t size = args.dy.k * args.x.k;
-  on_cpu::launch({unsigned((size + 127) / 128), unsigned(args.shape.samples)}, 128, timing,
-                 [&] { add_chunks_kernel(args); });
+  on_cpu::launch({unsigned((size + 127) / 128 * args.shape.samples), 1}, 128, timing, [&] { add_chunks_kernel(args); });
 }
 
 template <class E>
