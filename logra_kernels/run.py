@@ -46,6 +46,7 @@ class Run(Analysis):
             the store has it, or all numbers.
         kinds, bias, projection_dtype: As in `capture`; default linear and convolution layers without bias, projected in
             the model's dtype, or as the store has them.
+        shared_inputs: As in `capture`.
         rows_per_shard: How many rows a shard holds; default 64 MB worth, more of wide rows.
         fingerprints: More facts that queries must share with the store, as strings (tokenizer, loss, ...).
         freeze: Keep the weights from gathering gradients of their own inside `log` and `query`, which halves the
@@ -86,6 +87,7 @@ class Run(Analysis):
         kinds: Sequence[str] | None = None,
         bias: bool | None = None,
         projection_dtype: torch.dtype | None = None,
+        shared_inputs: bool | None = None,
         rows_per_shard: int | None = None,
         fingerprints: dict[str, str] | None = None,
         freeze: bool = True,
@@ -131,6 +133,7 @@ class Run(Analysis):
             kinds=kinds or DEFAULT_KINDS,
             bias=self._bias,
             projection_dtype=projection_dtype,
+            shared_inputs=shared_inputs,
         )
         self._meta: dict[str, object] = {"bias": self._bias}
         if projection_dtype is not None:

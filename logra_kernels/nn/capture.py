@@ -13,6 +13,7 @@ from logra_kernels.nn.direct import LinearHook
 from logra_kernels.nn.experts import TappedExperts
 from logra_kernels.nn.hook import Hook, Probe
 from logra_kernels.nn.layers import Layer, find_layers
+from logra_kernels.nn.shared_inputs import SharedInputs
 from logra_kernels.nn.tap import check_heard
 from logra_kernels.nn.tokens import TokenShares
 from logra_kernels.projection import Projection
@@ -51,8 +52,10 @@ class Taps:
         layers: Sequence[Layer],
         projection_dtype: torch.dtype | None,
         in_graph: bool,
+        shared_inputs: bool | None = None,
     ) -> None:
         self.projection = projection
+        self.shared = None if shared_inputs is False else SharedInputs(on_cpu=shared_inputs is True)
         self.in_graph = in_graph
         self.active = False
         self.weights: Tensor | None = None
@@ -92,6 +95,8 @@ class Taps:
         """
         for layer in self._layers:
             self._probes[layer.name].project(layer, projection)
+        if self.shared is not None:
+            self.shared.forget()
         self.projection = projection
         self.reset()
 
@@ -232,6 +237,7 @@ def capture(
     bias: bool = False,
     projection_dtype: torch.dtype | None = None,
     in_graph: bool = False,
+    shared_inputs: bool | None = None,
 ) -> Taps:
     """Tap a model's layers: inside the `with`, each sample's projected gradient ends in `taps.grads`.
 
@@ -254,6 +260,10 @@ def capture(
         in_graph: Make every tap a node of autograd's graph, so that `torch.autograd.grad(loss, taps.probes.values())`
             works. Without it, eager models on the CPU are tapped more cheaply where a layer's output gets a gradient
             anyway, and `backward()` is what gathers.
+        shared_inputs: Project a tensor that several linear layers are given, as q, k and v or gate and up are, once by
+            all their factors; which layers are is seen in the first batches. None does so on GPUs; True on the CPU as
+            well, where it pays for wide inputs and few columns alone. There, layers whose weights learn keep x itself
+            without `in_graph`, and project it in the backward, each for itself.
 
     Raises:
         ValueError: An unknown kind, a pattern that matches no layer, or another dtype than bf16 and fp32.
@@ -261,4 +271,4 @@ def capture(
     if projection_dtype not in (None, torch.bfloat16, torch.float32):
         raise ValueError(f"capture: projection_dtype is {projection_dtype}; it must be torch.bfloat16 or torch.float32")
     layers = find_layers(model, include, exclude, kinds, bias)
-    return Taps(model, projection or Projection(), layers, projection_dtype, in_graph)
+    return Taps(model, projection or Projection(), layers, projection_dtype, in_graph, shared_inputs)

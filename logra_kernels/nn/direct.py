@@ -11,6 +11,7 @@ frozen, in which everything below the layer gets its gradient that can have one.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -108,6 +109,38 @@ def _gather(
     return torch._C._functions.DelayedError("capture: a tap cannot be differentiated twice", 1)(dy)
 
 
+@dataclass(slots=True)
+class _Prepared:
+    """What a weight, its factors and the shape and dtype of x decide.
+
+    Attributes:
+        add: None where the layer cannot be tapped directly.
+        project: Of a frozen weight's x.
+        source: A weight that learns, and the node that adds to its gradient.
+        columns: Row stride of a shared projection, and what `add` is where x is columns of one.
+    """
+
+    weight: Tensor | None = None
+    learns: bool = False
+    dtype: torch.dtype | None = None
+    x_shape: torch.Size | None = None
+    k: tuple[int, int] | None = None
+    add: AddProjectGrad | None = None
+    project: ProjectRows | None = None
+    p_in: Tensor | None = None
+    p_out: Tensor | None = None
+    source: tuple[Tensor | None, Node | None] = (None, None)
+    columns: tuple[int, AddProjectGrad] | None = None
+
+    def adder_of(self, columns: Tensor, y: Tensor) -> AddProjectGrad:
+        made = self.columns
+        if made is None or made[0] != columns.stride(1):
+            add = add_project_grad(columns, y.detach().reshape(*columns.shape[:2], -1), None, self.p_out)
+            assert add is not None  # there is one for a projection of its own
+            self.columns = made = columns.stride(1), add
+        return made[1]
+
+
 class LinearHook(Hook):
     """The hook on an nn.Linear, which taps it directly where that can be done.
 
@@ -117,14 +150,7 @@ class LinearHook(Hook):
 
     def __init__(self, name: str, adapter: Adapter, probe: Probe, taps: "Taps") -> None:
         super().__init__(name, adapter, probe, taps)
-        self._add: AddProjectGrad | None = None
-        self._project: ProjectRows | None = None  # of a frozen weight's x
-        self._weight: Tensor | None = None
-        self._learns = False
-        self._dtype: torch.dtype | None = None
-        self._x_shape: torch.Size | None = None
-        self._k: tuple[int, int] | None = None
-        self._source: tuple[Tensor | None, Node | None]
+        self._made = _Prepared()  # replaced as a whole, and read once a call: there may be several threads
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         taps, x = self.taps, args[0] if args else kwargs["input"]
@@ -155,46 +181,55 @@ class LinearHook(Hook):
             or _saving_hooks(True) is not None
         ):
             return False
-        probe = self.probe
+        made, probe = self._made, self.probe
         if (
-            weight is not self._weight
-            or weight.requires_grad is not self._learns
-            or weight.dtype is not self._dtype
-            or x.shape != self._x_shape
-            or probe.k is not self._k  # other factors come with another
+            weight is not made.weight
+            or weight.requires_grad is not made.learns
+            or weight.dtype is not made.dtype
+            or x.shape != made.x_shape
+            or probe.k is not made.k  # other factors come with another
         ):
-            self._prepare(weight, x, y)
-        if self._add is None or x.dtype is not self._dtype or y.dtype is not self._dtype:
+            self._made = made = self._prepare(weight, x, y)
+        add = made.add
+        if add is None or x.dtype is not made.dtype or y.dtype is not made.dtype:
             return False
         leaf = probe.leaf
         if leaf is None or leaf.shape[0] != x.shape[0]:
             leaf = self._leaf(x)
             if len(leaf) != len(x):  # flattened
                 return False
-        kept = x if self._project is None else self._project(x)
+        kept = x
+        if made.project is not None:
+            shared = self.taps.shared
+            columns = None
+            if shared is not None and shared.on_cpu:
+                columns = shared.project(self.adapter, probe, x, made.p_in)
+            if columns is None:
+                kept = made.project(x)
+            else:
+                kept, add = columns, made.adder_of(columns, y)
         # the two steps of Tensor.register_hook, without the handle it makes, which costs as much again
-        at._backward_hooks = _LastHook({_OURS: partial(_gather, [kept], self._add, leaf, *self._source)})
+        at._backward_hooks = _LastHook({_OURS: partial(_gather, [kept], add, leaf, *made.source)})
         at.grad_fn._register_hook_dict(at)  # type: ignore[union-attr]
         return True
 
-    def _prepare(self, weight: Tensor, x: Tensor, y: Tensor) -> None:
-        """Work out what weight, shapes and factors decide; a layer that cannot be tapped directly has no `_add`."""
+    def _prepare(self, weight: Tensor, x: Tensor, y: Tensor) -> _Prepared:
         self.adapter.check(self.name, x)
-        self._weight, self._learns, self._dtype = weight, weight.requires_grad, weight.dtype
-        self._x_shape, self._k = x.shape, self.probe.k
-        self._add = self._project = None
+        made = _Prepared(weight, weight.requires_grad, weight.dtype, x.shape, self.probe.k)
         if type(weight) is not nn.Parameter or not x.numel() or not x.dtype == y.dtype == weight.dtype:
-            return
+            return made
         if accumulator_dtype(x.dtype) is not self.probe.dtype:
-            return  # a model in fp64 that was not when the taps were made
+            return made  # a model in fp64 that was not when the taps were made
         kept = x.detach().reshape(len(x), -1, x.shape[-1])
-        p_in, p_out = self.probe.factors(x.dtype, y.dtype)
-        if not self._learns:
+        p_in, made.p_out = self.probe.factors(x.dtype, y.dtype)
+        if made.learns:
+            made.source = weight, get_gradient_edge(weight).node
+        else:
             if p_in is None:  # x would be kept as it is, and autograd would not notice that it was written to
-                return
-            self._project = row_projector(kept, p_in)
-            if self._project is None:
-                return
-            kept, p_in = kept.new_empty(*kept.shape[:2], len(p_in), dtype=self.probe.dtype), None
-        self._add = add_project_grad(kept, y.detach().reshape(*kept.shape[:2], -1), p_in, p_out)
-        self._source = (weight, get_gradient_edge(weight).node) if self._learns else (None, None)
+                return made
+            made.project = row_projector(kept, p_in)
+            if made.project is None:
+                return made
+            kept, made.p_in, p_in = kept.new_empty(*kept.shape[:2], len(p_in), dtype=self.probe.dtype), p_in, None
+        made.add = add_project_grad(kept, y.detach().reshape(*kept.shape[:2], -1), p_in, made.p_out)
+        return made

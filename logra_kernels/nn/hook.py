@@ -55,6 +55,15 @@ class Probe:
                 self._cast[x, y] = cast
         return cast
 
+    def move(self, p_in: Tensor) -> None:
+        """Go on with this copy of p_in, so that nobody holds another."""
+        if self.p_in is not None and self.p_in.dtype is p_in.dtype:
+            self.p_in = p_in
+        for dtypes, (cast, p_out) in self._cast.items():
+            if cast is not None and cast.dtype is p_in.dtype:
+                self._cast[dtypes] = p_in, p_out
+        self.k = self.k[0], self.k[1]  # another object: what was prepared with the former copy is out of date
+
     def renew(self, samples: int) -> Tensor:
         # 4 bytes seen as [N, k_out, k_in]: only the gradient's shape counts
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
@@ -151,4 +160,6 @@ class Hook:
         p_in, p_out = self.probe.factors(x.dtype if adapter.projects_x else y.dtype, y.dtype)
         if self.taps.mode is not None:
             return self.taps.mode.tap(self.name, adapter, y, x, p_in, p_out, weights)
-        return Tap.apply(y, x, self.probe.leaf, p_in, p_out, weights, offsets, adapter)
+        shared = None if torch.compiler.is_compiling() else self.taps.shared
+        kept = None if shared is None else shared.project(adapter, self.probe, x, p_in)
+        return Tap.apply(y, x, self.probe.leaf, p_in, p_out, weights, offsets, adapter, kept)

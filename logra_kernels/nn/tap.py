@@ -42,8 +42,9 @@ class Tap(torch.autograd.Function):
         weights: Tensor | None,
         offsets: Tensor | None,
         adapter: Adapter,
+        kept: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(adapter.keep(x, p_in))
+        ctx.save_for_backward(adapter.keep(x, p_in) if kept is None else kept)
         ctx.constants = adapter, p_in, p_out, weights, offsets
         return alias(y)
 
@@ -56,7 +57,7 @@ class Tap(torch.autograd.Function):
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     (kept,) = ctx.saved_tensors
     adapter, p_in, p_out, weights, offsets = ctx.constants
-    return dy, None, adapter.gradient(kept, dy, p_in, p_out, weights, offsets), None, None, None, None, None
+    return dy, None, adapter.gradient(kept, dy, p_in, p_out, weights, offsets), None, None, None, None, None, None
 
 
 _backward_once = torch.autograd.function.once_differentiable(_backward)

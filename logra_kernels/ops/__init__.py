@@ -1,5 +1,5 @@
 from logra_kernels.ops._check import accumulator_dtype
-from logra_kernels.ops._dispatch import Backend, FallbackWarning, backends, plain
+from logra_kernels.ops._dispatch import Backend, FallbackWarning, backends, plain, untransformed
 from logra_kernels.ops._factored import MOST_RANK, factored_dim, rebuild_rows
 from logra_kernels.ops._format import FORMATS, EncodedRows, RowFormat
 from logra_kernels.ops.accumulate_gram import accumulate_gram
@@ -39,4 +39,5 @@ __all__ = [
     "score_block",
     "score_factored",
     "score_topk",
+    "untransformed",
 ]

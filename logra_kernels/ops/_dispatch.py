@@ -84,6 +84,11 @@ def _order(op: str, device: str) -> tuple[str, ...]:
     return tuple(name for name in _ORDER.get(device, ("reference",)) if name != "cuda" or op in _CUDA_OPS)
 
 
+def untransformed(tensor: torch.Tensor) -> bool:
+    """Whether it is a tensor of no other class, that nothing transforms."""
+    return type(tensor) is torch.Tensor and not _dispatch_modes() and _transforms() is None
+
+
 def plain(tensor: torch.Tensor) -> bool:
     """Whether it is a plain tensor on the CPU that nothing transforms."""
     return type(tensor) is torch.Tensor and tensor.is_cpu and not _dispatch_modes() and _transforms() is None

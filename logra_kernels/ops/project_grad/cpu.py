@@ -50,7 +50,7 @@ def launch(
 
 
 def prepare_add(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> Callable[..., None]:
-    """f(x, dy, g, add): G of contiguous x [N, T, d_in] and of dy [N * T, d_out] to g, or added to it."""
+    """f(x, dy, g, add): G of x [N, T, d_in], with this one's strides, and of dy [N * T, d_out] to g, or added to it."""
     (n, t, d_in), d_out = x.shape, dy.shape[-1]
     k_in = d_in if p_in is None else p_in.shape[0]
     k_out = d_out if p_out is None else p_out.shape[0]

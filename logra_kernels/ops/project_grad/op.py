@@ -125,8 +125,8 @@ AddProjectGrad = Callable[[Tensor, Tensor, Tensor, bool], None]  # x, dy, g, whe
 def add_project_grad(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> AddProjectGrad | None:
     """`g += project_grad(x, dy, p_in, p_out)` as a function of x, dy and g, checked here for a layer's many batches.
 
-    It takes plain CPU tensors of these dtypes outside of autograd: x [N, T, d_in] of this shape and contiguous, dy
-    [N * T, d_out] of any strides, g [N, k_out, k_in] contiguous in the dtype that `project_grad` returns.
+    It takes plain CPU tensors of these dtypes outside of autograd: x [N, T, d_in] of this one's shape and
+    strides, dy [N * T, d_out] of any strides, g [N, k_out, k_in] contiguous in the dtype that `project_grad` returns.
 
     Returns:
         None where tensors on the CPU do not get the C++ implementation.

@@ -1,0 +1,476 @@
+"""Taps that are given one tensor project it once, and whatever else they are given each by itself."""
+
+import copy
+import pickle
+import threading
+from functools import partial
+
+import pytest
+import torch
+from oracle import assert_equal_rows, projected_autograd
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import TensorWeakRef
+
+import logra_kernels as lk
+from logra_kernels import _C
+from logra_kernels.nn.adapters import LinearAdapter
+from logra_kernels.nn.shared_inputs import MOST_FAILURES, SharedInputs
+
+RANK = 12  # enough for C++ to sum in the same order however many factors are stacked
+SMALL = lk.Projection(rank=RANK)
+N, T, WIDTH = 3, 7, 16
+TOGETHER = [RANK] * 3 + [2 * RANK, 3 * RANK]  # the widths of a pass's projections: gate and up, and q, k and v
+ALONE = [RANK] * 8
+
+
+class Net(nn.Module):
+    """Attention and a gated MLP.
+
+    Attributes:
+        order: Which of q, k and v are called, in this order.
+        given: (name, x) -> what a layer is given in the place of the x of its group.
+    """
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=bias) for _ in range(4))
+        self.gate, self.up = (nn.Linear(WIDTH, 24, bias=bias) for _ in range(2))
+        self.down, self.head = nn.Linear(24, WIDTH, bias=bias), nn.Linear(WIDTH, 5)
+        self.order = "qkv"
+        self.given = lambda name, x: x
+
+    def attend(self, x: Tensor) -> Tensor:
+        x = 0.5 * x
+        y = {name: getattr(self, name)(self.given(name, x)) for name in self.order}
+        return self.o(torch.softmax(y["q"] @ y.get("k", y["q"]).mT, -1) @ y.get("v", y["q"]))
+
+    def mix(self, x: Tensor) -> Tensor:
+        x = 0.5 * x
+        return self.down(torch.sigmoid(self.gate(self.given("gate", x))) * self.up(self.given("up", x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x)
+        return self.head(x + self.mix(x))
+
+
+def loss_of(model, x, target):
+    return nn.functional.mse_loss(model(x), target, reduction="sum")
+
+
+class Case:
+    """A model, a batch and its taps."""
+
+    def __init__(self, path: str, **settings) -> None:
+        self.frozen = path != "learning, in the graph"
+        self.model = Net(bias=settings.get("bias", False)).requires_grad_(not self.frozen)
+        self.x, self.target = torch.randn(N, T, WIDTH, requires_grad=True), torch.randn(N, T, 5)
+        self.taps = lk.capture(self.model, SMALL, in_graph=path != "a hook", **{"shared_inputs": True, **settings})
+
+    def rows(self, loss=loss_of) -> Tensor:
+        self.taps.reset()
+        loss(self.model, self.x, self.target).backward()
+        return self.taps.rows()
+
+    def check(self, loss=loss_of, passes: int = 1, rtol: float = 1e-5, instead=None) -> None:
+        """Against one-sample autograd of the untapped model, its layers given what `instead` says."""
+        for _ in range(passes):
+            self.rows(loss)
+            got = self.taps.grads
+            given = self.model.given
+            self.taps.active, self.model.given = False, instead or given
+            exact = projected_autograd(self.model, self.taps, [partial(self.loss_of_one, loss, i) for i in range(N)])
+            self.taps.active, self.model.given = True, given
+            assert_equal_rows(got, exact, rtol)
+
+    def loss_of_one(self, loss, i: int) -> Tensor:
+        return loss(self.model, self.x.detach()[i : i + 1], self.target[i : i + 1])
+
+
+PATHS = ["a hook", "in the graph", "learning, in the graph"]
+
+
+@pytest.fixture(params=PATHS)
+def case(request):
+    made = Case(request.param)
+    with made.taps:
+        yield made
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The widths k of the projections that the C++ has made."""
+    widths: list[int] = []
+    project, prepare = _C.project_rows, _C.row_projector
+
+    def project_rows(x, p, out, rows, d, k, n_threads):
+        widths.append(k)
+        project(x, p, out, rows, d, k, n_threads)
+
+    def row_projector(x, p, rows, d, k):
+        run = prepare(x, p, rows, d, k)
+        return lambda *args: (widths.append(k), run(*args))[1]
+
+    monkeypatch.setattr(_C, "project_rows", project_rows)
+    monkeypatch.setattr(_C, "row_projector", row_projector)
+    return widths
+
+
+def widths_of(case, made, loss=loss_of) -> list[int]:
+    made.clear()
+    case.rows(loss)
+    return sorted(made)
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """How many projections of several taps there are."""
+    projections: list[TensorWeakRef] = []
+    keep = LinearAdapter.keep
+
+    def recorded(self, x, p_in):
+        a = keep(self, x, p_in)
+        if a.shape[-1] > RANK:
+            projections.append(TensorWeakRef(a))
+        return a
+
+    monkeypatch.setattr(LinearAdapter, "keep", recorded)
+    yield lambda: sum(a() is not None for a in projections)
+    assert projections
+
+
+def test_x_is_projected_once(case, made):
+    case.check(passes=3)
+    assert widths_of(case, made) == TOGETHER
+    case.check()
+
+
+def test_taps_that_were_taken_off_and_put_on_again(case, made):
+    for i in range(3):
+        case.taps.detach()
+        case.taps.attach()
+        assert widths_of(case, made) == (TOGETHER if i else ALONE)
+        case.check()
+
+
+def test_the_same_bits_as_alone(case):
+    together = [case.rows() for _ in range(3)]
+    with lk.capture(case.model, SMALL, in_graph=case.taps.in_graph, shared_inputs=False) as alone:
+        case.taps.active = False
+        case.taps = alone
+        assert all(torch.equal(case.rows(), rows) for rows in together)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shared_inputs", [False, None])
+def test_not_shared_on_the_cpu_where_it_is_not_asked_for(path, shared_inputs, made):
+    case = Case(path, shared_inputs=shared_inputs)
+    with case.taps:
+        case.check(passes=3)
+        assert widths_of(case, made) == ALONE
+
+
+@pytest.mark.parametrize("shape", [(N, WIDTH), (N, 2, 3, WIDTH), (N, T + 2, WIDTH)])
+def test_other_shapes(case, made, shape):
+    case.model.mix = case.model.forward = lambda x: case.model.head(Net.mix(case.model, x))
+    case.taps.detach()
+    with lk.capture(
+        case.model, SMALL, ["gate", "up", "down", "head"], in_graph=case.taps.in_graph, shared_inputs=True
+    ) as case.taps:
+        for shape_now in (shape, (N, T, WIDTH), shape):
+            case.x, case.target = torch.randn(shape_now, requires_grad=True), torch.randn(*shape_now[:-1], 5)
+            case.check(passes=2)
+            assert widths_of(case, made) == [RANK, RANK, 2 * RANK]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("projection_dtype", [None, torch.bfloat16])
+def test_biases_and_bf16_factors(path, projection_dtype, made):
+    case = Case(path, bias=True, projection_dtype=projection_dtype)
+    alone = lk.capture(
+        case.model,
+        SMALL,
+        in_graph=case.taps.in_graph,
+        bias=True,
+        projection_dtype=projection_dtype,
+        shared_inputs=False,
+    )
+    with case.taps:
+        together = [case.rows() for _ in range(3)][-1]
+        assert widths_of(case, made) == TOGETHER
+    with alone:
+        case.taps = alone
+        torch.testing.assert_close(case.rows(), together, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_and_packed_documents(case, made):
+    weights = torch.rand(N, T)
+
+    def weighted(model, x, target):
+        part = weights[: len(x)] if len(x) == N else weights[[i for i in range(N) if torch.equal(x[0], case.x[i])]]
+        return (((model(x) - target) ** 2).sum(-1) * part).sum()
+
+    for reset in ({"weights": torch.ones(N, T)}, {"offsets": torch.arange(N + 1) * T}):
+        begin = case.taps.reset
+        case.taps.reset = lambda begin=begin, reset=reset: begin(**reset)
+        case.check(weighted, passes=3)
+        assert widths_of(case, made, weighted) == TOGETHER
+        case.taps.reset = begin
+
+
+def test_another_tensor(case, made):
+    case.check(passes=2)
+    case.model.given = lambda name, x: x.clone() if name == "k" else x
+    case.check(passes=2)
+    assert widths_of(case, made) == [RANK] * 4 + [2 * RANK] * 2  # q and v go on together
+    case.model.given = lambda name, x: x[..., :] if name in "qv" else x
+    case.check(passes=3)
+    case.model.given = lambda name, x: x
+    case.check(passes=2)
+
+
+@pytest.mark.parametrize("path", PATHS[:2])  # weights that learn forbid to change x
+def test_a_tensor_changed_in_place(path, made):
+    case = Case(path)
+    with case.taps:
+        for changed in (None, "k", "v", "up", None, "q"):
+
+            def instead(name, x, changed=changed):
+                group = "qkv" if name in "qkv" else ["gate", "up"]
+                return 1.5 * x if changed and changed in group and group.index(name) >= group.index(changed) else x
+
+            case.model.given = lambda name, x, changed=changed: x.mul_(1.5) if name == changed else x
+            case.check(passes=2, instead=instead)
+
+
+def test_another_order(case, made):
+    for order in ("qkv", "vqk", "kvq", "qkv"):
+        case.model.order = order
+        case.check()
+    assert widths_of(case, made) == TOGETHER
+
+
+def test_a_tap_that_is_not_called(case, made):
+    def with_and_without(model, x, target):
+        loss = loss_of(model, x, target)
+        model.order = "qv"
+        loss = loss + loss_of(model, x, target)
+        model.order = "qkv"
+        return loss
+
+    case.check(passes=2)
+    case.check(with_and_without, passes=2 * MOST_FAILURES + 2)
+    case.check(passes=3)
+    assert widths_of(case, made) == [RANK] * 6 + [2 * RANK]  # q, k and v have been wrong too often
+
+
+def test_modules_called_again_and_inside_of_others(case):
+    def again(model, x, target):
+        return loss_of(model, model.attend(x) + model.q(model.mix(x)), target) + model.k(x).sum()
+
+    case.check(again, passes=4)
+    case.check(passes=2)
+    case.check(lambda model, x, target: loss_of(model, x, target) + 2 * loss_of(model, x, target), passes=3)
+
+
+def test_an_exception_in_between(case, made):
+    case.check(passes=2)
+
+    def fail(name, x):
+        if name == "k":
+            raise ArithmeticError
+        return x
+
+    for given in (fail, lambda name, x: x):
+        case.model.given = given
+        if given is fail:
+            with pytest.raises(ArithmeticError):
+                case.rows()
+        else:
+            case.check(passes=3)
+    assert widths_of(case, made) == TOGETHER
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(case, made, reentrant):
+    def checkpointed(model, x, target):
+        x = x + checkpoint(model.attend, x, use_reentrant=reentrant)
+        x = x + checkpoint(model.mix, x, use_reentrant=reentrant)
+        return nn.functional.mse_loss(model.head(x), target, reduction="sum")
+
+    exact = case.rows()
+    for _ in range(4):
+        torch.testing.assert_close(case.rows(checkpointed), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+    widths = widths_of(case, made, checkpointed)
+    assert set(widths) == {RANK, 2 * RANK, 3 * RANK}
+    assert widths.count(3 * RANK) == widths.count(2 * RANK) == (1 if reentrant else 2)
+
+
+def test_two_threads(case):
+    """Each thread's q, k and v see its own x, in turns."""
+    case.check(passes=2)
+    other, losses, turns = torch.randn(N, T, WIDTH, requires_grad=True), {}, threading.Barrier(2)
+
+    def given(name, x):
+        turns.wait()
+        return x
+
+    def forward(x):
+        losses[id(x)] = loss_of(case.model, x, case.target)
+
+    case.taps.reset(N)
+    case.model.given = given
+    threads = [threading.Thread(target=forward, args=(x,)) for x in (case.x, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    case.model.given = lambda name, x: x
+    for loss in losses.values():
+        loss.backward()
+    got = case.taps.rows()
+    exact = case.rows(lambda model, x, target: loss_of(model, x, target) + loss_of(model, other, target))
+    torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+    case.check(passes=2)
+
+
+def test_compiled(case):
+    case.check(passes=2)
+    exact = case.rows()
+    compiled = torch.compile(case.model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        case.taps.reset(N)
+        loss_of(compiled, case.x, case.target).backward()
+        torch.testing.assert_close(case.taps.rows(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+    case.check()
+
+
+def test_passes_without_gradients_and_without_taps(case, made):
+    for between in range(4):
+        case.check()
+        case.taps.active = between != 1
+        with torch.set_grad_enabled(between == 1):
+            case.model(case.x)
+        case.taps.active = True
+    assert widths_of(case, made) == TOGETHER
+
+    def switch(name, x):
+        case.taps.active = name != "k"
+        return x
+
+    case.model.given = switch
+    case.model(case.x)
+    case.taps.active, case.model.given = True, lambda name, x: x
+    case.check(passes=3)
+
+
+def test_other_dtypes(case):
+    def autocast(model, x, target):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model(x)
+        return nn.functional.mse_loss(y.float(), target, reduction="sum")
+
+    case.check(passes=2)
+    case.check(autocast, passes=2, rtol=5e-2)
+    case.check(passes=2)
+    case.model.double()
+    case.x, case.target = case.x.detach().double().requires_grad_(), case.target.double()
+    case.check(passes=3)
+    case.model.float()
+    case.x, case.target = case.x.detach().float().requires_grad_(), case.target.float()
+    case.check(passes=3)
+
+
+def test_other_factors(case, made):
+    for seed in range(3):
+        case.taps.project(lk.Projection(rank=RANK, seed=seed))
+        case.check(passes=2)
+        assert widths_of(case, made) == TOGETHER
+
+
+def test_factors_are_held_once(case):
+    before = {name: tuple(p.clone() for p in pair) for name, pair in case.taps.factors.items()}
+    case.check(passes=2)
+    after = case.taps.factors
+    assert all(torch.equal(p, q) for name in before for p, q in zip(before[name], after[name], strict=True))
+    storages = [after[name][0].untyped_storage().data_ptr() for name in ("q", "k", "v", "gate", "up", "o")]
+    assert [storages.count(storage) for storage in storages] == [3, 3, 3, 2, 2, 1]
+
+
+def test_one_weight_under_two_names(made):
+    for path in PATHS:
+        case = Case(path)
+        case.model.up.weight = case.model.gate.weight
+        case.taps = lk.capture(case.model, SMALL, in_graph=case.taps.in_graph, shared_inputs=True)
+        with case.taps:
+            case.check(passes=3)
+            assert widths_of(case, made) == [RANK] * 4 + [3 * RANK]  # gate and up have one factor
+
+
+def test_few_columns_are_projected_alone_for_the_sake_of_their_bits(made):
+    case = Case("a hook")
+    with lk.capture(case.model, lk.Projection(rank=8), shared_inputs=True) as case.taps:
+        case.check(passes=3)
+        assert widths_of(case, made) == [8] * 8
+
+
+def test_copies_find_out_by_themselves(case):
+    case.check(passes=2)
+    for copied in (copy.deepcopy(case.taps.shared), pickle.loads(pickle.dumps(case.taps.shared))):
+        assert isinstance(copied, SharedInputs)
+        assert copied.on_cpu
+        assert case.taps.shared._groups
+        assert not copied._groups
+
+
+@pytest.mark.parametrize("finish", ["backward", "backward, loss kept", "nothing"])
+def test_projections_die_with_their_taps(case, alive, finish):
+    for i in range(3):
+        case.taps.reset()
+        loss = loss_of(case.model, case.x, case.target)
+        assert (alive() > 0) is (i > 0)
+        if finish != "nothing":
+            loss.backward()
+        if finish == "backward, loss kept":
+            assert not alive()
+        del loss
+        assert not alive()
+
+
+def test_projections_of_taps_that_are_not_called_die_too(case, alive):
+    case.model.given = lambda name, x: case.x  # which outlives the pass
+    for order in ("qkv", "qv", "qkv", "q"):
+        case.model.order = order
+        for _ in range(2):
+            case.taps.reset()
+            loss_of(case.model, case.x, case.target).backward()
+            assert not alive()
+
+
+def test_checkpointing_keeps_no_projection(case, alive):
+    for order in ("qkv", "qkv", "qkv", "qv"):
+        case.model.order = order
+        case.taps.reset()
+        loss = checkpoint(case.model, case.x, use_reentrant=False).sum()
+        assert not alive()
+        loss.backward()
+        assert not alive()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu():
+    case = Case("in the graph")
+    case.model.cuda()
+    case.x, case.target = case.x.detach().cuda().requires_grad_(), case.target.cuda()
+    with lk.capture(case.model, SMALL) as case.taps:
+        case.check(passes=3, rtol=1e-3)
+        side = torch.cuda.Stream()
+
+        def given(name, x):
+            torch.cuda.synchronize()
+            torch.cuda.set_stream(side if name == "k" else torch.cuda.default_stream())
+            return x
+
+        case.model.given = given
+        case.check(passes=2, rtol=1e-3)
