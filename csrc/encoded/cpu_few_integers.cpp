@@ -151,7 +151,7 @@ struct FewQueries : IntegerQueries {
   void multiply(const EncodedRows& a, int64_t m, Output<float> c, int n_threads) const override {
     const Codes codes = {columns.plan, a, m};
     const FewProduct product = {codes, columns, rows_of_task(codes, n_threads), c};
-    multiply_tasks(product, product.task, product.scratch_size(), n_threads);
+    multiply_tasks(product, product.task, kFewRows, product.scratch_size(), n_threads);
   }
 };
 

@@ -10,7 +10,7 @@ namespace lgk {
 namespace {
 
 constexpr int64_t kRunUnits = 16;   // units of kTileCodes rows that are expanded at a time, into the L1 cache
-constexpr int64_t kMostRows = 192;  // rows whose sums a thread holds in the L2 cache
+constexpr int64_t kMostRows = 288;  // rows whose sums a thread holds in the L2 cache
 // Queries as tiles take them: groups, each with its units, span starts and span scales.
 struct Tiles {
   Plan plan;
@@ -153,7 +153,7 @@ struct ManyQueries : IntegerQueries {
   void multiply(const EncodedRows& a, int64_t m, Output<float> c, int n_threads) const override {
     const WideProduct product = {{tiles.plan, a, m}, tiles, c};
     const int64_t task = rows_of_task(m, n_threads);
-    multiply_tasks(product, task, product.scratch_size(task), n_threads);
+    multiply_tasks(product, task, kTileCodes, product.scratch_size(task), n_threads);
   }
 };
 

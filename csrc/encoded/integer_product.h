@@ -95,14 +95,15 @@ bool pack_spans(const Packed& packed, const Rows& b, int n_threads) {
   return finite;
 }
 
-// Multiplies tasks of rows by the packed queries.
+// Multiplies rows by the packed queries, in tasks of at most `task` rows that differ by one tile.
 template <class Product>
-void multiply_tasks(const Product& product, int64_t task, int64_t scratch_size, int n_threads) {
-  const int64_t size = round_up(scratch_size, kCacheLine);
+void multiply_tasks(const Product& product, int64_t task, int64_t tile, int64_t scratch_size, int n_threads) {
+  const int64_t size = round_up(scratch_size, kCacheLine), tasks = ceil_div(product.m, task);
+  const auto first = [&](int64_t i) { return std::min(product.m, ceil_div(product.m, tile) * i / tasks * tile); };
   const Buffer<float> scratch(size * n_threads);
 #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
-  for (int64_t i = 0; i < product.m; i += task) {
-    product.multiply(i, std::min(task, product.m - i), scratch.data() + size * omp_get_thread_num());
+  for (int64_t i = 0; i < tasks; ++i) {
+    product.multiply(first(i), first(i + 1) - first(i), scratch.data() + size * omp_get_thread_num());
   }
 }
 

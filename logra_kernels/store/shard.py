@@ -1,8 +1,10 @@
 """One shard: its two files written, and read with their checksums verified."""
 
 import contextlib
+import math
 import mmap
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.errors import StoreError
+from logra_kernels.ops import EncodedRows
 from logra_kernels.store.columns import from_parquet, to_parquet
 from logra_kernels.store.durable import Temporary, begin_file, digest, seal, sealed_checksum
 from logra_kernels.store.entry import File, Shard, shard_names
@@ -21,6 +24,7 @@ from logra_kernels.store.format import Manifest
 from logra_kernels.store.native import let_go, populate, resident
 from logra_kernels.store.tensorfile import CHECKSUM_AT, Spec, header, map_file, view
 
+ASKED_EVERY = 1.0  # s; asking takes tens of microseconds, and pages that have left since only come back more slowly
 READS_AT_ONCE = 16  # of few lines; a disk answers many as fast as one
 _ADVICE = "restore it from a copy, or keep what is intact with `logra fsck --repair`"
 
@@ -116,7 +120,9 @@ class MappedShard:
         self._pages = np.frombuffer(self._mapping, np.uint8)
         self._verified = False
         self._brought = False
+        self._seen = -math.inf  # when it was last found in memory
         self._tensors: dict[str, Tensor] | None = None
+        self.wrapped: EncodedRows | None = None  # the tensors as a reader has wrapped them
 
     def _map(self) -> mmap.mmap:
         expected = len(self._head) + sum(spec.nbytes for spec in self._specs.values())
@@ -152,8 +158,15 @@ class MappedShard:
 
     @property
     def at_hand(self) -> bool:
-        """Whether it was verified and is in memory."""
-        return self._verified and self._brought and resident(self._pages)
+        """Whether it was verified and is in memory, or was so within `ASKED_EVERY`."""
+        if not (self._verified and self._brought):
+            return False
+        now = time.monotonic()
+        if now - self._seen > ASKED_EVERY:
+            if not resident(self._pages):
+                return False
+            self._seen = now
+        return True
 
     def verify(self) -> None:
         """Hash the file once.

@@ -122,4 +122,7 @@ def test_shards_at_hand_need_no_thread(tmp_path, monkeypatch):
     assert started == []
     monkeypatch.setattr(shard, "resident", lambda _: False)  # as if other programs had taken the memory
     assert all(map(torch.equal, store.topk(queries, 5), first))
+    assert started == []  # it is not asked for each query
+    monkeypatch.setattr(shard, "ASKED_EVERY", -1.0)
+    assert all(map(torch.equal, store.topk(queries, 5), first))
     assert started == ["logra-store-read", "logra-store-hash"]

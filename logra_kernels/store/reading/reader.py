@@ -136,7 +136,11 @@ class Reader:
     def _rows(self, shard: Shard, mapped: MappedShard, private: bool) -> EncodedRows:
         tensors = mapped.tensors()
         self._verified.add(shard.rows.checksum)
-        return wrap(self.manifest, _copies(tensors) if private and mapped is self._tail else tensors)
+        if private and mapped is self._tail:
+            return wrap(self.manifest, _copies(tensors))
+        if mapped.wrapped is None:
+            mapped.wrapped = wrap(self.manifest, tensors)
+        return mapped.wrapped
 
     def _gone(self, name: str) -> StoreError:
         if any(name in shard.names for shard in read_manifest(self.directory).shards):
