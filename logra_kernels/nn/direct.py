@@ -10,6 +10,7 @@ So does this one. What counts are the backward passes in which the layer's weigh
 frozen, in which everything below the layer gets its gradient that can have one.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.compiler import is_compiling
 
@@ -55,32 +57,60 @@ def _gets_gradient(weight: Tensor, node: Node) -> bool:
         return False
 
 
-_last_pass = (-1, False)  # its number, and whether all leaves get their gradients in it
+class _Pass(dict[Node, bool]):
+    """Of nodes that a backward pass has been asked about: whether all leaves below get their gradients in it."""
+
+
+_last_pass: tuple[int, Callable[[], _Pass | None]] = (-1, lambda: None)  # its number, and a weak reference
 
 
 def _all_get_gradients() -> bool:
-    """Whether the backward that runs adds to .grad of every leaf below; the answer to a pass's first hook is kept."""
+    """Whether the backward that runs adds to .grad of every leaf below."""
     global _last_pass
-    number = _pass_number()
-    if _last_pass[0] != number:
-        _last_pass = number, _leaves_execute(_node_now())
-    return _last_pass[1]
+    number, node = _pass_number(), _node_now()
+    known = _last_pass[1]() if _last_pass[0] == number else None
+    if known is None:
+        known = _Pass()
+        Variable._execution_engine.queue_callback(known.clear)  # the pass keeps the nodes, and drops them if it fails
+        _last_pass = number, weakref.ref(known)
+    if node not in known:
+        _look_below(node, known)
+    return known[node]
 
 
-def _leaves_execute(node: Node) -> bool:
-    ahead, seen = [node], {node}
+def _look_below(node: Node, known: _Pass) -> None:
+    below_of: dict[Node, list[Node]] = {}
+    ahead = [node]
     while ahead:
         node = ahead.pop()
-        below = [edge[0] for edge in node.next_functions if edge[0] is not None]
-        if not below and hasattr(node, "variable"):
-            try:
-                if not _executes(node):
-                    return False
-            except RuntimeError:  # its gradient is what autograd.grad returns
-                return False
-        ahead += [new for new in below if new not in seen]
-        seen.update(below)
-    return True
+        if node not in below_of and node not in known:
+            below_of[node] = below = [edge[0] for edge in node.next_functions if edge[0] is not None]
+            ahead += below
+    known.update(dict.fromkeys(below_of, True))
+    lacking = [
+        node
+        for node, below in below_of.items()
+        if not (all(known[under] for under in below) if below else _is_executed(node))
+    ]
+    above: dict[Node, list[Node]] = {}
+    for node, below in below_of.items() if lacking else ():
+        for under in below:
+            above.setdefault(under, []).append(node)
+    while lacking:
+        node = lacking.pop()
+        if known[node]:
+            known[node] = False
+            lacking += above.get(node, ())
+
+
+def _is_executed(end: Node) -> bool:
+    """Whether a node with nothing below it adds to a leaf's .grad, where it is a leaf's."""
+    if not hasattr(end, "variable"):
+        return True
+    try:
+        return _executes(end)
+    except RuntimeError:  # its gradient is what autograd.grad returns
+        return False
 
 
 def _gather(

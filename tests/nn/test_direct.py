@@ -1,6 +1,7 @@
 """Taps that are no nodes of the graph: everything that a probe in the graph gives, they give too."""
 
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -272,6 +273,64 @@ def test_gradients_of_something_else_do_not_count_beside_frozen_weights(case):
             _ = taps.grads
         loss.backward()
         assert_equal_rows(taps.grads, exact_of(model, taps, x.detach(), target))
+
+
+class Branches(nn.Module):
+    """`one` has x below it, `both` has x and a shift, and `around` has both too, by way of `one` and of the shift."""
+
+    def __init__(self, order) -> None:
+        super().__init__()
+        self.one, self.both, self.around = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.order = order
+
+    def forward(self, x, shift):
+        y = {name: getattr(self, name)(x + shift if name == "both" else 2 * x) for name in self.order}
+        return y["both"].square() + y["one"].square() + self.around(y["one"] * shift).square()
+
+
+@pytest.mark.parametrize("order", [("one", "both"), ("both", "one")])
+def test_gradients_of_some_leaves_count_for_the_layers_that_have_no_others_below(order):
+    model, x = Branches(order).requires_grad_(False), torch.randn(N, T, WIDTH, requires_grad=True)
+    shift = torch.randn(WIDTH, requires_grad=True)
+    with lk.capture(model, SMALL) as taps:
+        model(x, shift).sum().backward()
+        whole = taps.grads
+        for wanted, heard in (([x], {"one"}), ([shift], set()), ([x, shift], set(whole)), (None, set(whole))):
+            taps.reset()
+            model(x, shift).sum().backward(inputs=wanted)
+            got = {name: probe.leaf.grad for name, probe in taps._probes.items() if probe.leaf.grad is not None}
+            assert set(got) == heard
+            for name, grad in got.items():
+                torch.testing.assert_close(grad, whole[name])
+
+
+class Holder:
+    """What a node of the graph keeps."""
+
+
+class Holding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, fails):
+        ctx.held, ctx.fails = Holder(), fails
+        Holding.last = weakref.ref(ctx.held)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if ctx.fails:
+            raise ArithmeticError
+        return dy, None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_backward_pass_leaves_nothing_of_its_graph_behind(case, fails):
+    model, x = case[0].requires_grad_(False), case[1].requires_grad_()
+    with lk.capture(model, SMALL):
+        y = model.up(Holding.apply(x, fails))
+        with pytest.raises(ArithmeticError) if fails else nullcontext():
+            y.sum().backward()
+        del y
+        assert Holding.last() is None
 
 
 def test_second_derivatives_are_refused_beside_frozen_weights(case):
