@@ -63,12 +63,20 @@ void pack_pairs(const Rows& src, int64_t row, int64_t rows, int64_t column, int6
   for (int64_t r = rows; r < round_to(rows, LGK_ROW_STEP); ++r) zero(dst + r * ld, padded / 2);
 }
 
-// 16 numbers of a row as the halves of 16 pairs.
-LGK_INLINE __m512i halves(const Half* src, __mmask16 kept) {
-  return _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(kept, src));
+// 16 numbers of two rows each as pairs.
+LGK_INLINE __m512i paired(const Half* low, __mmask16 low_kept, const Half* high, __mmask16 high_kept) {
+  const __m512i lower = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(low_kept, low));
+  const __m512i upper = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(high_kept, high));
+  return _mm512_or_si512(lower, _mm512_maskz_slli_epi32(0xffff, upper, 16));
 }
-LGK_INLINE __m512i halves(const RoundedFloat* src, __mmask16 kept) {
-  return _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(kept, src)));
+LGK_INLINE __m512i paired(const RoundedFloat* low, __mmask16 low_kept, const RoundedFloat* high, __mmask16 high_kept) {
+  const __m512bh both =
+      _mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high_kept, high), _mm512_maskz_loadu_ps(low_kept, low));
+  const __m512i order =
+      _mm512_or_si512(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                      _mm512_set_epi32(31 << 16, 30 << 16, 29 << 16, 28 << 16, 27 << 16, 26 << 16, 25 << 16, 24 << 16,
+                                       23 << 16, 22 << 16, 21 << 16, 20 << 16, 19 << 16, 18 << 16, 17 << 16, 16 << 16));
+  return _mm512_maskz_permutexvar_epi16(0xffffffff, order, (__m512i)both);
 }
 
 // Rows row and row + 1 of src, or the first alone.
@@ -89,8 +97,7 @@ void pair_rows(const Rows& src, int64_t row, bool two, int64_t column, int64_t c
       }
       low = row_of_first, high = row_of_second;
     }
-    const __m512i upper = _mm512_maskz_slli_epi32(0xffff, halves(high, two ? kept : 0), 16);
-    _mm512_storeu_si512(dst + c, _mm512_or_si512(halves(low, kept), upper));
+    _mm512_storeu_si512(dst + c, paired(low, kept, high, two ? kept : 0));
   }
 }
 

@@ -18,6 +18,7 @@ constexpr int64_t kTileNumbers = 49152;
 // Positions, counted from a sample's start, whose panels are summed before they are added to G.
 constexpr int64_t kPositions = 4 * kPanel;
 constexpr int64_t kOuterRows = 48;  // rows of G that make a task
+constexpr int64_t kPairRows = 128;  // the same of pairs, which are packed once a task, with samples for all threads
 
 template <typename T>
 T weight_at(const Rows& weights, int64_t r) {
@@ -45,6 +46,13 @@ struct Projector {
   int64_t pack_tasks() const { return side.has_projection ? projection.pack_tasks() : 0; }
   int64_t scratch_size(int64_t rows) const { return side.has_projection ? projection.scratch_size(rows) : 0; }
   int64_t work() const { return side.has_projection ? d * k : k; }
+
+  // The block as bf16.
+  Rows rounded() const {
+    Rows rows = matrix(block, Dtype::kF32, ld(), 1);
+    rows.rounded = true;
+    return rows;
+  }
 
   // Positions start .. start + rows - 1 into rows at.. of the block, weighed. One of weight 0 counts as zeros, whatever
   // it holds.
@@ -102,31 +110,72 @@ Plan make_plan(const Shape& shape, int64_t capacity) {
   return plan;
 }
 
+// Adds up the outer products of a block of projected positions: as they are, or rounded to bf16 if `products` takes
+// pairs.
 template <typename T>
 struct Accumulator {
   const Projector<T>&x, &dy;
+  const Products<T>& products;
   T* out;
   bool add_to_out;
-  int64_t tasks_per_part() const { return ceil_div(dy.k, kOuterRows); }
+  int64_t most_depth;  // of a panel
 
-  // Rows task * kOuterRows.. of the part's G. `at` is the part's first row in the blocks.
-  void add(const Part& part, int64_t at, int64_t task, T* sum) const {
-    const int64_t row = task * kOuterRows, rows = std::min(kOuterRows, dy.k - row);
+  bool pairs() const { return products.terms > 1; }
+  int64_t most_rows() const { return std::min(dy.k, pairs() ? kPairRows : kOuterRows); }
+  int64_t task_rows(int64_t parts, int n_threads) const {
+    return std::min(most_rows(), parts >= 2 * n_threads ? kPairRows : kOuterRows);
+  }
+  int64_t left_ld() const { return round_up(most_rows(), products.lanes) + products.lanes; }
+  int64_t sums_size() const { return (most_rows() + products.row_tile) * x.ld(); }
+  int64_t scratch_size() const { return sums_size() + (pairs() ? most_depth * (left_ld() + x.ld()) : 0); }
+
+  // Rows row.. of the part's G. `at` is the part's first row in the blocks.
+  void add(const Part& part, int64_t at, int64_t row, int64_t rows, T* sum) const {
     T* g = out + (part.sample * dy.k + row) * x.k;
     if (part.count == 0 && !add_to_out) std::fill_n(g, rows * x.k, T{0});
+    const bool fits = rows % products.row_tile == 0 && x.k % products.lanes == 0;
     for (int64_t start = 0; start < part.count; start += kPositions) {
       const int64_t end = std::min(part.count, start + kPositions);
-      for (int64_t t = start; t < end; t += kPanel) {
-        x.kernels.outer(dy.block + (at + t) * dy.ld() + row, dy.ld(), rows, x.block + (at + t) * x.ld(), x.ld(), x.k,
-                        std::min(kPanel, end - t), sum, x.ld(), t > start);
-      }
       const bool store = part.first && start == 0 && !add_to_out;
+      if (store && fits) {
+        sum_run(at + start, end - start, row, rows, g, x.k, sum + sums_size());
+        continue;
+      }
+      sum_run(at + start, end - start, row, rows, sum, x.ld(), sum + sums_size());
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < x.k; ++j) g[i * x.k + j] = sum[i * x.ld() + j] + (store ? T{0} : g[i * x.k + j]);
       }
     }
   }
+
+ private:
+  // to[i][j] = sum_t dy[row + i][t] x[j][t] over positions at.. of the blocks.
+  void sum_run(int64_t at, int64_t positions, int64_t row, int64_t rows, T* to, int64_t ld, T* packed) const {
+    const int64_t step = kPanel * products.terms;
+    const T *left = dy.block + at * dy.ld() + row, *right = x.block + at * x.ld();
+    for (int64_t t = 0; t < positions; t += step) {
+      const int64_t here = std::min(step, positions - t);
+      if (!pairs()) {
+        products.outer(left + t * dy.ld(), dy.ld(), rows, right + t * x.ld(), x.ld(), x.k, here, to, ld, t > 0);
+        continue;
+      }
+      T* packed_x = packed + most_depth * left_ld();
+      products.pack_terms(dy.rounded(), at + t, here, row, rows, packed, left_ld());
+      products.pack_terms(x.rounded(), at + t, here, 0, x.k, packed_x, x.ld());
+      products.outer(packed, left_ld(), rows, packed_x, x.ld(), x.k, ceil_div(here, products.terms), to, ld, t > 0);
+    }
+  }
 };
+
+// Of two sides in bf16. One that came projected may be fp32, which is rounded beside one that is projected in bf16.
+template <typename T>
+const Products<T>& outer_products(const Side& x, const Side& dy) {
+  const auto number = [](const Side& side, const Side& other) {
+    if (side.has_projection) return side.projection.dtype;
+    return other.has_projection ? beside(side.positions, other.projection).number() : side.positions.dtype;
+  };
+  return lgk::products<T>(number(x, dy), number(dy, x));
+}
 
 // Run by every thread of a parallel region, or by the only one outside of any: there the runtime's calls would take as
 // long as a tiny layer.
@@ -151,9 +200,11 @@ void run_block(const Projector<T>& x, const Projector<T>& dy, const Rows& weight
     const bool is_dy = (task < tiles) == dy_first;
     (is_dy ? dy : x).project(start + at, rows, at, weights, is_dy, scratch);
   });
-  share_tasks(count * sums.tasks_per_part(), n_threads, [&](int64_t task) {
-    const Part& part = parts[task / sums.tasks_per_part()];
-    sums.add(part, part.start - start, task % sums.tasks_per_part(), scratch);
+  const int64_t rows = sums.task_rows(count, n_threads), tasks = ceil_div(dy.k, rows);
+  share_tasks(count * tasks, n_threads, [&](int64_t task) {
+    const Part& part = parts[task / tasks];
+    const int64_t row = task % tasks * rows;
+    sums.add(part, part.start - start, row, std::min(rows, dy.k - row), scratch);
   });
 }
 
@@ -173,8 +224,10 @@ void project_grad(const Side& x_side, const Side& dy_side, const Rows& weights, 
 
   // one allocation: a tiny layer's time is its library calls
   const auto whole_lines = [](int64_t numbers) { return round_up(numbers, kCacheLine / int64_t{sizeof(T)}); };
-  const int64_t tile = std::min(kMostTileRows, capacity), sum_rows = std::min(kOuterRows, dy.k) + kernels.row_tile;
-  const int64_t scratch_size = whole_lines(std::max({x.scratch_size(tile), dy.scratch_size(tile), sum_rows * x.ld()}));
+  const Accumulator<T> sums = {x, dy, outer_products<T>(x_side, dy_side), out, shape.add, std::min(kPanel, capacity)};
+  const int64_t tile = std::min(kMostTileRows, capacity);
+  const int64_t scratch_size =
+      whole_lines(std::max({x.scratch_size(tile), dy.scratch_size(tile), sums.scratch_size()}));
   const int64_t block_rows = capacity + kernels.row_tile;
   const Buffer<T> memory(whole_lines(x.packed_size()) + whole_lines(dy.packed_size()) +
                          whole_lines(block_rows * x.ld()) + whole_lines(block_rows * dy.ld()) +
@@ -184,7 +237,6 @@ void project_grad(const Side& x_side, const Side& dy_side, const Rows& weights, 
   x.block = dy.projection.packed + whole_lines(dy.packed_size());
   dy.block = x.block + whole_lines(block_rows * x.ld());
   T* scratch = dy.block + whole_lines(block_rows * dy.ld());
-  const Accumulator<T> sums = {x, dy, out, shape.add};
 
   const auto work = [&](int thread) {
     T* mine = scratch + scratch_size * thread;

@@ -4,6 +4,9 @@
 // then added to its G. Order of summation: over d, panels of kPanel terms added in order; over t, counted from the
 // sample's start, panels of kPanel positions added in order, four of them before they are added to G. Neither the batch
 // nor the thread count changes the bits of a G. Memory: the packed projections, and two tiles a thread.
+//
+// Where the machine multiplies bf16 itself, terms come in pairs, and projected positions of two bf16 sides are rounded
+// to bf16 to be multiplied with each other, as products that return bf16 do; sums are fp32.
 #pragma once
 #include "common/rows.h"
 

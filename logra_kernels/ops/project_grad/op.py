@@ -159,7 +159,8 @@ def project_grad(
         dy: Gradients of the loss by the layer's outputs, [N, T, d_out] or [R, d_out].
         p_in: Input-side projection, [k_in, d_in]. Products are taken in its dtype: x's own, bf16 beside an fp32 x,
             which is rounded as it is read, or fp32 beside an x of 16 bits. None where x is projected already, and then
-            x may be fp32 beside a bf16 or fp16 `dy`.
+            x may be fp32 beside a bf16 or fp16 `dy`. Where both sides' products are of bf16, projected positions may be
+            rounded to it between the products: the C++ kernels do so where the processor multiplies bf16 itself.
         p_out: Output-side projection, [k_out, d_out], likewise beside dy; None where dy is projected already.
         offsets: Sample n is positions offsets[n] .. offsets[n+1]-1; [N+1], int32 or int64. A sample may be empty.
         weights: A factor for each position, [N, T] or [R], fp32 (fp64 for fp64 dy). A position of weight 0 contributes
