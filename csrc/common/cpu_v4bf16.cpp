@@ -42,7 +42,12 @@ struct PairProducts {
 
 // The same as `widen`, but for subnormal numbers, which become 0 in either product.
 LGK_INLINE void widen_run(const RoundedFloat* src, int64_t n, Half* dst) {
-  for (int64_t i = 0; i < n; i += kLanes<float>) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes<float> <= n; i += 2 * kLanes<float>) {
+    const __m512 low = _mm512_loadu_ps(src + i), high = _mm512_loadu_ps(src + i + kLanes<float>);
+    _mm512_storeu_si512(dst + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+  for (; i < n; i += kLanes<float>) {
     const __mmask16 kept = n - i < kLanes<float> ? (1u << (n - i)) - 1 : 0xffff;
     const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(kept, src + i));
     _mm256_mask_storeu_epi16(dst + i, kept, (__m256i)rounded);
