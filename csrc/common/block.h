@@ -105,7 +105,7 @@ struct Block {
 
   // At most strip() columns as panels for multiply one after the other.
   void pack_strip(const Rows& a, int64_t row, int64_t rows, int64_t start, int64_t width, T* dst) const {
-    const int64_t step = a.column_stride > a.row_stride ? rows : products.row_tile;
+    const int64_t step = a.column_stride > a.row_stride || products.terms > 1 ? rows : products.row_tile;
     for (int64_t r = 0; r < rows; r += step) {
       for (int64_t k = 0; k < width; k += panel()) {
         products.pack_rows(a, row + r, std::min(step, rows - r), start + k, std::min(panel(), width - k),
