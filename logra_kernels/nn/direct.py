@@ -24,7 +24,15 @@ from torch.compiler import is_compiling
 
 from logra_kernels.nn.adapters import Adapter
 from logra_kernels.nn.hook import Hook, Probe
-from logra_kernels.ops import AddProjectGrad, ProjectRows, accumulator_dtype, add_project_grad, plain, row_projector
+from logra_kernels.ops import (
+    AddProjectGrad,
+    ProjectRows,
+    accumulator_dtype,
+    add_project_grad,
+    kept_dtype,
+    plain,
+    row_projector,
+)
 
 if TYPE_CHECKING:
     from logra_kernels.nn.capture import Taps
@@ -257,9 +265,10 @@ class LinearHook(Hook):
         else:
             if p_in is None:  # x would be kept as it is, and autograd would not notice that it was written to
                 return made
-            made.project = row_projector(kept, p_in)
+            dtype = kept_dtype(y.dtype, made.p_out)
+            made.project = row_projector(kept, p_in, dtype)
             if made.project is None:
                 return made
-            kept, made.p_in, p_in = kept.new_empty(*kept.shape[:2], len(p_in), dtype=self.probe.dtype), p_in, None
+            kept, made.p_in, p_in = kept.new_empty(*kept.shape[:2], len(p_in), dtype=dtype), p_in, None
         made.add = add_project_grad(kept, y.detach().reshape(*kept.shape[:2], -1), p_in, made.p_out)
         return made

@@ -5,7 +5,7 @@ from logra_kernels.ops._format import FORMATS, EncodedRows, RowFormat
 from logra_kernels.ops.accumulate_gram import accumulate_gram
 from logra_kernels.ops.dequantize_rows import dequantize_rows
 from logra_kernels.ops.factor_rows import factor_rows
-from logra_kernels.ops.project_grad import AddProjectGrad, add_project_grad, project_grad
+from logra_kernels.ops.project_grad import AddProjectGrad, add_project_grad, kept_dtype, project_grad
 from logra_kernels.ops.project_rows import ProjectRows, project_rows, row_projector
 from logra_kernels.ops.quantize_rows import quantize_rows
 from logra_kernels.ops.score_block import QUERY_FORMATS, score_block
@@ -30,6 +30,7 @@ __all__ = [
     "dequantize_rows",
     "factor_rows",
     "factored_dim",
+    "kept_dtype",
     "plain",
     "project_grad",
     "project_rows",

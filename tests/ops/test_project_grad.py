@@ -6,6 +6,8 @@ from ops.views import VIEWS, far_apart
 from tolerance import assert_as_good_as_naive
 
 import logra_kernels as lk
+from logra_kernels import _C
+from logra_kernels.ops import row_projector
 from logra_kernels.ops.project_grad import op, reference
 
 SHAPES = [  # N T d_in d_out k_in k_out
@@ -92,6 +94,23 @@ def test_fp32_x_beside_half_dy(target, half, project_out):
     _, dy, _, p_out = case(3, 37, 8, 24, 8, 16, half, target.device)
     x = torch.randn(3, 37, 12, device=target.device)
     check(target, x, dy, None, p_out if project_out else None)
+
+
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("p", [torch.float32, torch.bfloat16], ids=["p-fp32", "p-bf16"])
+def test_projected_x_kept_in_what_it_is_rounded_to_gives_the_same_bits(rows, p):
+    x, dy, p_in, p_out = case(3, 37, 40, 300, 16, 10)
+    x, dy, p_in, p_out = x.to(rows), dy.to(rows), p_in.to(p), p_out.to(p)
+    dtype = op.kept_dtype(dy.dtype, p_out)
+    assert dtype == (torch.bfloat16 if p == torch.bfloat16 and _C.multiplies_bf16() else torch.float32)
+    kept = row_projector(x, p_in, dtype)(x)
+    assert kept.dtype == dtype
+    g, wide = torch.empty(2, 3, 10, 16)
+    op.add_project_grad(kept, dy, None, p_out)(kept, dy.flatten(0, 1), g, False)
+    a = lk.project_rows(x, p_in)
+    op.add_project_grad(a, dy, None, p_out)(a, dy.flatten(0, 1), wide, False)
+    assert torch.equal(g, wide)
+    torch.testing.assert_close(g, lk.project_grad(x, dy, p_in, p_out), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -49,6 +49,11 @@ def launch(
     return out
 
 
+def kept_dtype(dy: torch.dtype, p_out: Tensor | None) -> torch.dtype:
+    pairs = p_out is not None and p_out.dtype == torch.bfloat16 and _C.multiplies_bf16()
+    return torch.bfloat16 if pairs else accumulator_dtype(dy)
+
+
 def prepare_add(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> Callable[..., None]:
     """f(x, dy, g, add): G of x [N, T, d_in], with this one's strides, and of dy [N * T, d_out] to g, or added to it."""
     (n, t, d_in), d_out = x.shape, dy.shape[-1]

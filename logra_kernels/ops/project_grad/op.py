@@ -119,6 +119,16 @@ def _check(
             raise ValueError(f"project_grad: weights is {weights.dtype}; it must be {accumulator_dtype(dy.dtype)}")
 
 
+def kept_dtype(dy: torch.dtype, p_out: Tensor | None) -> torch.dtype:
+    """What x that is projected already is rounded to beside dy of this dtype: kept so, it gives the same bits.
+
+    bf16 where the C++ kernels multiply projected positions in it, and else what `project_rows` returns.
+    """
+    if not is_native("project_grad"):
+        return accumulator_dtype(dy)
+    return launcher("project_grad", "cpu", "auto", "kept_dtype")(dy, p_out)
+
+
 AddProjectGrad = Callable[[Tensor, Tensor, Tensor, bool], None]  # x, dy, g, whether g is added to or overwritten
 
 
@@ -127,6 +137,7 @@ def add_project_grad(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor |
 
     It takes plain CPU tensors of these dtypes outside of autograd: x [N, T, d_in] of this one's shape and
     strides, dy [N * T, d_out] of any strides, g [N, k_out, k_in] contiguous in the dtype that `project_grad` returns.
+    An x that is projected already may also be in `kept_dtype`.
 
     Returns:
         None where tensors on the CPU do not get the C++ implementation.
@@ -134,7 +145,8 @@ def add_project_grad(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor |
     Raises:
         ValueError: As `project_grad`.
     """
-    _check(x, dy, p_in, p_out, None, None)
+    kept = p_in is None and x.dtype == kept_dtype(dy.dtype, p_out)
+    _check(x.to(accumulator_dtype(dy.dtype)) if kept else x, dy, p_in, p_out, None, None)
     return (
         launcher("project_grad", "cpu", "auto", "prepare_add")(x, dy, p_in, p_out)
         if is_native("project_grad")

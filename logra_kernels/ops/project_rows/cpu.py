@@ -17,8 +17,8 @@ def launch(x: Tensor, p: Tensor) -> Tensor:
     return out
 
 
-def prepare(x: Tensor, p: Tensor) -> Callable[[Tensor], Tensor]:
-    """f(x): launch of contiguous x [N, T, d]."""
+def prepare(x: Tensor, p: Tensor, rounded: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    """f(x): launch of contiguous x [N, T, d]; its result in dtype `rounded` where one is given."""
     (n, t, d), k = x.shape, p.shape[0]
     native = _C.row_projector(positions(x), matrix(p), n * t, d, k)
     dtype, empty, threads = accumulator_dtype(x.dtype), torch.empty, torch.get_num_threads
@@ -26,6 +26,6 @@ def prepare(x: Tensor, p: Tensor) -> Callable[[Tensor], Tensor]:
     def project(x: Tensor, _held: Tensor = p) -> Tensor:
         a = empty(n, t, k, dtype=dtype)
         native(x.data_ptr(), a.data_ptr(), threads())
-        return a
+        return a if rounded is None else a.to(rounded)
 
     return project

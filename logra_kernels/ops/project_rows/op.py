@@ -33,10 +33,13 @@ _op = torch.ops.logra_kernels.project_rows.default
 ProjectRows = Callable[[Tensor], Tensor]
 
 
-def row_projector(x: Tensor, p: Tensor) -> ProjectRows | None:
+def row_projector(x: Tensor, p: Tensor, dtype: torch.dtype | None = None) -> ProjectRows | None:
     """`project_rows(x, p)` as a function of x, checked here for a layer's many batches.
 
     It takes plain CPU tensors of this dtype outside of autograd: x of this one's shape [N, T, d] and contiguous.
+
+    Args:
+        dtype: What the function's results are rounded to; by default they are as `project_rows` gives them.
 
     Returns:
         None where tensors on the CPU do not get the C++ implementation.
@@ -45,7 +48,7 @@ def row_projector(x: Tensor, p: Tensor) -> ProjectRows | None:
         ValueError: As `project_rows`.
     """
     _check(x, p)
-    return launcher("project_rows", "cpu", "auto", "prepare")(x, p) if is_native("project_rows") else None
+    return launcher("project_rows", "cpu", "auto", "prepare")(x, p, dtype) if is_native("project_rows") else None
 
 
 def _check(x: Tensor, p: Tensor) -> None:
