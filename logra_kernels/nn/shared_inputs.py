@@ -6,7 +6,8 @@ q, k and v read one x, and so do gate and up. Which taps do is seen in a forward
 given one tensor, unchanged between them, are a group from then on. The first of a group that comes to a tensor
 projects it for all. The others take their columns where they are given that very tensor at that very version, and in
 every other case they project what they are given by themselves. Nothing here keeps x or a alive: a lives as long as a
-tap holds its columns.
+tap holds its columns. On the CPU these have the bits that the tap alone would give them; a GPU's tiles depend on the
+number of columns, so there the last bits may differ.
 """
 
 import threading

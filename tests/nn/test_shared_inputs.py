@@ -457,6 +457,18 @@ def test_checkpointing_keeps_no_projection(case, alive):
         assert not alive()
 
 
+def test_lora_adapters_and_their_base_layers(made):
+    peft = pytest.importorskip("peft")
+    case = Case("in the graph")
+    targets = ["q", "k", "v", "gate", "up"]
+    config = peft.LoraConfig(r=RANK, lora_dropout=0.0, target_modules=targets, init_lora_weights=False)
+    case.model = peft.get_peft_model(case.model, config).base_model.model
+    with lk.capture(case.model, SMALL, in_graph=True, shared_inputs=True) as case.taps:
+        case.check(passes=3)
+        # beside the second matrices of the adapters: three layers alone, and groups with the adapters' first matrices
+        assert widths_of(case, made) == [RANK] * (len(targets) + 3) + [4 * RANK, 6 * RANK]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():

@@ -68,6 +68,17 @@ def test_projected_already(target, dtype, given):
     check(target, x, dy, p_in if given == "p_in" else None, p_out if given == "p_out" else None)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_columns_of_a_shared_projection(target, dtype, ragged):
+    _, dy, _, p_out = case(3, 37, 21, 40, 10, 7, dtype, target.device)
+    a = torch.randn(3, 37, 30, dtype=torch.promote_types(dtype, torch.float32), device=target.device)
+    for columns in (a[..., :11], a[..., 11:30]):
+        if ragged:
+            check(target, columns.flatten(0, 1), dy.flatten(0, 1), None, p_out, torch.arange(4, device=a.device) * 37)
+        else:
+            check(target, columns, dy, None, p_out)
+
+
 @pytest.mark.parametrize(("rows", "p"), MIXED)
 @pytest.mark.parametrize("cut", [False, True], ids=["dense", "ragged"])
 def test_multiplies_in_the_dtype_of_the_projections(target, rows, p, cut):

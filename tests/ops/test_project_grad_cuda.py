@@ -122,6 +122,13 @@ def test_sm_90_nan_stays_where_it_is(kernels):
 def test_sm_90_projected_x(kernels):
     _, dy, _, p_out = case(3, 37, 8, 24, 8, 16, torch.bfloat16)
     check(kernels, (torch.randn(3, 37, 12), dy, None, p_out), 32, positions=64)
+    check(kernels, (torch.randn(3, 37, 36)[..., 12:24], dy, None, p_out), 32, positions=64)
+
+
+@pytest.mark.parametrize("dtype", ELEMENT, ids=str)
+def test_columns_of_a_shared_projection(kernels, dtype):
+    _, dy, _, p_out = case(2, 37, 8, 41, 8, 9, dtype)
+    check(kernels, (torch.randn(2, 37, 50)[..., 17:34], dy, None, p_out), 32)
 
 
 @pytest.mark.parametrize("dtype", ELEMENT, ids=str)
