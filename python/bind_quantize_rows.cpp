@@ -16,8 +16,9 @@ void bind_quantize_rows(py::module_& m) {
         LGK_CHECK(!is_double(op, {g.dtype}), "quantize_rows: g must be fp32, bf16 or fp16");
         const Encoding encoding = encoding_of(op, code, half_scales, block);
         py::gil_scoped_release unlocked;
-        quantize_rows::quantize_rows(g, encoding, {stochastic, seed, first_row}, reinterpret_cast<uint8_t*>(codes),
-                                     reinterpret_cast<void*>(scales), {rows, d}, n_threads);
+        return quantize_rows::quantize_rows(g, encoding, {stochastic, seed, first_row},
+                                            reinterpret_cast<uint8_t*>(codes), reinterpret_cast<void*>(scales),
+                                            {rows, d}, n_threads);
       },
       py::arg("g"), py::arg("codes"), py::arg("scales"), py::arg("rows"), py::arg("d"), py::arg("code"),
       py::arg("half_scales"), py::arg("block"), py::arg("stochastic"), py::arg("seed"), py::arg("first_row"),

@@ -51,36 +51,54 @@ struct Encoder {
     return scale;
   }
 
-  void encode(int64_t row, float* scratch) const {
+  // A row's numbers from `column` on where they lie, if they are fp32 side by side.
+  const float* in_place(int64_t row, int64_t column) const {
+    const bool plain = g.number() == Dtype::kF32 && g.column_stride == 1;
+    return plain ? static_cast<const float*>(g.data) + g.offset(row) + column : nullptr;
+  }
+
+  // Whether every block has a scale.
+  bool encode(int64_t row, float* scratch) const {
     const int64_t blocks = ceil_div(shape.d, encoding.block);
     const bool mean = encoding.code == Code::kSign && !chance.stochastic;
     const Rounding rounding = {chance.stochastic, mix(static_cast<uint64_t>(chance.first_row + row) ^
                                                       mix(static_cast<uint64_t>(chance.seed)))};
     float* sums = scratch + pack.row_tile * widest() + kPadding;
+    bool fits = true;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t start = b * encoding.block, n = std::min(encoding.block, shape.d - start);
-      pack.pack_rows(g, row, 1, start, n, scratch, widest());
-      const float scale = keep(kernels.scale_of(scratch, n, encoding, mean, sums), row * blocks + b);
+      const float* numbers = in_place(row, start);
+      if (numbers == nullptr) {
+        pack.pack_rows(g, row, 1, start, n, scratch, widest());
+        numbers = scratch;
+      }
+      const float scale = keep(kernels.scale_of(numbers, n, encoding, mean, sums), row * blocks + b);
       const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+      fits &= scale == scale;
       for (int64_t i = 0; i < n; i += kChunk) {
-        kernels.encode(scratch + i, std::min(kChunk, n - i), inverse, encoding, rounding, start + i,
+        kernels.encode(numbers + i, std::min(kChunk, n - i), inverse, encoding, rounding, start + i,
                        codes + row * encoding.bytes(shape.d) + encoding.bytes(start + i));
       }
     }
+    return fits;
   }
 };
 
 }  // namespace
 
-void quantize_rows(const Rows& g, const Encoding& encoding, const Chance& chance, uint8_t* codes, void* scales,
+bool quantize_rows(const Rows& g, const Encoding& encoding, const Chance& chance, uint8_t* codes, void* scales,
                    Shape shape, int n_threads) {
-  if (shape.rows == 0 || shape.d == 0) return;
+  if (shape.rows == 0 || shape.d == 0) return true;
   n_threads = threads_for(double(shape.rows) * shape.d, n_threads);
   const Encoder encoder = {encoded_kernels(), lgk::kernels<float>(), g, encoding, chance, codes, scales, shape};
   const int64_t size = encoder.scratch_size();
   const Buffer<float> scratch(size * n_threads);
-#pragma omp parallel for schedule(static) num_threads(n_threads)
-  for (int64_t row = 0; row < shape.rows; ++row) encoder.encode(row, scratch.data() + size * omp_get_thread_num());
+  bool fits = true;
+#pragma omp parallel for schedule(static) num_threads(n_threads) reduction(&& : fits)
+  for (int64_t row = 0; row < shape.rows; ++row) {
+    fits = encoder.encode(row, scratch.data() + size * omp_get_thread_num()) && fits;
+  }
+  return fits;
 }
 
 }  // namespace lgk::quantize_rows

@@ -18,8 +18,8 @@ struct Chance {
   int64_t seed, first_row;  // a number's chance depends on the seed, its row from first_row on, and its column
 };
 
-// g [rows, d] of fp32, bf16 or fp16; codes [rows, bytes] and scales [rows, blocks] contiguous.
-void quantize_rows(const Rows& g, const Encoding& encoding, const Chance& chance, uint8_t* codes, void* scales,
+// g [rows, d] of fp32, bf16 or fp16; codes [rows, bytes] and scales [rows, blocks] contiguous. False if a scale is NaN.
+bool quantize_rows(const Rows& g, const Encoding& encoding, const Chance& chance, uint8_t* codes, void* scales,
                    Shape shape, int n_threads);
 
 }  // namespace lgk::quantize_rows
