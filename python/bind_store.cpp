@@ -9,6 +9,29 @@
 namespace py = pybind11;
 using namespace lgk;
 
+namespace {
+
+using ByteRanges = std::vector<std::pair<Address, int64_t>>;
+
+template <typename Out>
+bool taken(bool (*take)(const float*, int64_t, const store::Pieces<Out>&, int64_t), const float* source, int64_t stride,
+           const ByteRanges& out, int64_t rows, int64_t d) {
+  store::Pieces<Out> pieces;
+  int64_t room = 0;
+  for (const auto& [address, bytes] : out) {
+    check_sizes("take_rows", {bytes});
+    LGK_CHECK(address % sizeof(Out) == 0 && bytes % sizeof(Out) == 0, "take_rows: a number is cut in two");
+    pieces.emplace_back(reinterpret_cast<Out*>(address), bytes / static_cast<int64_t>(sizeof(Out)));
+    room += pieces.back().second;
+  }
+  LGK_CHECK(room == rows * d,
+            "take_rows: " + std::to_string(room) + " places for " + std::to_string(rows * d) + " numbers");
+  py::gil_scoped_release unlocked;
+  return take(source, stride, pieces, d);
+}
+
+}  // namespace
+
 void bind_store(py::module_& m) {
   m.def(
       "populate",
@@ -37,7 +60,7 @@ void bind_store(py::module_& m) {
       py::arg("address"), py::arg("bytes"), "Take the whole pages of a mapped range out of the page table.");
   m.def(
       "gather",
-      [](const std::vector<std::pair<Address, int64_t>>& parts, Address out, int64_t room) {
+      [](const ByteRanges& parts, Address out, int64_t room) {
         int64_t count = 0;
         for (const auto& [address, bytes] : parts) {
           check_sizes("gather", {bytes});
@@ -55,16 +78,16 @@ void bind_store(py::module_& m) {
       py::arg("parts"), py::arg("out"), py::arg("room"), "Copy byte ranges one after the other; their total.");
   m.def(
       "take_rows",
-      [](Address source, int64_t stride, Address out, int dtype, int64_t rows, int64_t d) {
+      [](Address source, int64_t stride, const ByteRanges& out, int dtype, int64_t rows, int64_t d) {
         const char* op = "take_rows";
         check_sizes(op, {rows, d});
         const Dtype to = dtype_of(op, dtype);
         LGK_CHECK(to == Dtype::kF32 || to == Dtype::kBF16, "take_rows: rows are taken as fp32 or bf16");
         const auto* from = reinterpret_cast<const float*>(source);
-        py::gil_scoped_release unlocked;
-        return to == Dtype::kF32 ? store::take_fp32(from, stride, reinterpret_cast<float*>(out), rows, d)
-                                 : store::take_bf16(from, stride, reinterpret_cast<uint16_t*>(out), rows, d);
+        return to == Dtype::kF32 ? taken(store::take_fp32, from, stride, out, rows, d)
+                                 : taken(store::take_bf16, from, stride, out, rows, d);
       },
       py::arg("source"), py::arg("stride"), py::arg("out"), py::arg("dtype"), py::arg("rows"), py::arg("d"),
-      "out = source, rows of fp32 `stride` apart; whether every number is finite, before and after.");
+      "out, byte ranges one after the other = source, rows of fp32 `stride` apart; whether every number is finite,"
+      " before and after.");
 }

@@ -1,7 +1,8 @@
 """Row ids and user columns: from Python lists to an Arrow table, and to Parquet bytes."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, groupby
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +13,32 @@ from logra_kernels.store.durable import ZEROS, seal, sealed_checksum
 
 ID = "id"
 _CHECKSUM = "checksum"
+
+Lines: TypeAlias = (
+    pa.Table | list[str]
+)  # ids and columns of rows, a line each; of rows without columns also the ids alone
+
+
+def build_lines(ids: Sequence[str], columns: Mapping[str, Any] | None, schema: pa.Schema | None) -> Lines:
+    """What `build_table` gives, or stands for it: a table takes longer than all else that is done for short rows."""
+    if columns or schema is None or schema.names != [ID] or not "".join(ids).isascii():
+        return build_table(ids, columns, schema)
+    return list(ids)
+
+
+def lines_between(lines: Lines, start: int, stop: int) -> Lines:
+    return lines[start:stop] if isinstance(lines, list) else lines.slice(start, stop - start)
+
+
+def table_of(parts: Iterable[Lines]) -> pa.Table:
+    """All lines as one table."""
+    tables: list[pa.Table] = []
+    for plain, group in groupby(parts, lambda part: isinstance(part, list)):
+        if plain:
+            tables.append(pa.table([pa.array(list(chain.from_iterable(group)), pa.string())], names=[ID]))
+        else:
+            tables += group
+    return pa.concat_tables(tables)
 
 
 def build_table(ids: Sequence[str], columns: Mapping[str, Any] | None, schema: pa.Schema | None) -> pa.Table:

@@ -8,21 +8,6 @@ from torch import Tensor
 
 from logra_kernels.ops import EncodedRows, dequantize_rows, factor_rows, quantize_rows, rebuild_rows
 from logra_kernels.store.format import Manifest
-from logra_kernels.store.native import take_rows, takes_rows
-
-
-def checks_itself(manifest: Manifest, rows: Tensor) -> bool:
-    """Whether `encode` looks at the numbers, too, in the pass that it makes anyway."""
-    return manifest.rank is None and not manifest.format.scaled and takes_rows(rows, manifest.torch_dtype)
-
-
-def encode(manifest: Manifest, rows: Tensor, out: Mapping[str, Tensor]) -> bool:
-    """Rows [n, D] of the CPU into tensors named as in `Manifest.tensors`; False if it saw numbers that do not fit."""
-    if checks_itself(manifest, rows):
-        return take_rows(rows, out["rows"])
-    for name, tensor in encode_here(manifest, rows).items():
-        out[name].copy_(tensor)
-    return True
 
 
 def encode_here(manifest: Manifest, rows: Tensor) -> dict[str, Tensor]:

@@ -9,9 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logra_kernels.ops._native import DTYPE_CODE
+from logra_kernels.ops import RowFormat
+from logra_kernels.ops._dispatch import is_native
+from logra_kernels.ops._native import DTYPE_CODE, matrix
 
 READERS = 8  # threads that bring a file in; more than there are cores, since each waits for the disk
+
+_QUANTIZED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -30,12 +34,31 @@ def takes_rows(rows: Tensor, dtype: torch.dtype) -> bool:
     return plain and dtype in (torch.float32, torch.bfloat16) and _library() is not None
 
 
-def take_rows(rows: Tensor, out: Tensor) -> bool:
-    """Copy fp32 rows [n, D] into contiguous fp32 or bf16; whether every number of it is finite. One pass of one thread:
-    on all threads, they would wait for the one that the store's writer has displaced."""
+def take_rows(rows: Tensor, dtype: torch.dtype, pieces: Sequence[np.ndarray]) -> bool:
+    """Copy fp32 rows [n, D] into pieces of memory as fp32 or bf16; whether every number of it is finite. One pass of
+    one thread: on all threads, they would wait for the one that the store's writer has displaced."""
     library = _library()
     assert library is not None
-    return library.take_rows(rows.data_ptr(), rows.stride(0), out.data_ptr(), DTYPE_CODE[out.dtype], *rows.shape)
+    return library.take_rows(rows.data_ptr(), rows.stride(0), _ranges(pieces), DTYPE_CODE[dtype], *rows.shape)
+
+
+def quantizes_rows(rows: Tensor) -> bool:
+    """Whether `quantize_rows` can be called."""
+    return rows.device.type == "cpu" and rows.dtype in _QUANTIZED and is_native("quantize_rows")
+
+
+def quantize_rows(rows: Tensor, form: RowFormat, codes: np.ndarray, scales: np.ndarray) -> bool:
+    """Encode rows [n, D] into memory as `ops.quantize_rows` does; whether every block has a scale. Leaves the store's
+    writer a thread."""
+    library = _library()
+    assert library is not None
+    half, threads = form.scale == "fp16", max(1, torch.get_num_threads() - 1)
+    at = codes.ctypes.data, scales.ctypes.data
+    return library.quantize_rows(matrix(rows), *at, *rows.shape, form.code, half, form.block, False, 0, 0, threads)
+
+
+def _ranges(pieces: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+    return [(piece.ctypes.data, len(piece)) for piece in pieces]
 
 
 def gather(parts: Sequence[np.ndarray], out: np.ndarray) -> int:
@@ -43,7 +66,7 @@ def gather(parts: Sequence[np.ndarray], out: np.ndarray) -> int:
     interpreter go may have to wait for it afterwards."""
     library = _library()
     if library is not None:
-        return library.gather([(part.ctypes.data, len(part)) for part in parts], out.ctypes.data, len(out))
+        return library.gather(_ranges(parts), out.ctypes.data, len(out))
     count = 0
     for part in parts:
         np.copyto(out[count : count + len(part)], part)

@@ -28,7 +28,7 @@ def check_rows(directory: Path, manifest: Manifest, rows: Tensor, ids: Sequence[
             f"rows are {rows.shape[1]} wide and {directory} holds rows of {manifest.dim} ({layers});"
             " pass rows of these layers"
         )
-    if isinstance(ids, str) or any(not isinstance(name, str) for name in ids):
+    if isinstance(ids, str) or not all_str(ids):
         raise StoreError("ids must be a list of str, one for each row; convert them with str()")
     if len(ids) != rows.shape[0]:
         raise StoreError(f"{len(ids)} ids for {rows.shape[0]} rows; give one for each row")
@@ -129,14 +129,14 @@ def committed_prefix(
 
 
 def check_new(row_of: dict[str, int], deleted: Collection[str], ids: Sequence[str]) -> None:
-    gone = [name for name in ids if name in deleted]
+    gone = [name for name in ids if name in deleted] if deleted else []
     if gone:
         raise StoreError(
             f"ids were deleted from the store: {shorten([repr(name) for name in gone])};"
             " leave these rows out, or compact the store first to use the ids again"
         )
-    twice = [name for name in ids if name in row_of]
-    if twice:
+    if not row_of.keys().isdisjoint(ids):
+        twice = [name for name in ids if name in row_of]
         raise StoreError(
             f"ids are in the store already: {shorten([repr(name) for name in twice])}; every row needs its own id"
             " (to go on after an interruption, append with skip_committed=True)"
@@ -151,7 +151,7 @@ def rows_to_delete(
     Raises:
         StoreError: Some ids are not in the store, unless that is `missing_ok`.
     """
-    if isinstance(ids, str) or any(not isinstance(name, str) for name in ids):
+    if isinstance(ids, str) or not all_str(ids):
         raise StoreError("ids must be a list of str; convert them with str()")
     wanted = dict.fromkeys(ids)
     absent = [repr(name) for name in wanted if name not in row_of and name not in deleted]
@@ -161,6 +161,10 @@ def rows_to_delete(
             " none was deleted; correct them, or delete with missing_ok=True"
         )
     return torch.tensor([row_of[name] for name in wanted if name in row_of], dtype=torch.int64)
+
+
+def all_str(ids: Sequence[str]) -> bool:
+    return all(issubclass(kind, str) for kind in set(map(type, ids)))
 
 
 def shorten(names: Sequence[str]) -> str:

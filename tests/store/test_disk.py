@@ -6,11 +6,13 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from store.samples import LAYERS, ids_of, part_of, rows_of, tree, write
 
+import logra_kernels as lk
 from logra_kernels.errors import StoreError
 from logra_kernels.store import GradientStore, fsck
-from logra_kernels.store.writing import commit, disk, ring, writer
+from logra_kernels.store.writing import commit, disk, growing, slots, writer
 
 SLOT = 2 * disk.BLOCK
 FORMATS = ["fp32", "bf16", "int8", "int4"]
@@ -130,31 +132,94 @@ def test_a_shard_that_cannot_be_settled_holds_back_those_behind_it(tmp_path, mon
     assert not [name for name in tree(tmp_path / "s") if name.startswith(".tmp")]
 
 
-def test_parts_of_a_ring_never_overlap():
-    draw = np.random.default_rng(0)
-    memory, taken, number = ring.Ring(10 * ring.PAGE), [], 0
-    for _ in range(2000):
-        nbytes = int(draw.integers(1, 5 * ring.PAGE))
-        found = memory.take(nbytes)
-        if found is None:
-            assert taken, "an empty ring has room"
-            part, given, kept = taken.pop(0)
-            assert bool((part == kept).all())
-            memory.give_back(given)
-            continue
-        part, given = found
-        assert (len(part), part.ctypes.data % ring.PAGE) == (nbytes, 0)
-        if draw.random() < 0.2:
-            memory.take_back(given)
-            continue
-        number = (number + 1) % 251
-        part[:] = number
-        taken.append((part, given, number))
-    assert memory.take(11 * ring.PAGE) is None
+@pytest.mark.parametrize("nbytes", [slots.PAGE, slots.HUGE_PAGE, 3 * slots.HUGE_PAGE + slots.PAGE])
+def test_slots_are_aligned_and_their_own(nbytes):
+    pool = slots.Slots(nbytes)
+    held = [pool.take() for _ in range(3)]
+    for number, slot in enumerate(held):
+        assert len(slot.bytes) == nbytes
+        assert slot.bytes.ctypes.data % min(nbytes, slots.HUGE_PAGE) % slots.PAGE == 0
+        slot.bytes[:] = number
+    assert [int(slot.bytes.min()) + int(slot.bytes.max()) for slot in held] == [0, 2, 4]
+    pool.give_back(held[1])
+    assert pool.take() is held[1]
+
+
+def test_memory_of_a_closed_store_is_kept_for_the_next_one(monkeypatch):
+    monkeypatch.setattr(slots, "_kept", slots._Kept())
+    monkeypatch.setattr(slots, "KEPT_BYTES", 2 * slots.HUGE_PAGE)
+    first, second = slots.Slots(slots.HUGE_PAGE), slots.Slots(slots.HUGE_PAGE)
+    held = [first.take() for _ in range(4)]
+    for slot in held:
+        first.give_back(slot)
+    first.close()
+    kept = [second.take() for _ in range(3)]
+    assert sum(slot in held for slot in kept) == 2
+    for slot in kept:
+        slot.bytes[:] = 7
+        assert int(slot.bytes.min()) == 7
+    assert slots.Slots(2 * slots.HUGE_PAGE).take() not in held
+
+
+def test_memory_that_a_caller_may_still_fill_goes_to_no_other_store(tmp_path, monkeypatch):
+    """The writer fails while rows are being encoded into a place that it gave out."""
+    monkeypatch.setattr(slots, "_kept", slots._Kept())
+    monkeypatch.setattr(disk, "SLOT_BYTES", slots.HUGE_PAGE)
+    with GradientStore.create(tmp_path / "s", {"l": (64, 64)}, rows_per_shard=512) as store:
+        place = store._appender.writer.reserve(1)
+        memory = place.pieces("rows")[0]
+        with monkeypatch.context() as patch, pytest.raises(StoreError, match="broken"):
+            patch.setattr(growing.GrowingShard, "add", lambda *_: (_ for _ in ()).throw(StoreError("broken")))
+            other = store._appender.writer
+            other.submit(other.reserve(1), ["a"])
+            other.flush()
+        other.close()
+    kept = slots._kept._slots
+    assert not any(np.shares_memory(memory, slot.bytes) for slot in kept)
+
+
+@pytest.mark.parametrize("slot", [SLOT, 3 * SLOT, 1 << 20])
+@pytest.mark.parametrize("form", [("int8", 32, "fp32"), ("int4", 128, "fp16"), ("fp8", 64, "fp16")])
+def test_rows_that_lie_in_two_slots(tmp_path, monkeypatch, form, slot):
+    monkeypatch.setattr(disk, "SLOT_BYTES", slot)
+    dtype, block, scale = form
+    rows = torch.randn(77, 6000, generator=torch.Generator().manual_seed(3))
+    kind = lk.RowFormat.of(dtype, block, scale)
+    with GradientStore.create(
+        tmp_path / "s", {"l": (60, 100)}, dtype, block=block, scale=scale, rows_per_shard=31
+    ) as store:
+        for start, stop in ((0, 2), (2, 30), (30, 77)):
+            store.append(rows.t().contiguous().t()[start:stop], [str(i) for i in range(start, stop)])
+    wanted = lk.dequantize_rows(lk.quantize_rows(rows, kind, backend="reference"))
+    assert torch.equal(GradientStore.open(tmp_path / "s").read(0, 77), wanted)
+    assert fsck(tmp_path / "s").faults == []
+
+
+@pytest.mark.parametrize(
+    "form", [("int8", 32, "fp32"), ("int8", 32, "fp16"), ("sign", 32, "fp16"), ("bf16", None, None)]
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_a_bad_number_anywhere_is_found_while_it_is_encoded(tmp_path, form, bad):
+    dtype, block, scale = form
+    with GradientStore.create(tmp_path / "s", {"l": (10, 10)}, dtype, block=block, scale=scale) as store:
+        for row, column in ((0, 0), (2, 99), (3, 40)):
+            rows = torch.ones(4, 100)
+            rows[row, column] = bad
+            if bad == 3e38 and (dtype == "bf16" or scale == "fp32"):
+                store.append(rows, [f"{row} {i}" for i in range(4)])
+                continue
+            with pytest.raises(StoreError, match=f"ids '{row}'"):
+                store.append(rows, list("0123"))
+        store.append(torch.ones(4, 100), list("0123"))
+        small = torch.full((2, 100), 2.0**-20)
+        if scale == "fp16":
+            with pytest.raises(StoreError, match="too small"):
+                store.append(small, ["s", "t"])
+    assert GradientStore.open(tmp_path / "s").ids[-4:] == list("0123")
 
 
 def test_rows_of_a_bad_append_give_their_memory_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "QUEUED_BYTES", 4 * ring.PAGE)
+    monkeypatch.setattr(writer, "QUEUED_BYTES", 4 * slots.PAGE)
     with GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=8) as store:
         bad = rows_of(100)
         bad[7, 3] = float("nan")

@@ -119,7 +119,7 @@ def test_the_callers_buffers_may_be_reused(tmp_path):
 
 
 def test_a_huge_append_is_queued_in_slices(tmp_path, monkeypatch):
-    monkeypatch.setattr("logra_kernels.store.writing.append.SLICE_BYTES", 3 * DIM * 4)
+    monkeypatch.setattr("logra_kernels.store.writing.writer.SLICE_BYTES", 3 * DIM * 4)
     write(tmp_path / "a", 20, rows_per_shard=8)
     monkeypatch.undo()
     write(tmp_path / "b", 20, rows_per_shard=8)

@@ -202,9 +202,18 @@ def test_stores_leave_no_threads_or_files_open(tmp_path):
 def late_piece(store, start, stop, arrive):
     """Rows whose memory is filled only when the writer asks for it, as those that come from a device are."""
     rows, ids, columns = part_of(20, start, stop)
-    held = torch.full(rows.shape, torch.nan)
-    table = build_table(ids, columns, None)
-    store._appender.writer.submit({"rows": held}, table, lambda: arrive(held, rows))
+    table, writer, begin = build_table(ids, columns, None), store._appender.writer, 0
+    while begin < len(ids):
+        place = writer.reserve(len(ids) - begin)
+        part = slice(begin, begin + place.count)
+        held = torch.full(rows[part].shape, torch.nan)
+
+        def filling(place=place, held=held, part=part):
+            arrive(held, rows[part])
+            place.fill({"rows": held})
+
+        writer.submit(place, table[part], filling)
+        begin = part.stop
 
 
 def test_rows_are_waited_for_where_they_are_written(tmp_path):

@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ import pyarrow as pa
 from torch import Tensor
 
 from logra_kernels.errors import StoreError
-from logra_kernels.store.columns import build_table
+from logra_kernels.store.columns import Lines, build_lines, lines_between
 from logra_kernels.store.deleted import delete_rows
-from logra_kernels.store.encoding import checks_itself, encode
 from logra_kernels.store.format import Manifest, read_manifest
 from logra_kernels.store.life.compact import compact
 from logra_kernels.store.lock import WriterLock
@@ -20,9 +20,9 @@ from logra_kernels.store.reading.reader import Reader
 from logra_kernels.store.rows import check_finite, check_new, check_rows, committed_prefix, rows_to_delete
 from logra_kernels.store.shard import check_files
 from logra_kernels.store.writing.departure import Departures
-from logra_kernels.store.writing.writer import BackgroundWriter, Reserved
-
-SLICE_BYTES = 16 << 20  # of converted rows queued at a time, so that one huge append stays within the queue's bound
+from logra_kernels.store.writing.filling import checks_itself, fill
+from logra_kernels.store.writing.growing import Place
+from logra_kernels.store.writing.writer import BackgroundWriter
 
 
 class Appender:
@@ -53,36 +53,44 @@ class Appender:
             self.writer.check()
             if len(ids) == 0:
                 return 0
-            table = build_table(ids, columns, self._schema)
+            lines = build_lines(ids, columns, self._schema)
             skip = self._skipped(ids) if skip_committed else 0
-            rows, ids, table = rows[skip:], ids[skip:], table.slice(skip)
+            if skip:
+                rows, ids, lines = rows[skip:], ids[skip:], lines_between(lines, skip, len(ids))
             check_new(self.row_of, self._deleted, ids)
-            self._submit(manifest, rows.detach(), ids, table)
-            self._schema = table.schema
+            self._submit(manifest, rows.detach(), ids, lines)
+            if isinstance(lines, pa.Table):
+                self._schema = lines.schema
             return len(ids)
 
-    def _submit(self, manifest: Manifest, rows: Tensor, ids: Sequence[str], table: pa.Table) -> None:
-        step = max(1, SLICE_BYTES // manifest.row_bytes)
-        on_device = rows.is_cuda
-        if not on_device and (len(ids) > step or not checks_itself(manifest, rows)):
+    def _submit(self, manifest: Manifest, rows: Tensor, ids: Sequence[str], lines: Lines) -> None:
+        at_once = self.writer.room(len(ids)) == len(ids)
+        if not rows.is_cuda and not (at_once and checks_itself(manifest, rows)):
             check_finite(manifest, rows, ids)
-        for start in range(0, len(ids), step):
-            part, names = rows[start : start + step], ids[start : start + step]
-            held, arrival = self._departures.leave(manifest, part, names) if on_device else (None, None)
-            queued = held or self._encoded(manifest, part, names)
+        start = 0
+        while start < len(ids):
+            place = self.writer.reserve(len(ids) - start)
+            stop = start + place.count
+            names = ids[start:stop]
+            filling = self._fill(manifest, rows[start:stop], names, place)
             end = len(self.row_of)
-            self.row_of.update((name, end + place) for place, name in enumerate(names))
-            self.writer.submit(queued, table.slice(start, step), arrival)
+            self.row_of.update(zip(names, range(end, end + len(names)), strict=True))
+            self.writer.submit(place, lines_between(lines, start, stop), filling)
+            start = stop
 
-    def _encoded(self, manifest: Manifest, rows: Tensor, ids: Sequence[str]) -> Reserved:
-        reserved = self.writer.reserve(len(rows))
+    def _fill(self, manifest: Manifest, rows: Tensor, ids: Sequence[str], place: Place) -> Callable[[], None] | None:
+        """Encode rows into their place. Those of a device are on their way then, and the call that is returned waits
+        for them."""
         try:
-            if not encode(manifest, rows, reserved.tensors):
+            if rows.is_cuda:
+                leaving, arrival = self._departures.leave(manifest, rows, ids)
+                return partial(_arrive, place, leaving, arrival)
+            if not fill(manifest, rows, place):
                 check_finite(manifest, rows, ids)
         except BaseException:
-            self.writer.drop(reserved)
+            self.writer.drop(place)
             raise
-        return reserved
+        return None
 
     def _skipped(self, ids: Sequence[str]) -> int:
         return committed_prefix(self.row_of, self._deleted, self._opened_with, len(self.row_of), ids)
@@ -116,6 +124,11 @@ class Appender:
     def close(self) -> None:
         _finish(self.writer, self._lock)
         self._finalizer.detach()
+
+
+def _arrive(place: Place, leaving: Mapping[str, Tensor], arrival: Callable[[], None]) -> None:
+    arrival()
+    place.fill(leaving)
 
 
 def _finish(writer: BackgroundWriter, lock: WriterLock) -> None:

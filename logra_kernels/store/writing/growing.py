@@ -1,21 +1,27 @@
 """The shard that rows come to: its full file laid out in memory, and written while it grows.
 
-Every row that comes is copied to its place in the file; what of the file is whole is hashed and handed to the disk at
-once. So a full shard is on the disk soon after its last row came, and the memory of what comes is free at once. A shard
-that is to be committed before it is full has another file, which is written from the same memory; it goes on growing.
+Rows are encoded straight to their place in the file. What of it is whole is handed to the disk and hashed at once, so a
+full shard is on the disk soon after its last row came. A shard that is to be committed before it is full has
+another file, which is written from the same memory; it goes on growing.
+
+One thread takes places, another says which are filled; each of them in order.
 """
 
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import xxhash
 from torch import Tensor
 
+from logra_kernels.store.columns import Lines, table_of
 from logra_kernels.store.durable import Temporary
 from logra_kernels.store.entry import File, Shard, shard_names
 from logra_kernels.store.format import Manifest
@@ -24,7 +30,7 @@ from logra_kernels.store.shard import WrittenShard, begin_columns, write_shard
 from logra_kernels.store.tensorfile import CHECKSUM_AT, as_bytes, header
 from logra_kernels.store.writing import disk
 from logra_kernels.store.writing.disk import BLOCK, Disk, begin_direct
-from logra_kernels.store.writing.ring import aligned
+from logra_kernels.store.writing.slots import Slot
 
 
 class _Region(NamedTuple):
@@ -38,6 +44,45 @@ class _Region(NamedTuple):
         return self.offset + count * self.line
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Room for rows: lines [first, first + count) of each of a shard's tensors."""
+
+    shard: "GrowingShard"
+    first: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.count
+
+    @property
+    def due(self) -> bool:
+        """Whether these rows make something whole that can be written."""
+        return self.shard.due(self.first, self.stop)
+
+    def pieces(self, name: str) -> list[np.ndarray]:
+        """The memory of a tensor's lines, one piece after the other."""
+        return self.shard.pieces(name, self.first, self.stop)
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy encoded rows, named as in `Manifest.tensors`."""
+        for name, tensor in tensors.items():
+            data = np.frombuffer(as_bytes(tensor), np.uint8)
+            for piece in self.pieces(name):
+                gather([data[: len(piece)]], piece)
+                data = data[len(piece) :]
+
+    def whole(self) -> dict[str, np.ndarray] | None:
+        """The memory of each tensor's lines; None if one's are in more than one piece."""
+        return self.shard.whole(self.first, self.stop)
+
+    def runs(self) -> Iterator["Place"]:
+        """Cut so that each tensor's lines are one piece, if there is more than one line."""
+        cuts = [self.first, *self.shard.cuts(self.first, self.stop), self.stop]
+        return (Place(self.shard, first, stop - first) for first, stop in pairwise(cuts))
+
+
 class GrowingShard:
     """Rows [start, start + count + removed) of a store, of which compactions took out `removed`.
 
@@ -48,9 +93,10 @@ class GrowingShard:
 
     def __init__(self, directory: Path, manifest: Manifest, disk: Disk, start: int, version: int = 0, removed: int = 0):
         self.start, self.count = start, 0
+        self._promised = self._taken = 0
         self._directory, self._manifest, self._disk = directory, manifest, disk
         self._version, self._removed = version, removed
-        self._tables: list[pa.Table] = []
+        self._lines: list[Lines] = []
         self._regions: dict[str, _Region] = {}
         specs = manifest.tensors(manifest.rows_per_shard)
         self._head = header(specs, {})
@@ -59,20 +105,29 @@ class GrowingShard:
             self._regions[name] = _Region(end, spec.nbytes // manifest.rows_per_shard, spec.nbytes)
             end += spec.nbytes
         self._end = end
-        self._slots: dict[int, np.ndarray] = {}
+        self._slots: dict[int, Slot] = {}
+        self._unsent = deque(self._in_order_of_need())
+        self._due_at = [count for count, _ in self._unsent] or [manifest.rows_per_shard]
         self._sent: dict[int, Future] = {}
         self._file: Temporary | None = None
         self._state, self._hashed = xxhash.xxh3_128(), 0
-        self._place(0, np.frombuffer(self._head, np.uint8))
 
     @property
     def stop(self) -> int:
         return self.start + self.count + self._removed
 
     @property
+    def full_stop(self) -> int:
+        return self.start + self._manifest.rows_per_shard + self._removed
+
+    @property
     def room(self) -> int:
         """How many more rows it takes."""
-        return self._manifest.rows_per_shard - self.count
+        return self._manifest.rows_per_shard - self._promised
+
+    @property
+    def full(self) -> bool:
+        return self.count == self._manifest.rows_per_shard
 
     @property
     def name(self) -> str:
@@ -82,22 +137,64 @@ class GrowingShard:
     @property
     def full_name(self) -> str:
         """Of the file of rows of the full shard."""
-        return shard_names(self.start, self.stop + self.room, self._version)[0]
+        return shard_names(self.start, self.full_stop, self._version)[0]
 
-    def add(self, tensors: Mapping[str, Tensor], table: pa.Table) -> None:
-        """Take up to `room` rows, copied.
+    def take(self, count: int) -> Place:
+        """A place for up to `room` rows. Until one is promised to be filled, the next one is the same."""
+        place = Place(self, self._promised, count)
+        size = self._disk.slots.nbytes
+        for region in self._regions.values():
+            for index in range(region.filled(place.first) // size, (region.filled(place.stop) - 1) // size + 1):
+                if index not in self._slots:
+                    self._slots[index] = self._disk.slots.take()
+        self._taken = place.stop
+        return place
+
+    def promise(self, place: Place) -> None:
+        """What was taken last is filled, or will be before it is added."""
+        self._promised = place.stop
+
+    def drop(self) -> None:
+        """What was taken last is not being filled."""
+        self._taken = self._promised
+
+    def due(self, first: int, stop: int) -> bool:
+        return bisect_right(self._due_at, first) < bisect_right(self._due_at, stop)
+
+    def pieces(self, name: str, first: int, stop: int) -> list[np.ndarray]:
+        region = self._regions[name]
+        cut = self._cut(region.filled(first), region.filled(stop))
+        return [self._slots[index].bytes[begin:end] for index, begin, end in cut]
+
+    def whole(self, first: int, stop: int) -> dict[str, np.ndarray] | None:
+        found, size = {}, self._disk.slots.nbytes
+        for name, region in self._regions.items():
+            index, begin = divmod(region.filled(first), size)
+            end = begin + (stop - first) * region.line
+            if end > size:
+                return None
+            found[name] = self._slots[index].bytes[begin:end]
+        return found
+
+    def cuts(self, first: int, stop: int) -> list[int]:
+        """Numbers of lines before and after those that lie in two slots, and of those that begin a slot."""
+        found = set()
+        for region in self._regions.values():
+            for index, _, _ in self._cut(region.filled(first), region.filled(stop)):
+                whole, within = divmod(self._span(index)[0] - region.offset, region.line)
+                found |= {whole, whole + bool(within)}
+        return sorted(line for line in found if first < line < stop)
+
+    def add(self, count: int, lines: Lines) -> None:
+        """The next `count` rows are filled.
 
         Raises:
             OSError: As the system reports it.
         """
-        for name, region in self._regions.items():
-            self._place(region.filled(self.count), np.frombuffer(as_bytes(tensors[name]), np.uint8))
-        self.count += table.num_rows
-        self._tables.append(table)
-        if self._end >= disk.SLOT_BYTES:
-            for index in sorted(self._slots.keys() - self._sent.keys()):
-                if self._whole(index):
-                    self._send(index)
+        self.count += count
+        self._lines.append(lines)
+        while self._unsent and self._unsent[0][0] <= self.count:
+            self._send(self._unsent.popleft()[1])
 
     def written(self) -> WrittenShard:
         """The rows so far as two files that the system has, to be settled by the caller. A full shard takes no more.
@@ -105,9 +202,10 @@ class GrowingShard:
         Raises:
             OSError: As the system reports it; nothing is left.
         """
-        table = pa.concat_tables(self._tables)
-        if self._file is None or self.room:
-            payload = {name: list(self._lines(region)) for name, region in self._regions.items()}
+        table = table_of(self._lines)
+        self._lines = [table]
+        if self._file is None or not self.full:
+            payload = {name: [p.data for p in self.pieces(name, 0, self.count)] for name in self._regions}
             return write_shard(
                 self._directory, self.start, self._manifest, payload, table, self._version, self._removed
             )
@@ -126,8 +224,8 @@ class GrowingShard:
 
     def _seal(self, file: Temporary, checksum: str) -> None:
         """Write the first block once more, with the checksum."""
-        block = aligned(BLOCK)
-        block[:] = self._slots[0][:BLOCK]
+        block = Slot(BLOCK).bytes
+        block[:] = self._slots[0].bytes[:BLOCK]
         block[CHECKSUM_AT : CHECKSUM_AT + len(checksum)] = np.frombuffer(checksum.encode(), np.uint8)
         self._disk.write(file, block, 0)
 
@@ -136,55 +234,57 @@ class GrowingShard:
         if self._file is not None:
             self._file.discard()
             self._file = None
-        for index, slot in self._slots.items():
+        slots, self._slots = self._slots, {}
+        if self._taken != self.count:
+            return  # a place may be being filled still: no other store may have its memory
+        for index, slot in slots.items():
             if index in self._sent:
                 self._sent[index].add_done_callback(partial(_give_back, self._disk, slot))
             else:
-                self._disk.give_back(slot)
-        self._slots = {}
+                self._disk.slots.give_back(slot)
 
-    def _place(self, at: int, data: np.ndarray) -> None:
-        for index, begin, stop in _cut(at, at + len(data)):
-            if index not in self._slots:
-                self._slots[index] = self._disk.slot()
-            gather([data[: stop - begin]], self._slots[index][begin:stop])
-            data = data[stop - begin :]
-
-    def _lines(self, region: _Region) -> Iterator[memoryview]:
-        for index, begin, stop in _cut(region.offset, region.filled(self.count)):
-            yield self._slots[index][begin:stop].data
+    def _cut(self, begin: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(slot, first byte in it, last one + 1) of the parts of the file's bytes [begin, stop)."""
+        size = self._disk.slots.nbytes
+        while begin < stop:
+            index, within = divmod(begin, size)
+            end = min(stop - begin + within, size)
+            yield index, within, end
+            begin += end - within
 
     def _span(self, index: int) -> tuple[int, int]:
         """The slot's part of the file."""
-        return index * disk.SLOT_BYTES, min(self._end, (index + 1) * disk.SLOT_BYTES)
+        size = self._disk.slots.nbytes
+        return index * size, min(self._end, (index + 1) * size)
 
-    def _whole(self, index: int) -> bool:
-        begin, stop = self._span(index)
-        return all(
-            region.offset >= stop or min(region.offset + region.nbytes, stop) <= max(begin, region.filled(self.count))
-            for region in self._regions.values()
-        )
+    def _in_order_of_need(self) -> list[tuple[int, int]]:
+        """(how many rows make it whole, slot); none of a file too short to be written while it grows."""
+        if self._end < disk.SLOT_BYTES:
+            return []
+        found = []
+        for index in range(-(-self._end // self._disk.slots.nbytes)):
+            begin, stop = self._span(index)
+            needs = [
+                -(-(min(stop, region.offset + region.nbytes) - region.offset) // region.line)
+                for region in self._regions.values()
+                if region.offset < stop and begin < region.offset + region.nbytes
+            ]
+            found.append((max(needs), index))
+        return sorted(found)
 
     def _send(self, index: int) -> None:
-        """Write a slot, and hash it as soon as all before it are."""
+        """Write a slot, and hash it as soon as all before it are: it is in the cache now."""
         if self._file is None:
             self._file = begin_direct(self._directory, self.full_name)
+        if index == 0:
+            self._slots[0].bytes[: len(self._head)] = np.frombuffer(self._head, np.uint8)
         begin, stop = self._span(index)
-        self._sent[index] = self._disk.write(self._file, self._slots[index][: stop - begin], begin)
+        self._sent[index] = self._disk.write(self._file, self._slots[index].bytes[: stop - begin], begin)
         while self._hashed in self._sent:
             begin, stop = self._span(self._hashed)
-            self._state.update(self._slots[self._hashed][: stop - begin].data)
+            self._state.update(self._slots[self._hashed].bytes[: stop - begin].data)
             self._hashed += 1
 
 
-def _give_back(disk: Disk, slot: np.ndarray, _: Future) -> None:
-    disk.give_back(slot)
-
-
-def _cut(begin: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(slot, first byte in it, last one + 1) of the parts of a file's bytes [begin, stop)."""
-    while begin < stop:
-        index, within = divmod(begin, disk.SLOT_BYTES)
-        end = min(stop - begin + within, disk.SLOT_BYTES)
-        yield index, within, end
-        begin += end - within
+def _give_back(disk: Disk, slot: Slot, _: Future) -> None:
+    disk.slots.give_back(slot)

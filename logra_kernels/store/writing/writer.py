@@ -9,27 +9,23 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import torch
-from torch import Tensor
-
 from logra_kernels.errors import StoreError
+from logra_kernels.store.columns import Lines
 from logra_kernels.store.format import Manifest
 from logra_kernels.store.shard import Piece
 from logra_kernels.store.writing.commit import MOST_SECONDS, Committer
-from logra_kernels.store.writing.disk import SLOT_BYTES, SLOTS_UNDER_WAY, Disk
-from logra_kernels.store.writing.growing import GrowingShard
+from logra_kernels.store.writing.disk import SLOT_BYTES, Disk
+from logra_kernels.store.writing.growing import GrowingShard, Place
 from logra_kernels.store.writing.lane import Lane
-from logra_kernels.store.writing.ring import Ring
 
-QUEUED_BYTES = 128 << 20
+QUEUED_BYTES = 32 << 20  # not written yet, or not whole
+SLICE_BYTES = 8 << 20  # of encoded rows queued at a time, so that one huge append stays within the queue's bound
 UNSETTLED_SHARDS = 8  # written and not taken over by the committer yet
 
 
@@ -41,19 +37,10 @@ class _Flush:
 
 
 @dataclass(frozen=True)
-class Reserved:
-    """Memory for encoded rows on their way, named as in `Manifest.tensors`."""
-
-    tensors: Mapping[str, Tensor]
-    taken: int  # of the ring
-
-
-@dataclass(frozen=True)
 class _Queued:
-    piece: Piece
-    nbytes: int
-    arrival: Callable[[], None] | None
-    taken: int
+    place: Place
+    lines: Lines
+    filling: Callable[[], None] | None
 
 
 class _Closed(Exception):  # noqa: N818 - ends the thread, nothing failed
@@ -72,26 +59,32 @@ class BackgroundWriter:
     def __init__(self, directory: Path, manifest: Manifest, tail: Sequence[Piece]):
         self._directory = directory
         self._committer = Committer(directory, manifest)
-        self._tail = tail
-        last = manifest.shards[-1] if tail else None
-        self._disk = Disk()
-        if last is not None:
-            self._growing = GrowingShard(directory, manifest, self._disk, last.start, last.version, last.removed)
-        else:
-            self._growing = GrowingShard(directory, manifest, self._disk, manifest.end)
+        self._row_bytes = manifest.row_bytes
+        self._changed = threading.Condition()
+        self._disk = Disk(self._row_bytes * manifest.rows_per_shard, self._tell)
+        self._shards = deque([self._first(manifest, bool(tail))])  # to be written, and to be filled
         self._written = manifest.end  # serial number up to which the system has the rows
         self._unsettled: deque[tuple[str, Future]] = deque()
         self._at = ""  # the file at work, to be named if it fails
         self._queue: deque[_Queued | _Flush | None] = deque()
         self._queued_bytes = 0
-        self._ring = Ring(QUEUED_BYTES)
+        self._due = False  # something in the queue is to be done at once
         self._failure: StoreError | None = None
         self._failure_told = False
-        self._changed = threading.Condition()
+        with self._changed:
+            for tensors, table in tail:
+                place = self._shards[0].take(table.num_rows)
+                self._put(_Queued(place, table, partial(place.fill, tensors)))
         self._owner = os.getpid()
         self._commits = Lane("logra-store-commit")
         self._thread = threading.Thread(target=self._run, name="logra-store-writer", daemon=True)
         self._thread.start()
+
+    def _first(self, manifest: Manifest, goes_on: bool) -> GrowingShard:
+        if not goes_on:
+            return GrowingShard(self._directory, manifest, self._disk, manifest.end)
+        last = manifest.shards[-1]
+        return GrowingShard(self._directory, manifest, self._disk, last.start, last.version, last.removed)
 
     @property
     def manifest(self) -> Manifest:
@@ -107,64 +100,70 @@ class BackgroundWriter:
         with self._changed:
             self._raise_failure()
 
-    def reserve(self, count: int) -> "Reserved":
-        """Memory for `count` encoded rows; waits while the queue is full. It is submitted, or dropped, before more is
-        reserved.
+    def room(self, count: int) -> int:
+        """How many of so many rows find a place at once."""
+        most = max(1, SLICE_BYTES // self._row_bytes)
+        return min(count, most, self._shards[-1].room or self.manifest.rows_per_shard)
+
+    def reserve(self, count: int) -> Place:
+        """A place for the first `room` of `count` rows; waits while the queue is full. The next one is the same, unless
+        it was submitted.
 
         Raises:
             StoreError: The writer has failed.
         """
         self._check_process()
-        specs = self.manifest.tensors(count)
-        nbytes = sum(spec.nbytes for spec in specs.values())
-        found: list[tuple[np.ndarray, int]] = []
-
-        def taken_or_failed() -> bool:
-            part = self._ring.take(nbytes)
-            if part is None and not self._queued_bytes:
-                part = np.empty(nbytes, np.uint8), 0  # rows that are longer than the queue
-            found.extend([part] if part is not None else [])
-            return bool(found) or self._failure is not None
-
+        count = self.room(count)
         with self._changed:
-            self._changed.wait_for(taken_or_failed)
+            if not self._takes(count):
+                self._hurry()
+                self._changed.wait_for(lambda: self._failure or self._takes(count))
             self._raise_failure()
-        memory, taken = found[0]
-        tensors, end = {}, 0
-        for name, spec in specs.items():
-            part = torch.from_numpy(memory[end : end + spec.nbytes])
-            tensors[name] = part.view(spec.dtype).view(spec.shape)
-            end += spec.nbytes
-        return Reserved(tensors, taken)
+            if not self._shards[-1].room:
+                self._shards.append(self._after(self._shards[-1]))
+            return self._shards[-1].take(count)
 
-    def drop(self, reserved: "Reserved") -> None:
-        """Of what was reserved last: it is not submitted."""
+    def _takes(self, count: int) -> bool:
+        if len(self._shards) > UNSETTLED_SHARDS:
+            return False
+        before = self._queued_bytes + self._disk.bytes_under_way
+        return not before or before + count * self._row_bytes <= QUEUED_BYTES
+
+    def _after(self, shard: GrowingShard) -> GrowingShard:
+        return GrowingShard(self._directory, self.manifest, self._disk, shard.full_stop)
+
+    def drop(self, place: Place) -> None:
+        """What was reserved last is not submitted."""
         with self._changed:
-            self._ring.take_back(reserved.taken)
+            place.shard.drop()
 
-    def submit(
-        self, rows: "Reserved | Mapping[str, Tensor]", table: pa.Table, arrival: Callable[[], None] | None = None
-    ) -> None:
-        """Queue rows: what was reserved and is filled now, or tensors of their own; for those it waits for room.
+    def submit(self, place: Place, lines: Lines, filling: Callable[[], None] | None = None) -> None:
+        """Queue rows that are in their place, or will be.
 
         Args:
-            arrival: Returns once the rows' memory is filled; what it raises is a failure of the writer.
+            filling: Returns once they are; what it raises is a failure of the writer.
 
         Raises:
             StoreError: The writer has failed.
         """
-        self._check_process()
-        tensors, taken = (rows.tensors, rows.taken) if isinstance(rows, Reserved) else (rows, 0)
-        nbytes = sum(tensor.nbytes for tensor in tensors.values())
         with self._changed:
-            if not isinstance(rows, Reserved):
-                self._changed.wait_for(
-                    lambda: self._failure or not self._queued_bytes or self._queued_bytes + nbytes <= QUEUED_BYTES
-                )
             self._raise_failure()
-            self._queue.append(_Queued((tensors, table), nbytes, arrival, taken))
-            self._queued_bytes += nbytes
+            self._put(_Queued(place, lines, filling))
+
+    def _put(self, item: _Queued) -> None:
+        item.place.shard.promise(item.place)
+        self._queue.append(item)
+        self._queued_bytes += item.place.count * self._row_bytes
+        if item.filling is not None or item.place.due:
+            self._hurry()
+
+    def _tell(self) -> None:
+        with self._changed:
             self._changed.notify_all()
+
+    def _hurry(self) -> None:
+        self._due = True
+        self._changed.notify_all()
 
     def flush(self) -> None:
         """Return once every submitted row is committed.
@@ -176,7 +175,7 @@ class BackgroundWriter:
         mark = _Flush()
         with self._changed:
             self._queue.append(mark)
-            self._changed.notify_all()
+            self._hurry()
             self._changed.wait_for(lambda: self._failure or mark.reached)
             self._raise_failure()
 
@@ -190,7 +189,7 @@ class BackgroundWriter:
             return
         with self._changed:
             self._queue.append(None)
-            self._changed.notify_all()
+            self._hurry()
         self._thread.join()
         if not self._failure_told:
             self._raise_failure()
@@ -208,21 +207,18 @@ class BackgroundWriter:
             raise StoreError(str(self._failure)) from self._failure.__cause__
 
     def _run(self) -> None:
-        try:
-            with self._disk, self._commits:
-                try:
-                    for tensors, table in self._tail:
-                        self._growing.add(tensors, table)
-                    self._tail = ()
-                    while True:
-                        self._handle(self._next())
-                except _Closed:
-                    pass
-                except BaseException as error:  # anything at all must reach the caller, who would wait for ever
-                    self._fail(error)
-                self._growing.close()
-        finally:
-            self._tail = ()
+        with self._disk, self._commits:
+            try:
+                while True:
+                    items = self._next()
+                    while items:
+                        self._handle(items.popleft())  # kept no longer than that
+            except _Closed:
+                pass
+            except BaseException as error:  # anything at all must reach the caller, who would wait for ever
+                self._fail(error)
+            for shard in self._shards:
+                shard.close()
 
     def _fail(self, error: BaseException) -> None:
         """Commit what is whole, and say the rest."""
@@ -235,12 +231,15 @@ class BackgroundWriter:
             self._queue.clear()
             self._changed.notify_all()
 
-    def _next(self) -> _Queued | _Flush | None:
+    def _next(self) -> deque[_Queued | _Flush | None]:
+        """All that is queued, once it makes something whole or there was a pause."""
         with self._changed:
-            while not self._changed.wait_for(lambda: self._queue, MOST_SECONDS):
-                if self._committer.behind:  # a pause in the rows
+            while not self._changed.wait_for(lambda: self._due, MOST_SECONDS):
+                if self._committer.behind:
                     self._unsettled.append((self._at, self._commits.submit(self._committer.commit)))
-            return self._queue.popleft()
+            items, self._queue = self._queue, deque()
+            self._due = False
+            return items
 
     def _handle(self, item: _Queued | _Flush | None) -> None:
         if item is None:
@@ -252,26 +251,20 @@ class BackgroundWriter:
                 item.reached = True
                 self._changed.notify_all()
             return
-        if item.arrival is not None:
-            item.arrival()
-        tensors, table = item.piece
-        taken = 0
-        while taken < table.num_rows:
-            stop = min(table.num_rows, taken + self._growing.room)
-            self._at = self._growing.full_name
-            part = {name: tensor[taken:stop] for name, tensor in tensors.items()}
-            self._growing.add(part, table.slice(taken, stop - taken))
-            taken = stop
-            if not self._growing.room:
-                self._write()
+        shard = item.place.shard
+        self._at = shard.full_name
+        if item.filling is not None:
+            item.filling()
+        shard.add(item.place.count, item.lines)
+        if shard.full:
+            self._write()
         with self._changed:
-            self._queued_bytes -= item.nbytes
-            self._ring.give_back(item.taken)
+            self._queued_bytes -= item.place.count * self._row_bytes
             self._changed.notify_all()
 
     def _write(self) -> None:
         """Write the rows of the growing shard, if any are new; a full one is followed by another."""
-        growing = self._growing
+        growing = self._shards[0]
         if growing.stop > self._written:
             while len(self._unsettled) >= UNSETTLED_SHARDS:
                 self._settle_oldest()
@@ -279,9 +272,13 @@ class BackgroundWriter:
             written = growing.written()
             self._written = growing.stop
             self._unsettled.append((self._at, self._commits.submit(partial(self._committer.add, written))))
-        if not growing.room:
+        if growing.full:
             growing.close()
-            self._growing = GrowingShard(self._directory, self.manifest, self._disk, growing.stop)
+            with self._changed:
+                if len(self._shards) == 1:
+                    self._shards.append(self._after(growing))
+                self._shards.popleft()
+                self._changed.notify_all()
 
     def _settle_oldest(self) -> None:
         self._at, settling = self._unsettled.popleft()
@@ -314,5 +311,6 @@ class BackgroundWriter:
 
 
 def writing_bytes(shard_bytes: int) -> int:
-    """The most memory that rows on their way to the disk take: the queue, the shard that grows, what `Disk` writes."""
-    return QUEUED_BYTES + shard_bytes + (SLOTS_UNDER_WAY + 1) * SLOT_BYTES
+    """The most memory that rows on their way to the disk take: the shard that grows, the queue (of rows from a device
+    twice, since they arrive in memory of their own), and the ends of slots."""
+    return shard_bytes + 2 * QUEUED_BYTES + 2 * SLOT_BYTES
