@@ -9,7 +9,7 @@ One thread takes places, another says which are filled; each of them in order.
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -185,14 +185,14 @@ class GrowingShard:
                 found |= {whole, whole + bool(within)}
         return sorted(line for line in found if first < line < stop)
 
-    def add(self, count: int, lines: Lines) -> None:
+    def add(self, count: int, lines: Sequence[Lines]) -> None:
         """The next `count` rows are filled.
 
         Raises:
             OSError: As the system reports it.
         """
         self.count += count
-        self._lines.append(lines)
+        self._lines += lines
         while self._unsent and self._unsent[0][0] <= self.count:
             self._send(self._unsent.popleft()[1])
 

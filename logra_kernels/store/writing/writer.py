@@ -36,10 +36,13 @@ class _Flush:
     reached: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Queued:
-    place: Place
-    lines: Lines
+    """The next rows of a shard."""
+
+    shard: GrowingShard
+    count: int
+    lines: list[Lines]
     filling: Callable[[], None] | None
 
 
@@ -74,7 +77,7 @@ class BackgroundWriter:
         with self._changed:
             for tensors, table in tail:
                 place = self._shards[0].take(table.num_rows)
-                self._put(_Queued(place, table, partial(place.fill, tensors)))
+                self._put(place, table, partial(place.fill, tensors))
         self._owner = os.getpid()
         self._commits = Lane("logra-store-commit")
         self._thread = threading.Thread(target=self._run, name="logra-store-writer", daemon=True)
@@ -148,13 +151,18 @@ class BackgroundWriter:
         """
         with self._changed:
             self._raise_failure()
-            self._put(_Queued(place, lines, filling))
+            self._put(place, lines, filling)
 
-    def _put(self, item: _Queued) -> None:
-        item.place.shard.promise(item.place)
-        self._queue.append(item)
-        self._queued_bytes += item.place.count * self._row_bytes
-        if item.filling is not None or item.place.due:
+    def _put(self, place: Place, lines: Lines, filling: Callable[[], None] | None) -> None:
+        place.shard.promise(place)
+        last = self._queue[-1] if self._queue else None
+        if filling is None and isinstance(last, _Queued) and last.filling is None and last.shard is place.shard:
+            last.count += place.count  # one after the other: what takes the writer long in Python, the caller waits for
+            last.lines.append(lines)
+        else:
+            self._queue.append(_Queued(place.shard, place.count, [lines], filling))
+        self._queued_bytes += place.count * self._row_bytes
+        if filling is not None or place.due:
             self._hurry()
 
     def _tell(self) -> None:
@@ -251,15 +259,14 @@ class BackgroundWriter:
                 item.reached = True
                 self._changed.notify_all()
             return
-        shard = item.place.shard
-        self._at = shard.full_name
+        self._at = item.shard.full_name
         if item.filling is not None:
             item.filling()
-        shard.add(item.place.count, item.lines)
-        if shard.full:
+        item.shard.add(item.count, item.lines)
+        if item.shard.full:
             self._write()
         with self._changed:
-            self._queued_bytes -= item.place.count * self._row_bytes
+            self._queued_bytes -= item.count * self._row_bytes
             self._changed.notify_all()
 
     def _write(self) -> None:
