@@ -7,6 +7,7 @@
 #include "common/buffer.h"
 #include "common/check.h"
 #include "common/product.h"
+#include "common/threads.h"
 #include "encoded/queries.h"
 
 namespace lgk::score_topk {
@@ -124,7 +125,7 @@ struct Ranking {
       for (int64_t row = 0; row < rows; row += block_rows) {
         const int64_t here = std::min(block_rows, rows - row);
         multiply(row, here, q0, count, Output<T>{scores.data(), 1, block_rows});
-#pragma omp parallel for schedule(dynamic) num_threads(std::min<int64_t>(n_threads, count))
+#pragma omp parallel for schedule(dynamic) num_threads(threads_for(double(here) * count, n_threads))
         for (int64_t q = 0; q < count; ++q) {
           offer(best.data()[q0 + q], scores.data() + q * block_rows, row, first + row, here, row_scale);
         }
@@ -134,7 +135,7 @@ struct Ranking {
 
   void write(int64_t found, T* values, int64_t* indices, int n_threads) const {
     if (queries == 0) return;
-#pragma omp parallel for schedule(dynamic) num_threads(std::min<int64_t>(n_threads, queries))
+#pragma omp parallel for schedule(dynamic) num_threads(threads_for(double(found) * queries, n_threads))
     for (int64_t q = 0; q < queries; ++q) {
       Best<T>& kept = best.data()[q];
       kept.keep(k);
