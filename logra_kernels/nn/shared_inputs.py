@@ -26,10 +26,7 @@ if TYPE_CHECKING:
     from logra_kernels.nn.hook import Probe
 
 MOST_FAILURES = 3  # groups of a tap that fell apart, before it stays alone
-_FEW = (
-    8  # rows of a factor that C++ multiplies in another order than more of them: a tap's bits must not hang on others
-)
-
+_FEW = 8  # rows of a factor, up to which C++ multiplies in another order: a tap's bits must not hang on others
 _SEEN_AT_ONCE = 4  # tensors that taps of a group may be given between its first and its last one
 
 _Factors = dict[Adapter, tuple["Probe", Tensor]]

@@ -153,11 +153,16 @@ def test_taps_that_were_taken_off_and_put_on_again(case, made):
         case.check()
 
 
-def test_the_same_bits_as_alone(case):
-    together = [case.rows() for _ in range(3)]
-    with lk.capture(case.model, SMALL, in_graph=case.taps.in_graph, shared_inputs=False) as alone:
-        case.taps.active = False
-        case.taps = alone
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("projection_dtype", [None, torch.bfloat16])
+def test_the_same_bits_as_alone(path, projection_dtype):
+    case = Case(path, projection_dtype=projection_dtype)
+    with case.taps:
+        together = [case.rows() for _ in range(3)]
+    case.taps = lk.capture(
+        case.model, SMALL, in_graph=case.taps.in_graph, projection_dtype=projection_dtype, shared_inputs=False
+    )
+    with case.taps:
         assert all(torch.equal(case.rows(), rows) for rows in together)
 
 
