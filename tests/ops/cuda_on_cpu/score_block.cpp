@@ -17,5 +17,5 @@ extern "C" const char* score_block(int arch, int tile, int timing, const int64_t
                          d,
                          piece,
                          pieces};
-  return guarded([&] { run(Arch(arch), tile, args, {(timing & 1) != 0, (timing & 2) != 0, (timing & 4) != 0}); });
+  return guarded([&] { run(lgk::Arch(arch), tile, args, {(timing & 1) != 0, (timing & 2) != 0, (timing & 4) != 0}); });
 }
