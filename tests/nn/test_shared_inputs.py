@@ -3,98 +3,32 @@
 import copy
 import pickle
 import threading
-from functools import partial
 
 import pytest
 import torch
-from oracle import assert_equal_rows, projected_autograd
-from torch import Tensor, nn
+from nn.sharing import (
+    ALONE,
+    PATHS,
+    RANK,
+    SMALL,
+    TOGETHER,
+    WIDTH,
+    Case,
+    N,
+    Net,
+    T,
+    loss_of,
+    tapped,
+    widths_of,
+)
+from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import TensorWeakRef
 
 import logra_kernels as lk
 from logra_kernels import _C
-from logra_kernels.nn.adapters import LinearAdapter
 from logra_kernels.nn.shared_inputs import MOST_FAILURES, SharedInputs
 
-RANK = 12  # enough for C++ to sum in the same order however many factors are stacked
-SMALL = lk.Projection(rank=RANK)
-N, T, WIDTH = 3, 7, 16
-TOGETHER = [RANK] * 3 + [2 * RANK, 3 * RANK]  # the widths of a pass's projections: gate and up, and q, k and v
-ALONE = [RANK] * 8
-
-
-class Net(nn.Module):
-    """Attention and a gated MLP.
-
-    Attributes:
-        order: Which of q, k and v are called, in this order.
-        given: (name, x) -> what a layer is given in the place of the x of its group.
-    """
-
-    def __init__(self, bias: bool = False) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=bias) for _ in range(4))
-        self.gate, self.up = (nn.Linear(WIDTH, 24, bias=bias) for _ in range(2))
-        self.down, self.head = nn.Linear(24, WIDTH, bias=bias), nn.Linear(WIDTH, 5)
-        self.order = "qkv"
-        self.given = lambda name, x: x
-
-    def attend(self, x: Tensor) -> Tensor:
-        x = 0.5 * x
-        y = {name: getattr(self, name)(self.given(name, x)) for name in self.order}
-        return self.o(torch.softmax(y["q"] @ y.get("k", y["q"]).mT, -1) @ y.get("v", y["q"]))
-
-    def mix(self, x: Tensor) -> Tensor:
-        x = 0.5 * x
-        return self.down(torch.sigmoid(self.gate(self.given("gate", x))) * self.up(self.given("up", x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attend(x)
-        return self.head(x + self.mix(x))
-
-
-def loss_of(model, x, target):
-    return nn.functional.mse_loss(model(x), target, reduction="sum")
-
-
-class Case:
-    """A model, a batch and its taps."""
-
-    def __init__(self, path: str, **settings) -> None:
-        self.frozen = path != "learning, in the graph"
-        self.model = Net(bias=settings.get("bias", False)).requires_grad_(not self.frozen)
-        self.x, self.target = torch.randn(N, T, WIDTH, requires_grad=True), torch.randn(N, T, 5)
-        self.taps = lk.capture(self.model, SMALL, in_graph=path != "a hook", **{"shared_inputs": True, **settings})
-
-    def rows(self, loss=loss_of) -> Tensor:
-        self.taps.reset()
-        loss(self.model, self.x, self.target).backward()
-        return self.taps.rows()
-
-    def check(self, loss=loss_of, passes: int = 1, rtol: float = 1e-5, instead=None) -> None:
-        """Against one-sample autograd of the untapped model, its layers given what `instead` says."""
-        for _ in range(passes):
-            self.rows(loss)
-            got = self.taps.grads
-            given = self.model.given
-            self.taps.active, self.model.given = False, instead or given
-            exact = projected_autograd(self.model, self.taps, [partial(self.loss_of_one, loss, i) for i in range(N)])
-            self.taps.active, self.model.given = True, given
-            assert_equal_rows(got, exact, rtol)
-
-    def loss_of_one(self, loss, i: int) -> Tensor:
-        return loss(self.model, self.x.detach()[i : i + 1], self.target[i : i + 1])
-
-
-PATHS = ["a hook", "in the graph", "learning, in the graph"]
-
-
-@pytest.fixture(params=PATHS)
-def case(request):
-    made = Case(request.param)
-    with made.taps:
-        yield made
+case = pytest.fixture(params=PATHS)(tapped)
 
 
 @pytest.fixture
@@ -114,29 +48,6 @@ def made(monkeypatch):
     monkeypatch.setattr(_C, "project_rows", project_rows)
     monkeypatch.setattr(_C, "row_projector", row_projector)
     return widths
-
-
-def widths_of(case, made, loss=loss_of) -> list[int]:
-    made.clear()
-    case.rows(loss)
-    return sorted(made)
-
-
-@pytest.fixture
-def alive(monkeypatch):
-    """How many projections of several taps there are."""
-    projections: list[TensorWeakRef] = []
-    keep = LinearAdapter.keep
-
-    def recorded(self, x, p_in):
-        a = keep(self, x, p_in)
-        if a.shape[-1] > RANK:
-            projections.append(TensorWeakRef(a))
-        return a
-
-    monkeypatch.setattr(LinearAdapter, "keep", recorded)
-    yield lambda: sum(a() is not None for a in projections)
-    assert projections
 
 
 def test_x_is_projected_once(case, made):
@@ -393,15 +304,6 @@ def test_other_factors(case, made):
         assert widths_of(case, made) == TOGETHER
 
 
-def test_factors_are_held_once(case):
-    before = {name: tuple(p.clone() for p in pair) for name, pair in case.taps.factors.items()}
-    case.check(passes=2)
-    after = case.taps.factors
-    assert all(torch.equal(p, q) for name in before for p, q in zip(before[name], after[name], strict=True))
-    storages = [after[name][0].untyped_storage().data_ptr() for name in ("q", "k", "v", "gate", "up", "o")]
-    assert [storages.count(storage) for storage in storages] == [3, 3, 3, 2, 2, 1]
-
-
 def test_one_weight_under_two_names(made):
     for path in PATHS:
         case = Case(path)
@@ -426,40 +328,6 @@ def test_copies_find_out_by_themselves(case):
         assert copied.on_cpu
         assert case.taps.shared._groups
         assert not copied._groups
-
-
-@pytest.mark.parametrize("finish", ["backward", "backward, loss kept", "nothing"])
-def test_projections_die_with_their_taps(case, alive, finish):
-    for i in range(3):
-        case.taps.reset()
-        loss = loss_of(case.model, case.x, case.target)
-        assert (alive() > 0) is (i > 0)
-        if finish != "nothing":
-            loss.backward()
-        if finish == "backward, loss kept":
-            assert not alive()
-        del loss
-        assert not alive()
-
-
-def test_projections_of_taps_that_are_not_called_die_too(case, alive):
-    case.model.given = lambda name, x: case.x  # which outlives the pass
-    for order in ("qkv", "qv", "qkv", "q"):
-        case.model.order = order
-        for _ in range(2):
-            case.taps.reset()
-            loss_of(case.model, case.x, case.target).backward()
-            assert not alive()
-
-
-def test_checkpointing_keeps_no_projection(case, alive):
-    for order in ("qkv", "qkv", "qkv", "qv"):
-        case.model.order = order
-        case.taps.reset()
-        loss = checkpoint(case.model, case.x, use_reentrant=False).sum()
-        assert not alive()
-        loss.backward()
-        assert not alive()
 
 
 def test_lora_adapters_and_their_base_layers(made):

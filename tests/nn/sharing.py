@@ -1,0 +1,94 @@
+"""A model whose layers share inputs, its taps on every path, and what they have projected."""
+
+from functools import partial
+
+import torch
+from oracle import assert_equal_rows, projected_autograd
+from torch import Tensor, nn
+
+import logra_kernels as lk
+
+RANK = 12  # enough for C++ to sum in the same order however many factors are stacked
+SMALL = lk.Projection(rank=RANK)
+N, T, WIDTH = 3, 7, 16
+TOGETHER = [RANK] * 3 + [2 * RANK, 3 * RANK]  # the widths of a pass's projections: gate and up, and q, k and v
+ALONE = [RANK] * 8
+
+
+class Net(nn.Module):
+    """Attention and a gated MLP.
+
+    Attributes:
+        order: Which of q, k and v are called, in this order.
+        given: (name, x) -> what a layer is given in the place of the x of its group.
+    """
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=bias) for _ in range(4))
+        self.gate, self.up = (nn.Linear(WIDTH, 24, bias=bias) for _ in range(2))
+        self.down, self.head = nn.Linear(24, WIDTH, bias=bias), nn.Linear(WIDTH, 5)
+        self.order = "qkv"
+        self.given = lambda name, x: x
+
+    def attend(self, x: Tensor) -> Tensor:
+        x = 0.5 * x
+        y = {name: getattr(self, name)(self.given(name, x)) for name in self.order}
+        return self.o(torch.softmax(y["q"] @ y.get("k", y["q"]).mT, -1) @ y.get("v", y["q"]))
+
+    def mix(self, x: Tensor) -> Tensor:
+        x = 0.5 * x
+        return self.down(torch.sigmoid(self.gate(self.given("gate", x))) * self.up(self.given("up", x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x)
+        return self.head(x + self.mix(x))
+
+
+def loss_of(model, x, target):
+    return nn.functional.mse_loss(model(x), target, reduction="sum")
+
+
+class Case:
+    """A model, a batch and its taps."""
+
+    def __init__(self, path: str, **settings) -> None:
+        self.frozen = path != "learning, in the graph"
+        self.model = Net(bias=settings.get("bias", False)).requires_grad_(not self.frozen)
+        self.x, self.target = torch.randn(N, T, WIDTH, requires_grad=True), torch.randn(N, T, 5)
+        self.taps = lk.capture(self.model, SMALL, in_graph=path != "a hook", **{"shared_inputs": True, **settings})
+
+    def rows(self, loss=loss_of) -> Tensor:
+        self.taps.reset()
+        loss(self.model, self.x, self.target).backward()
+        return self.taps.rows()
+
+    def check(self, loss=loss_of, passes: int = 1, rtol: float = 1e-5, instead=None) -> None:
+        """Against one-sample autograd of the untapped model, its layers given what `instead` says."""
+        for _ in range(passes):
+            self.rows(loss)
+            got = self.taps.grads
+            given = self.model.given
+            self.taps.active, self.model.given = False, instead or given
+            exact = projected_autograd(self.model, self.taps, [partial(self.loss_of_one, loss, i) for i in range(N)])
+            self.taps.active, self.model.given = True, given
+            assert_equal_rows(got, exact, rtol)
+
+    def loss_of_one(self, loss, i: int) -> Tensor:
+        return loss(self.model, self.x.detach()[i : i + 1], self.target[i : i + 1])
+
+
+PATHS = ["a hook", "in the graph", "learning, in the graph"]
+
+
+def tapped(request):
+    """A case on the path that is the parameter; for `pytest.fixture(params=PATHS)`."""
+    made = Case(request.param)
+    with made.taps:
+        yield made
+
+
+def widths_of(case, made, loss=loss_of) -> list[int]:
+    made.clear()
+    case.rows(loss)
+    return sorted(made)
