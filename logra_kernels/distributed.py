@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from logra_kernels.curvature import COVARIANCES, keep_observed, observed
+from logra_kernels.curvature import COVARIANCES, Progress, keep_observed, observed
 from logra_kernels.errors import LograError
-from logra_kernels.run import Progress, Run
+from logra_kernels.run import Run
 from logra_kernels.session import SharedObservation
 from logra_kernels.store import GradientStore, Share, merge, projection_of, sum_over_ranks
 
@@ -89,7 +89,7 @@ class DistributedRun(Run):
         for name in (COVARIANCES, self._fisher.model.sidecar()):
             _add_up(self._store, name, mine)
         self._fisher.join(mine, self._store)
-        self._forget()
+        self._solved.forget()
 
     @contextmanager
     def observe(self, *args: Any, **options: Any) -> Iterator[None]:

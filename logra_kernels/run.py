@@ -2,32 +2,26 @@
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from logra_kernels import influence
-from logra_kernels.curvature import CURVATURES, Curvature, Damping, Factor, Groups
+from logra_kernels.curvature import CURVATURES, Curvature, Damping, Groups, Progress
 from logra_kernels.errors import LograError, StoreError
-from logra_kernels.nn import DEFAULT_KINDS, KINDS, Taps, capture, model_fingerprint
-from logra_kernels.ops import RowFormat
+from logra_kernels.nn import Taps, model_fingerprint
 from logra_kernels.projection import Projection
 from logra_kernels.session import (
     Analysis,
     FisherSums,
     Observation,
     Query,
+    Settings,
     SkippedRows,
-    agreed,
-    check_settings,
-    layers_here,
+    Solved,
 )
-from logra_kernels.store import GradientStore, projection_of, sidecars_of
-
-Progress = Callable[[int], None]
-_PROJECTION_DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
+from logra_kernels.store import GradientStore, sidecars_of
 
 
 class Run(Analysis):
@@ -104,50 +98,33 @@ class Run(Analysis):
         self.path = os.fspath(path)
         self.model = model
         self._freeze = freeze
-        self._kind = (CURVATURES[curvature] if isinstance(curvature, str) else curvature).joining(blocks or ())
-        self._damping = damping if damping is None else Damping.of(damping)
         self._rows_per_shard = rows_per_shard
         self._writing = False
         self._store = GradientStore.open(self.path) if GradientStore.exists(self.path) else None
-        if self._store is not None:
-            projection = agreed(projection, projection_of(self._store))
-            bias = self._store.meta.get("bias", False) if bias is None else bias
-            projection_dtype = projection_dtype or _PROJECTION_DTYPES[self._store.meta.get("projection_dtype")]
-            stored = layers_here(self._store, self.model)
-            if include is None and exclude is None and kinds is None:
-                include, kinds = stored, list(KINDS)
         self._skipped = SkippedRows(self._store)
-        stored_format = self._store.format if self._store is not None else RowFormat.of("fp32")
-        if block is None and dtype in (None, stored_format.name):
-            self._format = stored_format
-        else:
-            self._format = RowFormat.of(dtype or stored_format.name, block)
-        self._rank_c = self._store.rank_c if rank_c is None and self._store is not None else rank_c
-        self._bias = bool(bias)
-        drawn = (projection or Projection()).drawn()
-        self.taps: Taps = capture(
+        self._settings = Settings.of(
+            self._store,
             model,
-            drawn,
-            include,
-            exclude,
-            kinds=kinds or DEFAULT_KINDS,
-            bias=self._bias,
+            include=include,
+            exclude=exclude,
+            kinds=kinds,
+            bias=bias,
+            projection=projection,
             projection_dtype=projection_dtype,
-            shared_inputs=shared_inputs,
+            dtype=dtype,
+            block=block,
+            rank_c=rank_c,
         )
-        self._meta: dict[str, object] = {"bias": self._bias}
-        if projection_dtype is not None:
-            self._meta["projection_dtype"] = next(n for n, d in _PROJECTION_DTYPES.items() if d == projection_dtype)
+        self.taps: Taps = self._settings.capture(model, shared_inputs)
         self.fingerprints = {"model": model_fingerprint(model), **(fingerprints or {})}
         if self._store is not None:
-            check_settings(self._store, self.taps.layers, projection, self._format, self._rank_c, self._meta)
+            self._settings.check(self._store, self.taps.layers)
             self._store.check(self.fingerprints)
-        self._kind.columns(self.taps.layers)  # refuses blocks that do not fit
-        self._fisher = FisherSums(fisher_while_logging, self._kind, statistics_device is not None)
-        self._observation = self._observes(self.taps, projection, decided=self._store is not None)
-        self._curvature: Curvature | None = None
-        self._factors: dict[float | Damping | None, Factor] = {}
-        self._row_statistics: dict[float | Damping | None, dict[str, Tensor]] = {}
+        kind = (CURVATURES[curvature] if isinstance(curvature, str) else curvature).joining(blocks or ())
+        kind.columns(self.taps.layers)  # refuses blocks that do not fit
+        self._solved = Solved(kind, damping)
+        self._fisher = FisherSums(fisher_while_logging, kind, statistics_device is not None)
+        self._observation = self._observes(self.taps, self._settings.projection, decided=self._store is not None)
         self.taps.attach()
 
     @property
@@ -214,7 +191,7 @@ class Run(Analysis):
             rows, ids, columns = self._skipped.leave_out(store.path, rows, ids, columns)
         new = store.append(rows, ids, columns, skip_committed=True)
         self._fisher.add(store, rows[len(rows) - new :])
-        self._forget()
+        self._solved.forget()
 
     @property
     def skipped(self) -> list[str]:
@@ -281,7 +258,7 @@ class Run(Analysis):
             raise ValueError('observe: sharing="reduce" needs one sample a token row; observe documents unpacked')
         with self._tapped(None, weights, offsets, sequence_length), self._observation.batch(sharing):
             yield
-        self._forget()
+        self._solved.forget()
         if self._store is not None and not self._writing:
             self._observation.keep(self._store)
 
@@ -306,7 +283,7 @@ class Run(Analysis):
             yield
             rows = self.taps.rows()
         self._fisher.observe(self.taps.layers, rows)
-        self._forget()
+        self._solved.forget()
         if self._store is not None and not self._writing:
             self._fisher.keep(self._store)
 
@@ -338,13 +315,13 @@ class Run(Analysis):
             self._store = GradientStore.create(
                 self.path,
                 self.taps.layers,
-                self._format.name,
-                block=self._format.block,
-                rank_c=self._rank_c,
+                self._settings.format.name,
+                block=self._settings.format.block,
+                rank_c=self._settings.rank_c,
                 projection=self.taps.projection.to_dict(),
                 fingerprints=self.fingerprints,
                 rows_per_shard=self._rows_per_shard,
-                meta=self._meta,
+                meta=self._settings.meta,
                 sidecars=sidecars_of(self.taps.projection),
             )
             self._observation.keep(self._store)  # before the rows, so that a run that is killed and goes on has them
@@ -354,11 +331,6 @@ class Run(Analysis):
             self._fisher.begin(self._store)
         self._writing = True
         return self._store
-
-    def _forget(self) -> None:
-        self._curvature = None
-        self._factors.clear()
-        self._row_statistics.clear()
 
     def commit(self) -> GradientStore:
         """Commit every row logged so far; the store, which shows them."""
@@ -384,9 +356,9 @@ class Run(Analysis):
         with GradientStore.open(self.path, mode="append") as writer:
             deleted = writer.delete(ids)
         self._store = GradientStore.open(self.path)
-        for kind in {*CURVATURES.values(), self._kind}:
+        for kind in {*CURVATURES.values(), self._solved.kind}:
             kind.downdate(before, self._store, gone)
-        self._forget()
+        self._solved.forget()
         return deleted
 
     def finalize(self, progress: Progress | None = None) -> None:
@@ -395,9 +367,9 @@ class Run(Analysis):
         Args:
             progress: Called with numbers of rows, which add up to 2 N, or to less where results are kept already.
         """
-        self.commit()
-        self._solved(None, progress)
-        self._statistics(("self_influence", "l2", "l1"), None, progress)
+        store = self.commit()
+        self._solved.factor(store, progress=progress)
+        self._solved.statistics(store, ("self_influence", "l2", "l1"), progress=progress)
 
     def close(self) -> None:
         """Commit what was logged and take the taps off the model. A `with` statement does it by itself."""
@@ -410,30 +382,3 @@ class Run(Analysis):
 
     def __exit__(self, *exc) -> None:
         self.close()
-
-    def _solved(self, damping: float | Damping | None, progress: Progress | None = None) -> Factor:
-        damping = self._damping if damping is None else damping
-        if damping not in self._factors:
-            whitened = influence.whitened_factor(self.commit(), self._kind.kind, damping)
-            if whitened is not None:
-                self._factors[damping] = whitened
-                return whitened
-            if self._curvature is None:
-                self._curvature = self._kind.of(self.commit(), progress)
-            for other in [kept for kept in self._factors if kept != self._damping]:
-                del self._factors[other]  # a factor is as large as the curvature: the default's and one more are held
-            self._factors[damping] = self._curvature.factorize(damping)
-        return self._factors[damping]
-
-    def _statistics(
-        self, wanted: Collection[str], damping: float | Damping | None, progress: Progress | None = None
-    ) -> dict[str, Tensor]:
-        damping = self._damping if damping is None else damping
-        kept = self._row_statistics.setdefault(damping, {})
-        missing = [name for name in wanted if name not in kept]
-        if missing:
-            factor = self._solved(damping)
-            kept |= influence.row_statistics(
-                self.store, factor, missing, curvature=self._kind.kind, damping=damping, progress=progress
-            )
-        return {name: kept[name] for name in wanted}

@@ -10,7 +10,7 @@ from logra_kernels.curvature.observed import keep_observed, observed
 from logra_kernels.curvature.shrunk import Shrunk
 from logra_kernels.curvature.simple import Diagonal, Identity
 from logra_kernels.curvature.statistics import Curvature
-from logra_kernels.curvature.sums import GramSums, RowSums
+from logra_kernels.curvature.sums import GramSums, Progress, RowSums
 
 CURVATURES: dict[str, type[Curvature]] = {
     curvature.kind: curvature
@@ -47,6 +47,7 @@ __all__ = [
     "LowRank",
     "ModelFisher",
     "ModelFisher64",
+    "Progress",
     "RawFisher",
     "RawFisher64",
     "RowSums",

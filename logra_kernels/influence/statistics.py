@@ -7,17 +7,16 @@ the hash of its rows; those that a curvature enters also under its kind and the 
 curvature was computed from, and the damping that was in fact added.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from logra_kernels.curvature import Factor
+from logra_kernels.curvature import Factor, Progress
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.store import GradientStore, sum_over_ranks
 
-Progress = Callable[[int], None]
 NORMS = ("l2", "l1")
 CURVED = ("self_influence", "solved_norm")
 _NORMS_SIDECAR = "row-norms"

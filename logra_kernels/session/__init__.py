@@ -1,12 +1,13 @@
-from logra_kernels.session.agreement import agreed, check_settings, layers_here
 from logra_kernels.session.analysis import Analysis
 from logra_kernels.session.ensemble import Ensemble, ensemble, member_scores, tracin
 from logra_kernels.session.fisher_sums import FisherSums
 from logra_kernels.session.observation import Observation
 from logra_kernels.session.query import Query
 from logra_kernels.session.sensitivity import Sensitivity
+from logra_kernels.session.settings import Settings
 from logra_kernels.session.shared_observation import SharedObservation
 from logra_kernels.session.skipped_rows import SkippedRows
+from logra_kernels.session.solved import Solved
 from logra_kernels.session.verify import Verification
 
 __all__ = [
@@ -16,13 +17,12 @@ __all__ = [
     "Observation",
     "Query",
     "Sensitivity",
+    "Settings",
     "SharedObservation",
     "SkippedRows",
+    "Solved",
     "Verification",
-    "agreed",
-    "check_settings",
     "ensemble",
-    "layers_here",
     "member_scores",
     "tracin",
 ]

@@ -1,7 +1,7 @@
 """What can be asked of a run whose rows are logged. `Run` adds how they are."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from logra_kernels.errors import LograError
 from logra_kernels.nn import Taps, TokenShares
 from logra_kernels.session import sensitivity
 from logra_kernels.session.query import Query
+from logra_kernels.session.solved import Solved
 from logra_kernels.session.verify import Loss, Verification, verify
 from logra_kernels.store import GradientStore, IndexInfo
 
@@ -27,6 +28,7 @@ class Analysis(ABC):
 
     model: nn.Module
     taps: Taps
+    _solved: Solved
 
     @property
     @abstractmethod
@@ -35,12 +37,6 @@ class Analysis(ABC):
     @abstractmethod
     def commit(self) -> GradientStore:
         """Commit every row logged so far; the store, which shows them."""
-
-    @abstractmethod
-    def _solved(self, damping: float | Damping | None) -> Factor: ...
-
-    @abstractmethod
-    def _statistics(self, wanted: Collection[str], damping: float | Damping | None) -> dict[str, Tensor]: ...
 
     @abstractmethod
     def _tapped(
@@ -57,20 +53,24 @@ class Analysis(ABC):
         """The factor, the query after its solve [Q, D], the statistics that the mode needs."""
         if mode not in influence.MODES:
             raise ValueError(f"influence: mode is {mode!r}; it must be one of {', '.join(influence.MODES)}")
-        query.check(self.commit().dim)
-        factor = self._solved(damping)
-        return factor, factor.solve_toward_stored(query.rows), self._statistics(influence.NEEDS[mode], damping)
+        store = self.commit()
+        query.check(store.dim)
+        factor = self._solved.factor(store, damping)
+        own = self._solved.statistics(store, influence.NEEDS[mode], damping)
+        return factor, factor.solve_toward_stored(query.rows), own
 
     def self_influence(self, damping: float | Damping | None = None) -> Tensor:
         """g^T (H + lambda I)^-1 g of every stored row, [N] fp32."""
-        return self._statistics(("self_influence",), damping)["self_influence"]
+        return self._solved.statistics(self.commit(), ("self_influence",), damping)["self_influence"]
 
     def statistics(self, damping: float | Damping | None = None) -> influence.RowStatistics:
         """Self-influence and gradient norms of every stored row, from one pass at the most.
 
         With them outliers are left out: `run.topk(query, rows=influence.row_mask(s.l2_over_l1, quantile=0.99))`.
         """
-        return influence.RowStatistics(**self._statistics(("self_influence", "l2", "l1"), damping))
+        return influence.RowStatistics(
+            **self._solved.statistics(self.commit(), ("self_influence", "l2", "l1"), damping)
+        )
 
     def scores(
         self,

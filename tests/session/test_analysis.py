@@ -23,7 +23,7 @@ def test_every_mode_from_the_definitions(case, mode):
     run, query = case
     dot, own = run.scores(query), run.self_influence()
     rows = run.stored([f"row{i}" for i in range(N)])
-    solved = run._solved(None).solve(rows.rows)
+    solved = run._solved.factor(run.store).solve(rows.rows)
     exact = {
         "dot": dot,
         "relatif": dot / own.sqrt(),
