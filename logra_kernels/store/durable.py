@@ -96,7 +96,12 @@ def write_file(directory: Path, name: str, chunks: Iterable) -> None:
 
 def sync_directory(directory: Path) -> None:
     """Make renames and deletions in `directory` survive a power cut."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    sync(directory, os.O_DIRECTORY)
+
+
+def sync(path: Path, flags: int = 0) -> None:
+    """Make what was written to a file, by whatever means, survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(fd)
     finally:

@@ -1,5 +1,5 @@
-"""Deleting, compacting, merging, quantising and what is computed from rows, killed over and over, on a full disk, and
-beside readers.
+"""Deleting, compacting, merging, quantising, exporting and what is computed from rows, killed over and over, on a full
+disk, and beside readers.
 
 Run as a program, as `crash.py` is: `life_crash.py SCRATCH KIND...`, the kinds steps, random, readers, limit and mount
 (which expects a small file system of its own at SCRATCH). Every job can be done again after it was killed, must then
@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 from store.crash import die_at, forked, lived
 from store.samples import LAYERS, columns_of, ids_of, part_of, rows_of, tree
@@ -48,6 +50,11 @@ def merge_all(path: Path) -> None:
 def quantize_all(path: Path) -> None:
     if not GradientStore.exists(path / "out"):
         quantize(path / "source", path / "out", "int4")
+
+
+def export(path: Path) -> None:
+    if not (path / "out").exists():
+        GradientStore.open(path / "source").export(path / "out")
 
 
 def index(path: Path) -> None:
@@ -127,6 +134,13 @@ def check_quantize(path: Path) -> None:
         assert fsck(path / "out").faults == []
 
 
+def check_export(path: Path) -> None:
+    assert shown(path / "source") == without()
+    if (path / "out").exists():
+        assert np.array_equal(np.load(path / "out" / "rows.npy"), rows_of(COUNT).numpy())
+        assert pq.read_table(path / "out" / "columns.parquet").column("id").to_pylist() == ids_of(COUNT)
+
+
 def check_index(path: Path) -> None:
     assert shown(path) == without()
 
@@ -144,6 +158,7 @@ JOBS: dict[str, tuple[Callable, Callable, Callable]] = {  # prepare; do; check w
     "compact": (store_to_compact, compact, check_compact),
     "merge": (stores_to_merge, merge_all, check_merge),
     "quantize": (store_to_quantize, quantize_all, check_quantize),
+    "export": (store_to_quantize, export, check_export),
     "index": (whole_store, index, check_index),
     "sidecar": (store_with_old_sums, sum_up, check_sums),
 }

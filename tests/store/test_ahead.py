@@ -36,6 +36,20 @@ def test_every_way_gives_the_same(store, monkeypatch, window):
         assert torch.equal(torch.cat([rows for _, rows in store.blocks()]), rows_of(COUNT))
 
 
+def test_short_shards_are_few_at_a_time(tmp_path):
+    """A process may have so many files open, usually 1,024."""
+    store = GradientStore.open(write(tmp_path / "s", 600, rows_per_shard=1))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 256, limits[1]))
+    try:
+        found = sum(int((rows == rows_of(600)[first]).all()) for first, rows in store.blocks())
+        scores = store.score(rows_of(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert found == 600
+    torch.testing.assert_close(scores, rows_of(2) @ rows_of(600).T)
+
+
 def test_memory_is_given_back_where_the_store_outgrows_it(store, monkeypatch):
     gone = []
     real = MappedShard.let_go

@@ -55,6 +55,22 @@ def test_an_empty_store(tmp_path, format):
     path = GradientStore.open(tmp_path / "s").export(tmp_path / "out", format)
     if format == "npy":
         assert np.load(path / "rows.npy").shape == (0, DIM)
+    else:
+        assert sys.modules["datasets"].load_from_disk(str(path)).column_names == ["id", "gradient"]
+
+
+def test_what_faiss_cannot_write_is_said(store, tmp_path, monkeypatch):
+    faiss = pytest.importorskip("faiss")
+
+    def full(*_):
+        raise RuntimeError("write error: 0 != 88\n(No space left on device)")
+
+    monkeypatch.setattr(faiss, "write_index", full)
+    with pytest.raises(
+        StoreError, match=r"out failed: write error: 0 != 88 \(No space left on device\); remove the cause"
+    ):
+        store.export(tmp_path / "out", "faiss")
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
 def test_what_is_refused(store, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from logra_kernels.errors import StoreError
 from logra_kernels.store import GradientStore, merge
 
 PROGRAM = HERE / "life_crash.py"
-JOBS = {"delete", "compact", "merge", "quantize", "index", "sidecar"}
+JOBS = {"delete", "compact", "merge", "quantize", "export", "index", "sidecar"}
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,16 @@ def test_ids_of_skipped_rows_are_kept(parts, tmp_path):
     assert read_skipped(merge(parts, tmp_path / "out").path) == ["bad-1", "bad-2"]
 
 
+def test_stores_without_rows(parts, tmp_path):
+    """As those of ranks that found nothing to log."""
+    settings = {"fingerprints": {"model": "m"}, "projection": {"rank": 4}}
+    for name in ("first", "last"):
+        GradientStore.create(tmp_path / name, LAYERS, rows_per_shard=8, **settings).close()
+    assert_holds(merge([tmp_path / "first", *parts, tmp_path / "last"], tmp_path / "out"), [*range(COUNT)])
+    empty = merge([tmp_path / "first", tmp_path / "last"], tmp_path / "empty")
+    assert (len(empty), fsck(empty.path).faults) == (0, [])
+
+
 def test_every_difference_is_named(tmp_path):
     make(tmp_path / "a", 0, 8)
     make(tmp_path / "b", 8, 16, dtype="bf16", fingerprints={"model": "x", "loss": "sum"}, projection={"rank": 5})

@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import to_parquet
-from logra_kernels.store.durable import TEMPORARY
+from logra_kernels.store.durable import TEMPORARY, sync, sync_directory
+from logra_kernels.store.tensorfile import as_bytes
 
 if TYPE_CHECKING:
     from logra_kernels.store.reading.stored import StoredRows
@@ -43,7 +44,10 @@ def export(store: "StoredRows", path: str | os.PathLike, format: str) -> Path:
     try:
         scratch.mkdir(parents=True)
         FORMATS[format](store, scratch)
+        for file in scratch.rglob("*"):
+            sync(file)
         scratch.rename(target)
+        sync_directory(target.absolute().parent)
     except OSError as error:
         raise StoreError(
             f"export to {target} failed: {error.strerror or error}; remove the cause and try again"
@@ -55,13 +59,10 @@ def export(store: "StoredRows", path: str | os.PathLike, format: str) -> Path:
 
 def _to_npy(store: "StoredRows", directory: Path) -> None:
     shape = (len(store), store.dim)
-    if 0 in shape:
-        np.save(directory / "rows.npy", np.zeros(shape, np.float32))
-    else:
-        out = np.lib.format.open_memmap(directory / "rows.npy", mode="w+", dtype=np.float32, shape=shape)
-        for start, rows in store.blocks():
-            out[start : start + len(rows)] = rows.float().numpy()
-        out.flush()
+    with open(directory / "rows.npy", "wb") as out:  # not a mapping: on a full disk that would end the process
+        np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for _, rows in store.blocks():
+            out.write(as_bytes(rows.float().contiguous()))
     (directory / "columns.parquet").write_bytes(to_parquet(store.table))
 
 
@@ -70,7 +71,10 @@ def _to_faiss(store: "StoredRows", directory: Path) -> None:
     index = faiss.IndexFlatIP(store.dim)
     for _, rows in store.blocks():
         index.add(rows.float().numpy())
-    faiss.write_index(index, str(directory / "index.faiss"))
+    try:
+        faiss.write_index(index, str(directory / "index.faiss"))
+    except RuntimeError as error:
+        raise OSError(" ".join(str(error).split())) from error
     (directory / "columns.parquet").write_bytes(to_parquet(store.table))
 
 
@@ -89,7 +93,7 @@ def _to_datasets(store: "StoredRows", directory: Path) -> None:
             flat = pa.array(rows.float().numpy().reshape(-1))
             gradients = pa.FixedSizeListArray.from_arrays(flat, type=kind)
             out.write_table(store.table.slice(start, len(rows)).append_column(schema.field(GRADIENT), gradients))
-    datasets.Dataset.from_file(str(stream)).save_to_disk(str(directory))
+    datasets.Dataset.from_file(str(stream)).save_to_disk(str(directory), num_shards=None if len(store) else 1)
     shutil.rmtree(place)
 
 

@@ -91,6 +91,10 @@ def _check_equal(stores: Sequence[GradientStore]) -> None:
         for name in dict.fromkeys((*facts[0], *other))
         if facts[0].get(name) != other.get(name)
     ]
+    columns = [(store.path, _columns(store)) for store in stores if store.manifest.shards]  # no rows yet, no columns
+    found += [
+        f"columns ({columns[0][1]} in {columns[0][0]}, {of} in {path})" for path, of in columns if of != columns[0][1]
+    ]
     if found:
         raise StoreMismatch(f"the stores cannot be merged, they differ in {'; '.join(found)}")
 
@@ -100,9 +104,11 @@ def _facts(store: GradientStore) -> dict[str, Any]:
     facts |= {f"layer {layer.name}": f"{layer.k_out}x{layer.k_in} at {layer.offset}" for layer in store.manifest.layers}
     for kind, table in (("projection", store.projection), ("fingerprint", store.fingerprints), ("meta", store.meta)):
         facts |= {f"{kind} {name}": repr(value) for name, value in (table or {}).items()}
-    if store.manifest.shards:
-        facts["columns"] = ", ".join(f"{field.name}: {field.type}" for field in store.table.schema)
     return facts
+
+
+def _columns(store: GradientStore) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in store.table.schema)
 
 
 def _distinct_ids(stores: Sequence[GradientStore], duplicates: str) -> list[list[str]]:

@@ -15,6 +15,7 @@ from logra_kernels.store.shard import MappedShard
 from logra_kernels.store.writing.lane import Lane
 
 AHEAD_BYTES = 64 << 20  # at least this much is on its way while a shard is used; at least one shard
+AHEAD_SHARDS = 32  # unless they are so short; each has a file open
 DEVICE_BLOCKS = 2  # on a device at a time: one is used, one arrives
 
 
@@ -56,7 +57,7 @@ def loaded(shards: Iterable[MappedShard], give_back: bool) -> Iterator[MappedSha
                 brought = read.submit(shard.bring_in)
                 waiting.append(_Waiting(shard, brought, verify.submit(partial(_verify, shard, brought))))
                 nbytes += shard.nbytes
-                while len(waiting) > 1 and nbytes - waiting[0].shard.nbytes >= ahead:
+                while len(waiting) > 1 and (nbytes - waiting[0].shard.nbytes >= ahead or len(waiting) > AHEAD_SHARDS):
                     nbytes -= waiting[0].shard.nbytes
                     yield from _next(waiting, give_back)
             while waiting:
