@@ -351,6 +351,7 @@ class Run(Analysis):
             StoreError: Ids that the store does not have, or the disk refuses.
         """
         before = self.commit()
+        ids = ids if isinstance(ids, str) else list(ids)  # they are gone through twice
         wanted = set(ids)
         gone = [i for i, name in enumerate(before.ids) if name in wanted]
         with GradientStore.open(self.path, mode="append") as writer:

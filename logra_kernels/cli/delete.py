@@ -45,9 +45,11 @@ def _read_ids(path: Path) -> list[str]:
         LograError: The file is not text.
     """
     try:
-        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line]
+        # An id may hold what else counts as the end of a line, and its halves may be ids, too.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise LograError(f"{path}: byte {error.start + 1} is not UTF-8; convert the file") from error
+    return [line for line in (line.removesuffix("\r") for line in lines) if line]
 
 
 def _matching(store: GradientStore, conditions: list[str]) -> list[str]:

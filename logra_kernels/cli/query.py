@@ -169,7 +169,7 @@ def _read_questions(path: Path) -> list[Question]:
         LograError: The file cannot be read, or a line asks nothing.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # text may hold other ends of lines
     except UnicodeDecodeError as error:
         raise LograError(f"{path}: byte {error.start + 1} is not UTF-8; convert the file") from error
     found: list[Question] = []

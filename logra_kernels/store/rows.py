@@ -151,7 +151,7 @@ def rows_to_delete(
     Raises:
         StoreError: Some ids are not in the store, unless that is `missing_ok`.
     """
-    if isinstance(ids, str) or not all_str(ids):
+    if isinstance(ids, str | bytes) or not all_str(ids := list(ids)):
         raise StoreError("ids must be a list of str; convert them with str()")
     wanted = dict.fromkeys(ids)
     absent = [repr(name) for name in wanted if name not in row_of and name not in deleted]

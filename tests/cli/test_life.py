@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from cli.conftest import call
 from store.samples import LAYERS, part_of, write
 
@@ -32,6 +33,16 @@ def test_delete_by_id_file_and_column(store, memory_dir, capsys):
     printed(capsys, "delete", store, "--where", "source=book 0", "--where", "weight=4.0")
     assert GradientStore.open(store).ids == [f"row-{i}" for i in range(3, 20) if i != 12]
     assert "1 rows" in printed(capsys, "delete", store, "--ids", "nobody", "row-3", "--missing-ok")
+
+
+def test_ids_with_other_ends_of_lines(memory_dir, capsys):
+    names = ["a\u2028b", "a", "b", "c\rd", "c", "d", "e\x0cf", "e", "last"]
+    with GradientStore.create(memory_dir / "odd", {"x": (2, 2)}) as store:
+        store.append(torch.ones(len(names), 4), names)
+    listed = memory_dir / "ids.txt"
+    listed.write_bytes("\r\n".join([names[0], names[3], "", names[6]]).encode("utf-8-sig"))
+    printed(capsys, "delete", memory_dir / "odd", "--ids-file", listed)
+    assert GradientStore.open(memory_dir / "odd").ids == ["a", "b", "c", "d", "e", "last"]
 
 
 def test_what_delete_refuses(store, fails, memory_dir):

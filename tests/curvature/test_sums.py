@@ -165,7 +165,7 @@ def test_deleted_rows_leave_no_trace(tmp_path, kind, monkeypatch):
         watch(run)
         query = ask(run)
         run.scores(query, "relatif")
-        assert run.delete(["row3", "row12"]) == 2
+        assert run.delete(name for name in ("row3", "row12")) == 2
         got, values = run.scores(query, "relatif"), run.self_influence()
     with lk.Run(tmp_path / "without", make_model(), **options) as run:
         log_all(run, [i for i in range(N) if i not in (3, 12)])

@@ -134,13 +134,15 @@ def test_ids_that_are_not_there(path):
     with GradientStore.open(path, mode="append") as store:
         with pytest.raises(StoreError, match=r"no rows with 1 of the 2 ids: 'nobody'; none was deleted"):
             store.delete(["row-1", "nobody"])
-        with pytest.raises(StoreError, match="list of str"):
-            store.delete([1])
+        for ids in ([1], "row-1", b"row-1"):
+            with pytest.raises(StoreError, match="list of str"):
+                store.delete(ids)
         assert len(store) == 30
         assert store.delete([]) == 0
     assert tree(path) == before
     with GradientStore.open(path, mode="append") as store:
         assert store.delete(["row-1", "nobody"], missing_ok=True) == 1
+        assert store.delete(f"row-{i}" for i in (1, 4, 5)) == 2
     with pytest.raises(StoreError, match="mode='append'"):
         GradientStore.open(path).delete(["row-2"])
 
