@@ -14,7 +14,10 @@ import numpy as np
 from torch import Tensor
 
 from logra_kernels.compat.into_store import BLOCK_BYTES, STORED, as_rows, malformed, read_json, write_store
+from logra_kernels.errors import LograError
 from logra_kernels.store import GradientStore
+
+UNFINISHED = ".part"  # how Bergson names a run's directory until it is whole
 
 
 def import_bergson(
@@ -36,6 +39,8 @@ def import_bergson(
         StoreError: Rows or ids do not fit, or the disk refuses.
     """
     place = Path(path)
+    if place.name.endswith(UNFINISHED):
+        raise LograError(f"{place} is an unfinished build, whose rows may be zeros; let Bergson finish it")
     info = read_json(place / "info.json", "an index written by Bergson")
     if not isinstance(info, dict):
         raise malformed(place / "info.json", "holds no table")

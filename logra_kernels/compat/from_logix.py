@@ -89,14 +89,17 @@ def _blocks(
     columns = None if wanted.all() else torch.from_numpy(wanted)
     data = np.memmap(file, np.uint8, mode="r") if file.stat().st_size else np.zeros(0, np.uint8)
     step = max(1, BLOCK_BYTES // (width * itemsize))
+    # Rows follow each other; else they are not of the one number type that the metadata names for all of their modules.
+    if any(entry.get("offset") != row * width * itemsize for row, entry in enumerate(entries)):
+        raise malformed(file, f"does not hold rows of {width} x {kind} one after the other")
     for start in range(0, len(entries), step):
         part = entries[start : start + step]
         held = np.empty((len(part), width * itemsize), np.uint8)
         for line, entry in zip(held, part, strict=True):
             if any(entry.get(key) != first[key] for key in ("path", "shape", "dtype")):
                 raise malformed(file, f"holds a row, {entry.get('data_id')!r}, of other modules than the first one")
-            at = entry.get("offset")
-            if not isinstance(at, int) or not 0 <= at <= len(data) - len(line):
+            at = entry["offset"]
+            if at > len(data) - len(line):
                 raise malformed(file, f"is {len(data)} bytes long and ends before row {entry.get('data_id')!r}")
             line[:] = data[at : at + len(line)]
         rows = as_rows(held, kind, width)

@@ -27,7 +27,8 @@ def write_store(
     """Append blocks of rows [n, D] with their ids to a new store, or to what an interrupted import has left of it.
 
     Raises:
-        StoreError: Rows or ids do not fit, the disk refuses, or another store is at `out`.
+        LograError: Another store is at `out`, or rows of another log.
+        StoreError: Rows or ids do not fit, or the disk refuses.
     """
     if GradientStore.exists(out):
         store = GradientStore.open(out, mode="append")
@@ -37,9 +38,48 @@ def write_store(
     else:
         store = GradientStore.create(out, layers, dtype, meta={"imported": origin})
     with store:
+        there = _There(GradientStore.open(out))
         for rows, ids in blocks:
+            there.compare(rows, ids)
             store.append(rows, ids, skip_committed=True)
+        there.finish()
     return GradientStore.open(out)
+
+
+class _There:
+    """The rows that an import finds in the store already. They must be its own: ids are often no more than numbers, and
+    another log has them, too."""
+
+    def __init__(self, store: GradientStore):
+        self._store = store
+        self._row_of = {name: row for row, name in enumerate(store.ids)}
+        self._seen = 0
+
+    def compare(self, rows: Tensor, ids: list[str]) -> None:
+        """
+        Raises:
+            LograError: A row is there with other numbers.
+        """
+        lines = [line for line, name in enumerate(ids) if name in self._row_of]
+        if not lines:
+            return
+        self._seen += len(lines)
+        numbers = [self._row_of[ids[line]] for line in lines]
+        first, stop = min(numbers), max(numbers) + 1
+        kept = self._store.read(first, stop)[[number - first for number in numbers]]
+        if not torch.equal(self._store.as_stored(rows[lines]), kept):
+            raise self._of_another("numbers")
+
+    def finish(self) -> None:
+        """
+        Raises:
+            LograError: Rows are there that did not come.
+        """
+        if self._seen < len(self._row_of):
+            raise self._of_another("rows")
+
+    def _of_another(self, what: str) -> LograError:
+        return LograError(f"{self._store.path} holds other {what} than this import brings; choose another place")
 
 
 def as_rows(numbers: np.ndarray, dtype: str, width: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from logra_kernels.cli.main import main
 from logra_kernels.compat import import_bergson, import_logix
 from logra_kernels.errors import LograError, StoreError
+from logra_kernels.store import GradientStore
 
 HERE = Path(__file__).parent
 LOGIX, BERGSON = HERE / "written_by_logix", HERE / "written_by_bergson"
@@ -102,6 +103,24 @@ def test_an_interrupted_import_goes_on(tmp_path, monkeypatch):
         import_logix(LOGIX, tmp_path / "s")
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_another_log_does_not_go_on(tmp_path, dtype):
+    """Its ids are the same numbers, and its rows must not be taken for those that are there."""
+    rows = torch.randn(6, 22)
+    one, other = (write_bergson(tmp_path / name, torch.randn(6, 22)) for name in ("one", "other"))
+    write_bergson(tmp_path / "long", torch.cat([rows, rows]))
+    write_bergson(tmp_path / "a", rows)
+    store = import_bergson(tmp_path / "long", tmp_path / "s", dtype=dtype)
+    before = store.read(0, 12)
+    for place, message in ((one, "other numbers"), (other, "other numbers"), (tmp_path / "a", "other rows")):
+        with pytest.raises(LograError, match=f"holds {message} than this import brings"):
+            import_bergson(place, tmp_path / "s", dtype=dtype)
+    with GradientStore.open(tmp_path / "s", mode="append") as appended:
+        appended.delete(["3", "7"])
+    again = import_bergson(tmp_path / "long", tmp_path / "s", dtype=dtype)
+    assert torch.equal(again.read(0, 10), before[[i for i in range(12) if i not in (3, 7)]])
+
+
 def break_json(place):
     (place / "info.json").write_text("{")
 
@@ -139,6 +158,8 @@ def test_bergson_rows_that_cannot_be_taken(tmp_path):
     ):
         with pytest.raises(LograError, match=message):
             import_bergson(write_bergson(tmp_path / name, torch.randn(2, 22), **more), tmp_path / "s")
+    with pytest.raises(LograError, match="is an unfinished build"):
+        import_bergson(write_bergson(tmp_path / "run.part", torch.randn(2, 22)), tmp_path / "s")
     with pytest.raises(LograError, match="has 2 rows, and 1 ids"):
         import_bergson(write_bergson(tmp_path / "c", torch.randn(2, 22)), tmp_path / "s", ids=["x"])
 
@@ -150,6 +171,12 @@ def test_what_logix_did_not_write(tmp_path):
     write_logix(tmp_path, 0, 0, rows, ["a", "b"])
     (tmp_path / "log_rank_0_chunk_0.mmap").write_bytes(b"1234")
     with pytest.raises(LograError, match="is 4 bytes long and ends before row 'a'"):
+        import_logix(tmp_path, tmp_path / "s1")
+    meta = tmp_path / "log_rank_0_chunk_0_metadata.json"
+    entries = json.loads(meta.read_text())
+    entries[1]["offset"] += 32  # as if a module's numbers were longer than the last one's
+    meta.write_text(json.dumps(entries))
+    with pytest.raises(LograError, match="does not hold rows of 22 x float32 one after the other"):
         import_logix(tmp_path, tmp_path / "s1")
     (tmp_path / "log_rank_0_chunk_0_metadata.json").unlink()
     with pytest.raises(LograError, match="metadata.json is missing"):

@@ -9,6 +9,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from logra_kernels.ops import EncodedRows
+from logra_kernels.store.encoding import decode, encode_here, wrap
 from logra_kernels.store.facts import Facts
 from logra_kernels.store.life.export import export
 from logra_kernels.store.reading import coarse
@@ -53,6 +54,10 @@ class StoredRows(Facts):
             StoreError: Outside the store, or a shard is damaged.
         """
         return self._current().read(start, stop)
+
+    def as_stored(self, rows: Tensor) -> Tensor:
+        """Rows [n, D] as they would be read if they were appended, fp32."""
+        return decode(self.manifest, wrap(self.manifest, encode_here(self.manifest, rows))).float()
 
     def blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows [n, D] in `manifest.torch_dtype`) over all rows; about 64 MB each by default.
