@@ -158,7 +158,8 @@ template <class E, int kWidth>
 __device__ inline void multiply_stage(Fragment<kWidth>& out, const char* positions, const char* factor, int warp,
                                       int lane) {
   if constexpr (sizeof(typename E::Storage) == 2) {
-#pragma unroll
+    constexpr int kAtOnce = kWidth < 128 ? kRowChunks / 2 : 2;  // beyond which the widest spills registers
+#pragma unroll kAtOnce
     for (int k = 0; k < kRowChunks; k += 2) {
       uint32_t a[4];
       load_matrices(a, positions + tile_offset<kRowChunks>(warp * 16 + lane % 16, k + lane / 16));

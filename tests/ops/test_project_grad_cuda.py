@@ -278,8 +278,7 @@ def test_compiles(tmp_path, arch):
     spilled, told = machine_code("project_grad", arch, made)
     assert "serialized" not in told  # wgmma that ptxas waits for at once
     assert len(spilled) == 12 + 10 + 1
-    for name, count in spilled.items():
-        assert count <= (128 if "Sm80" in name else 0), name
+    assert not any(spilled.values())
     if arch == "90a" and CUOBJDUMP is not None:
         listing = subprocess.run([CUOBJDUMP, "-sass", str(made)], capture_output=True, text=True, check=True).stdout
         bodies = [part for part in listing.split("Function :")[1:] if "Sm90" in part.splitlines()[0]]
