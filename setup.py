@@ -7,9 +7,13 @@ import warnings
 from glob import glob
 from pathlib import Path
 
-import pybind11
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import Distribution, setup
+
+try:
+    import pybind11
+    from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+except ImportError:
+    sys.exit("building logra_kernels needs pybind11, which this Python has not: pip install 'pybind11>=3.0,<4'")
 
 ParallelCompile("LOGRA_KERNELS_JOBS", default=0).install()
 
@@ -74,4 +78,12 @@ class BuildKernels(build_ext):
         subprocess.run(command, check=True)
 
 
-setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels})
+class InPlace(Distribution):
+    """Kernels built in place need no metadata: pyproject.toml, which setuptools before 77 refuses, is not read."""
+
+    def parse_config_files(self, *args: object, **kwargs: object) -> None:
+        if "--inplace" not in sys.argv:
+            super().parse_config_files(*args, **kwargs)
+
+
+setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels}, distclass=InPlace)

@@ -10,6 +10,19 @@ else:
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS warns without it once the fixture below is on
 
 
+def pytest_runtest_teardown(item):
+    """After a broken kernel nothing runs on the device in this process: pytest-xdist begins another one."""
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        os.write(2, f"\n{item.nodeid} lost the device: {error}\n".encode())
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit("the device is lost", returncode=3)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory_and_fixed_seed():
     """A kernel that leaves part of its output unwritten shows NaN (or the largest integer).
