@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.influence.statistics import check_mask, needed
-from logra_kernels.ops import score_block
-from logra_kernels.store import GradientStore, gather_from_ranks
+from logra_kernels.store import GradientStore, gather_from_ranks, scores_of
 
 MODES = ("dot", "relatif", "theta-relatif", "l2")
 NEEDS = {"dot": (), "relatif": ("self_influence",), "theta-relatif": ("solved_norm",), "l2": ("self_influence",)}
@@ -197,7 +196,7 @@ def _ranked(
         part = slice(start, start + len(block))
         index = torch.arange(part.start, part.stop) if rows is None else rows[part].nonzero()[:, 0] + start
         mine = (block if rows is None else block[rows[part]]).to(device)
-        found = score_block(solved, mine, query_format=query_format)
+        found = scores_of(store.manifest, solved, mine, query_format)
         found = found if scale is None else found * scale[index].to(device)
         found = found if shift is None else found + shift[index].to(device)
         for i, largest in enumerate(ends):

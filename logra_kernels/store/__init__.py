@@ -7,6 +7,7 @@ from logra_kernels.store.reading.ahead import held_bytes
 from logra_kernels.store.reading.coarse import IndexInfo
 from logra_kernels.store.reading.memory import process_bytes
 from logra_kernels.store.reading.reader import factored_bytes
+from logra_kernels.store.reading.scoring import scores_of
 from logra_kernels.store.reading.share import Share, gather_from_ranks, sum_over_ranks
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
@@ -31,6 +32,7 @@ __all__ = [
     "quantization_loss",
     "quantize",
     "read_skipped",
+    "scores_of",
     "shard_bytes",
     "sidecars_of",
     "spread_of",

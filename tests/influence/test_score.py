@@ -54,6 +54,22 @@ def test_modes_ends_and_masks(case, mode, damping):
     assert few.ids == [["r11"]] * 3
 
 
+@pytest.mark.parametrize("mode", ["dot", "l2"])
+@pytest.mark.parametrize("rank_c", [1, 3])
+def test_ends_and_masks_of_rows_kept_as_factors(tmp_path, rank_c, mode):
+    with GradientStore.create(tmp_path / "s", {"a": (16, 16)}, rank_c=rank_c, rows_per_shard=16) as writer:
+        writer.append(torch.randn(40, 256), [str(i) for i in range(40)])
+    store, queries, keep = GradientStore.open(tmp_path / "s"), torch.randn(3, 256), torch.arange(40) % 3 != 0
+    own = {"self_influence": torch.rand(40)}
+    exact = queries.double() @ store.read(0, 40).double().T - (own["self_influence"] / 2 if mode == "l2" else 0)
+    top, bottom = influence.extremes(store, queries, 5, mode, own)
+    assert torch.equal(top.indices, exact.argsort(dim=1, descending=True)[:, :5])
+    assert torch.equal(bottom.indices, exact.argsort(dim=1)[:, :5])
+    kept = influence.topk(store, queries, 4, mode, own, rows=keep)
+    assert torch.equal(kept.indices, exact.masked_fill(~keep, -torch.inf).argsort(dim=1, descending=True)[:, :4])
+    torch.testing.assert_close(kept.values.double(), exact.gather(1, kept.indices), rtol=1e-4, atol=1e-4)
+
+
 def test_query_formats_of_quantised_rows(tmp_path):
     dim, keep = 300, torch.arange(40) % 3 != 0
     with GradientStore.create(tmp_path / "s", {"a": (1, dim)}, "int8", rows_per_shard=16) as writer:
