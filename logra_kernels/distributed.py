@@ -122,7 +122,7 @@ def _add_up(store: Share, name: str, mine: GradientStore) -> None:
     dist.all_gather_object(entries, {entry: (tensor.shape, tensor.dtype) for entry, tensor in own.items()})
     wanted = {entry: what for each in entries for entry, what in each.items()}
     sums = {
-        entry: own[entry].clone() if entry in own else torch.zeros(shape, dtype=dtype)
+        entry: own[entry].clone() if entry in own else torch.zeros(shape, dtype=dtype, device="cpu")
         for entry, (shape, dtype) in sorted(wanted.items())
     }
     if sums:

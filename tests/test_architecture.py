@@ -86,3 +86,19 @@ def test_csrc_knows_neither_torch_nor_python():
         assert "torch/" not in text, path
         assert "Python.h" not in text, path
         assert "pybind11" not in text, path
+
+
+FACTORIES = {"arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn"}
+FACTORIES |= {"randperm", "scalar_tensor", "tensor", "zeros"}
+FLOATS = {"empty", "eye", "linspace", "ones", "rand", "randn", "zeros"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_is_made_does_not_hang_on_torchs_defaults(path):
+    """A user may have set a default device or dtype, and C++ is given the address of what is made."""
+    for call in ast.walk(ast.parse(path.read_text())):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+            made, given = call.func.attr, {keyword.arg for keyword in call.keywords}
+            if ast.unparse(call.func) == f"torch.{made}" and made in FACTORIES and None not in given:
+                needed = {"device", "dtype"} if made in FLOATS else {"device"}
+                assert needed <= given, f"{path}:{call.lineno}: name {' and '.join(sorted(needed - given))}"

@@ -82,7 +82,7 @@ def _blocks(
     file: Path, first: dict[str, Any], layers: dict[str, tuple[int, int]]
 ) -> Iterator[tuple[Tensor, list[str]]]:
     entries = _entries(file)
-    kind, itemsize = first["dtype"], torch.empty(0, dtype=getattr(torch, first["dtype"])).itemsize
+    kind, itemsize = first["dtype"], torch.empty(0, dtype=getattr(torch, first["dtype"]), device="cpu").itemsize
     sizes = [math.prod(shape) for shape in first["shape"]]
     width = sum(sizes)
     wanted = np.repeat([where[-1] == KIND for where in first["path"]], sizes)

@@ -68,7 +68,7 @@ def columns_of(layers: Mapping[str, tuple[int, int]], members: Mapping[str, Sequ
         if all(a.stop == b.start for a, b in pairwise(own)):
             found[block] = slice(own[0].start, own[-1].stop)
         else:
-            found[block] = torch.cat([torch.arange(part.start, part.stop) for part in own])
+            found[block] = torch.cat([torch.arange(part.start, part.stop, device="cpu") for part in own])
     return found
 
 

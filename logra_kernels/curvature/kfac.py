@@ -37,7 +37,11 @@ def keep_covariances(
     """
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in sums.items():
-        tensors |= {f"{name}/in": a, f"{name}/out": b, f"{name}/count": torch.tensor([positions[name], samples])}
+        tensors |= {
+            f"{name}/in": a,
+            f"{name}/out": b,
+            f"{name}/count": torch.tensor([positions[name], samples], device="cpu"),
+        }
     keep_observed(store, COVARIANCES, tensors)
 
 

@@ -106,7 +106,7 @@ def corrected_values(
     store: GradientStore, bases: dict[str, tuple[Tensor, Tensor]], progress: Progress | None
 ) -> dict[str, Tensor]:
     """s[o,i] = mean over rows of (U_out^T G U_in)[o,i]^2 for every layer, [k_out, k_in] fp64, in one streaming pass."""
-    values = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in store.layers.items()}
+    values = {name: torch.zeros(shape, dtype=torch.float64, device="cpu") for name, shape in store.layers.items()}
     for layers in blocks_of(store, store.slices, progress):
         for name, rows in layers.items():
             u_out, u_in = bases[name]

@@ -64,8 +64,8 @@ class LowRank(KeptCurvature):
         for name, part in parts.items():
             d = width_of(part)
             columns = min(cls.rank + _MORE, d, len(store))
-            bases[name] = torch.randn(d, columns, generator=generator, dtype=torch.float64)
-            diagonals[name] = torch.zeros(d, dtype=torch.float64)
+            bases[name] = torch.randn(d, columns, generator=generator, dtype=torch.float64, device="cpu")
+            diagonals[name] = torch.zeros(d, dtype=torch.float64, device="cpu")
         for turn in range(cls.passes - 1):
             images = {name: torch.zeros_like(basis) for name, basis in bases.items()}
             for blocks in blocks_of(store, parts, progress if turn == 0 else None):

@@ -55,7 +55,7 @@ class ModelFisher(Curvature):
     @classmethod
     def keep(cls, store: GradientStore, sums: RowSums) -> None:
         """Keep sums over observed gradients beside the store whose layers and projection they share."""
-        keep_observed(store, cls.sidecar(), {**sums.total(), _COUNT: torch.tensor(sums.rows)})
+        keep_observed(store, cls.sidecar(), {**sums.total(), _COUNT: torch.tensor(sums.rows, device="cpu")})
 
     @classmethod
     def _kept(cls, store: GradientStore) -> tuple[dict[str, Tensor], str]:

@@ -23,7 +23,7 @@ class Identity(Curvature):
         return cls(store.layers, len(store))
 
     def solver(self, block: str, damping: Damping) -> Solver:
-        return SpectralSolver(block, None, torch.ones(sum(self.widths(block))), 0.0)
+        return SpectralSolver(block, None, torch.ones(sum(self.widths(block)), dtype=torch.float32, device="cpu"), 0.0)
 
 
 class Diagonal(SummedCurvature):

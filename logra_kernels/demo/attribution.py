@@ -106,7 +106,7 @@ def ask(run: Run, model: nn.Module, asked: causal_lm.Batch, passages: Sequence[P
     # A query counts by its mean loss, as in the proof; by its summed loss the longest would outweigh the others.
     tokens = (asked.labels != causal_lm.IGNORED).sum(dim=1, keepdim=True)
     place = {name: row for row, name in enumerate(run.store.ids)}
-    order = torch.tensor([place[passage.id] for passage in passages])
+    order = torch.tensor([place[passage.id] for passage in passages], device="cpu")
     return Found(
         ranking=run.scores(query, mode="relatif")[:, order],
         influence=run.scores(query, mode="dot")[:, order] / tokens,

@@ -160,8 +160,8 @@ def _pace(step: int, settings: Settings) -> float:
 def _batch_loss(model: LlamaForCausalLM, rows: Sequence[np.ndarray], pad: int) -> torch.Tensor:
     """Mean cross entropy over all tokens; causal attention never looks at the padding, which is on the right."""
     width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad)
-    labels = torch.full((len(rows), width), _IGNORED)
+    ids = torch.full((len(rows), width), pad, device="cpu")
+    labels = torch.full((len(rows), width), _IGNORED, device="cpu")
     for index, row in enumerate(rows):
         ids[index, : len(row)] = labels[index, : len(row)] = torch.from_numpy(row)
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits

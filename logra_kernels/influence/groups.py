@@ -64,7 +64,7 @@ def group_scores(
     slices = store.slices
     chosen = {group: _spans([slices[n] for n in names]) for group, names in layer_groups(list(slices), groups).items()}
     device = solved.device
-    found = {group: torch.zeros(len(solved), len(store), device=device) for group in chosen}
+    found = {group: torch.zeros(len(solved), len(store), device=device, dtype=torch.float32) for group in chosen}
     for start, block in store.blocks(block_bytes(store, len(solved))):
         part = slice(start, start + len(block))
         own = None if shift is None else _own(block, factor)

@@ -194,7 +194,9 @@ def _ranked(
     best = [(scores, torch.zeros_like(scores, dtype=torch.int64)) for _ in ends]
     for start, block in store.encoded_blocks(block_bytes(store, len(solved))):
         part = slice(start, start + len(block))
-        index = torch.arange(part.start, part.stop) if rows is None else rows[part].nonzero()[:, 0] + start
+        index = (
+            torch.arange(part.start, part.stop, device="cpu") if rows is None else rows[part].nonzero()[:, 0] + start
+        )
         mine = (block if rows is None else block[rows[part]]).to(device)
         found = scores_of(store.manifest, solved, mine, query_format)
         found = found if scale is None else found * scale[index].to(device)

@@ -108,7 +108,7 @@ def _sidecar(name: str, suffix: str) -> str:
 def _stream(
     store: GradientStore, factor: Factor | None, curved: list[str], progress: Progress | None
 ) -> dict[str, Tensor]:
-    found = {name: torch.zeros(len(store)) for name in [*NORMS, *curved]}
+    found = {name: torch.zeros(len(store), dtype=torch.float32, device="cpu") for name in [*NORMS, *curved]}
     for start, rows in store.blocks():
         part = slice(start, start + len(rows))
         wide = rows.float() if store.whitening is None else store.whitening.undo(rows)
@@ -158,7 +158,7 @@ def row_mask(
         raise ValueError(f"row_mask: values {tuple(values.shape)} must be [N], one for each row")
     if quantile is None and at_most is None and at_least is None:
         raise ValueError("row_mask: give quantile, at_most or at_least")
-    keep = torch.ones(len(values), dtype=torch.bool)
+    keep = torch.ones(len(values), dtype=torch.bool, device="cpu")
     if quantile is not None:
         if not 0 <= quantile <= 1:
             raise ValueError(f"row_mask: quantile is {quantile}; it must be between 0 and 1")

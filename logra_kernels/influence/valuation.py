@@ -99,17 +99,17 @@ def value(scores: Tensor | Sequence[Tensor], sources: Sequence[Hashable], *, row
     count = matrices[0].shape[1]
     if len(sources) != count:
         raise ValueError(f"value: {len(sources)} sources for {count} scored rows; give one for each row")
-    keep = torch.ones(count, dtype=torch.bool) if rows is None else rows
+    keep = torch.ones(count, dtype=torch.bool, device="cpu") if rows is None else rows
     check_mask(keep, count)
     kept = torch.stack([s[:, keep].double().cpu() for s in matrices])  # [R, Q, n]
     if not bool(kept.isfinite().all()):
         raise ValueError("value: scores hold NaN or infinity; for rows that were left out give the same mask as rows=")
     owners = [source for source, one in zip(sources, keep.tolist(), strict=True) if one]
     number = {source: i for i, source in enumerate(dict.fromkeys(owners))}
-    where = torch.tensor([number[source] for source in owners])
+    where = torch.tensor([number[source] for source in owners], device="cpu")
     by_seed = kept.new_zeros(len(kept), kept.shape[1], len(number)).index_add_(2, where, kept)  # [R, Q, P]
     row_mean = kept.mean(0).sum(0)
-    positive = torch.zeros(len(number), dtype=torch.float64).index_add_(0, where, row_mean.clamp_min(0))
+    positive = torch.zeros(len(number), dtype=torch.float64, device="cpu").index_add_(0, where, row_mean.clamp_min(0))
     values, sizes, total = by_seed.sum(1), where.bincount(minlength=len(number)), float(row_mean.sum())
     error = values.std(0) / len(values) ** 0.5 if len(values) > 1 else None
     mass, worth = float(positive.sum()), values.mean(0)

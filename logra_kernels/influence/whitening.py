@@ -25,7 +25,7 @@ def whitening_of(curvature: Curvature, damping: float | Damping | None = None) -
     chosen = Damping.of(damping, curvature.spread)
     solvers = {layer: curvature.solver(layer, chosen) for layer in curvature.layers}
     maps = {
-        layer: solver.power(torch.eye(solver.width, dtype=solver.dtype), -0.5).float().contiguous()
+        layer: solver.power(torch.eye(solver.width, dtype=solver.dtype, device="cpu"), -0.5).float().contiguous()
         for layer, solver in solvers.items()
     }
     factor = Factor(solvers, columns_of(curvature.layers, curvature.members), f"{curvature.kind} {curvature.hash}")

@@ -292,11 +292,11 @@ def _tokens(tokenizer: Any, text: str, completion: str | None, max_length: int) 
 
 def _pad(tokens: list[list[int]], given: list[int], pad_id: int, names: tuple[str, ...]) -> Batch:
     longest = max((len(sequence) for sequence in tokens), default=0)
-    input_ids = torch.full((len(tokens), longest), pad_id)
+    input_ids = torch.full((len(tokens), longest), pad_id, device="cpu")
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED)
     for i, (sequence, prompt) in enumerate(zip(tokens, given, strict=True)):
-        row = torch.tensor(sequence)
+        row = torch.tensor(sequence, device="cpu")
         input_ids[i, : len(sequence)] = row
         attention_mask[i, : len(sequence)] = 1
         labels[i, prompt : len(sequence)] = row[prompt:]

@@ -223,8 +223,9 @@ class Taps:
         return heard
 
     def rows(self) -> Tensor:
-        """All layers' gradients side by side, [N, D]: one stored row a sample."""
-        return torch.cat([grad.flatten(1).to(grad.device) for grad in self.grads.values()], dim=1)
+        """All layers' gradients side by side, [N, D]: one stored row a sample; on the first layer's device."""
+        grads = list(self.grads.values())
+        return torch.cat([grad.flatten(1).to(grads[0].device) for grad in grads], dim=1)
 
 
 def capture(

@@ -133,13 +133,13 @@ def _gather(
     g = leaf.grad
     if dy is None:
         if g is None:
-            leaf.grad = torch.zeros(leaf.shape, dtype=leaf.dtype)
+            leaf.grad = torch.zeros(leaf.shape, dtype=leaf.dtype, device="cpu")
         return None
     rows = dy if dy.dim() == 2 else dy.flatten(0, -2)
     if g is not None:
         add(x, rows, g, True)
     else:
-        leaf.grad = g = torch.empty(leaf.shape, dtype=leaf.dtype)
+        leaf.grad = g = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
         add(x, rows, g, False)
     if not dy.requires_grad or not torch.is_grad_enabled():
         return None

@@ -70,7 +70,7 @@ class SecondMoment(Moment):
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(self.matrix.double().cpu())
-        order = torch.arange(self.dim - 1, self.dim - 1 - k, -1)
+        order = torch.arange(self.dim - 1, self.dim - 1 - k, -1, device="cpu")
         return vectors.T[order], values[order].clamp_min(0)
 
     @property

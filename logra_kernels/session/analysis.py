@@ -151,7 +151,7 @@ class Analysis(ABC):
             ValueError, LograError: As in `scores`, or an argument does not fit.
         """
         store = self.commit()
-        chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:samples]
+        chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed), device="cpu")[:samples]
         _, solved, own = self._asked(self.stored(store.ids_of(chosen)), mode, damping)
         scale, shift = influence.adjustment(mode, own, len(store))
         if shift is not None:
@@ -204,7 +204,7 @@ class Analysis(ABC):
         if absent:
             raise LograError(f"the store {self.store.path} has no row {absent[0]!r}; see store.ids")
         parts = [self.store.read(place[i], place[i] + 1) for i in ids]
-        rows = torch.cat(parts) if parts else torch.empty(0, self.store.dim)
+        rows = torch.cat(parts) if parts else torch.empty(0, self.store.dim, dtype=torch.float32, device="cpu")
         return Query(list(ids), rows if self.store.whitening is None else self.store.whitening.undo(rows))
 
     @contextmanager

@@ -94,7 +94,7 @@ def ensemble(members: Members, mode: str = "dot", *, damping: float | Damping | 
         ValueError: No members.
         LograError: Rows or queries are not the same.
     """
-    mean = spread = torch.empty(0)
+    mean = spread = torch.empty(0, dtype=torch.float32, device="cpu")
     count = 0
     for scores in member_scores(members, mode, damping=damping):
         scores = scores.double()
@@ -128,4 +128,4 @@ def _aligned(name: str, members: Members) -> Iterator[tuple[Analysis, Query, Ten
                 f"{name}: {first[0].store.path} and {run.store.path} hold different rows: {len(differ)} ids are in one"
                 f" only, {min(differ)!r} for one; log the same rows in both"
             )
-        yield run, query, torch.tensor([place[row] for row in ids], dtype=torch.int64)
+        yield run, query, torch.tensor([place[row] for row in ids], dtype=torch.int64, device="cpu")

@@ -43,7 +43,7 @@ class HostSums:
         self._await(turn)
         slot = self._slots[turn]
         if slot is None or len(slot) < len(rows) or slot.shape[1:] != rows.shape[1:] or slot.dtype != rows.dtype:
-            slot = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
+            slot = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda, device="cpu")
             self._slots[turn] = slot
         held = slot[: len(rows)]
         self._summed[turn] = self._thread.submit(self._sum, held, self._copy(rows, held))

@@ -12,7 +12,7 @@ class Query:
     """Projected gradients of queries: `rows` [Q, D] fp32 once the `with` is left, one for each id."""
 
     ids: list[str]
-    rows: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float32, device="cpu"))
 
     @classmethod
     def cat(cls, queries: "Sequence[Query]") -> "Query":

@@ -45,7 +45,7 @@ def compare(
         [len(best[q] & set(row)) / k for q, row in enumerate(other.topk(k, dim=1).indices.tolist())] for other in others
     ]
     rho = torch.stack([spearman(reference, other) for other in others])
-    return Sensitivity(dampings, base, torch.tensor(overlap, dtype=torch.float64), rho)
+    return Sensitivity(dampings, base, torch.tensor(overlap, dtype=torch.float64, device="cpu"), rho)
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:

@@ -60,8 +60,12 @@ def _from_rank_0(seen: Covariances) -> dict[tuple[str, str], SideSpectrum]:
     found = seen.spectra() if dist.get_rank() == 0 else {}
     for key, moment in seen.whole_sides().items():
         k = min(seen.rank, moment.dim)
-        own = found.get(key) or SideSpectrum(torch.empty(k, moment.dim), torch.empty(k, dtype=torch.float64), 1.0)
-        spread = torch.tensor(own.spread, dtype=torch.float64)
+        own = found.get(key) or SideSpectrum(
+            torch.empty(k, moment.dim, dtype=torch.float32, device="cpu"),
+            torch.empty(k, dtype=torch.float64, device="cpu"),
+            1.0,
+        )
+        spread = torch.tensor(own.spread, dtype=torch.float64, device="cpu")
         for tensor in (own.factor, own.values, spread):
             dist.broadcast(tensor, 0)
         found[key] = SideSpectrum(own.factor, own.values, float(spread))

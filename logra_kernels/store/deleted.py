@@ -39,7 +39,7 @@ def delete_rows(directory: Path, manifest: Manifest, rows: Tensor) -> Manifest:
                 shards.append(shard)
                 continue
             shown = shown_lines(directory, shard)
-            lines = torch.ones(shard.count, dtype=torch.bool)
+            lines = torch.ones(shard.count, dtype=torch.bool, device="cpu")
             lines[shown] = False
             lines[shown[found]] = True
             shards.append(write_deleted(directory, shard, lines.nonzero().flatten()))
@@ -73,7 +73,7 @@ def shown_lines(directory: Path, shard: Shard) -> Tensor:
         StoreError: It is damaged.
     """
     if shard.deleted is None:
-        return torch.arange(shard.count)
+        return torch.arange(shard.count, device="cpu")
     path = directory / shard.deleted.name
     lines, checksum = read_deleted(path)
     if checksum != shard.deleted.checksum or len(lines) != shard.hidden:
@@ -89,7 +89,7 @@ def without(count: int, lines: Tensor, path: Path) -> Tensor:
     """
     if len(lines) and (lines[0] < 0 or lines[-1] >= count or not bool((lines[1:] > lines[:-1]).all())):
         raise damaged(path, f"it lists other lines than the {count} of its shard")
-    kept = torch.ones(count, dtype=torch.bool)
+    kept = torch.ones(count, dtype=torch.bool, device="cpu")
     kept[lines] = False
     return kept.nonzero().flatten()
 

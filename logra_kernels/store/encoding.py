@@ -24,7 +24,7 @@ def encode_here(manifest: Manifest, rows: Tensor) -> dict[str, Tensor]:
 def row_sums(rows: EncodedRows) -> Tensor:
     """xxh3_64 of each row's codes and scales as they are stored, [n] int64."""
     parts = [t.contiguous().view(torch.uint8).numpy() for t in (rows.codes, rows.scales) if t is not None]
-    found = torch.empty(len(rows), dtype=torch.int64)
+    found = torch.empty(len(rows), dtype=torch.int64, device="cpu")
     for row in range(len(rows)):
         state = xxhash.xxh3_64()
         for part in parts:

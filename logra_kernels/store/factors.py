@@ -24,7 +24,7 @@ def sidecars_of(projection: Projection) -> dict[str, tuple[str, Mapping[str, Ten
     learned = projection.learned
     if learned is None:
         return {}
-    spread = {name: torch.tensor(value, dtype=torch.float64) for name, value in learned.spread.items()}
+    spread = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in learned.spread.items()}
     return {_FACTORS: (learned.digest, learned.state()), _SPREAD: (learned.digest, spread)}
 
 

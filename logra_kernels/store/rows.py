@@ -160,7 +160,7 @@ def rows_to_delete(
             f"{directory} has no rows with {len(absent)} of the {len(wanted)} ids: {shorten(absent)};"
             " none was deleted; correct them, or delete with missing_ok=True"
         )
-    return torch.tensor([row_of[name] for name in wanted if name in row_of], dtype=torch.int64)
+    return torch.tensor([row_of[name] for name in wanted if name in row_of], dtype=torch.int64, device="cpu")
 
 
 def all_str(ids: Sequence[str]) -> bool:

@@ -221,7 +221,10 @@ class MappedShard:
         """
         if self._verified:
             return {name: tensor[lines] for name, tensor in self.tensors().items()}
-        found = {name: torch.empty(len(lines), *spec.shape[1:], dtype=spec.dtype) for name, spec, _ in self._places()}
+        found = {
+            name: torch.empty(len(lines), *spec.shape[1:], dtype=spec.dtype, device="cpu")
+            for name, spec, _ in self._places()
+        }
         try:
             with open(self._path, "rb", buffering=0) as file, ThreadPoolExecutor(READS_AT_ONCE) as pool:
                 for name, spec, offset in self._places():

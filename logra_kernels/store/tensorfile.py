@@ -114,5 +114,5 @@ def view(mapping: mmap.mmap, spec: Spec, offset: int) -> Tensor:
     """A tensor on mapped bytes; it keeps the mapping alive."""
     count = torch.Size(spec.shape).numel()
     if count == 0:
-        return torch.zeros(spec.shape, dtype=spec.dtype)
+        return torch.zeros(spec.shape, dtype=spec.dtype, device="cpu")
     return torch.frombuffer(mapping, dtype=spec.dtype, count=count, offset=offset).view(spec.shape)

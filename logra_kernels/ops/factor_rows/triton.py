@@ -146,7 +146,7 @@ def _factor_rows_kernel(
 @cache
 def _first(k_in: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Where the iteration starts: [k_in, 16] numbers in [-1, 1), the same in every call and on every device."""
-    index = torch.arange(1, k_in * WIDTH + 1, dtype=torch.float64)
+    index = torch.arange(1, k_in * WIDTH + 1, dtype=torch.float64, device="cpu")
     mixed = torch.sin(index * 12.9898) * 43758.5453  # the fractional part scatters like noise
     return (2 * (mixed - mixed.floor()) - 1).view(k_in, WIDTH).to(device, dtype)
 

@@ -28,7 +28,7 @@ def launch(
         cuts = offsets.to(torch.int64).contiguous()
     k_in = d_in if p_in is None else p_in.shape[0]
     k_out = d_out if p_out is None else p_out.shape[0]
-    out = torch.empty(n, k_out, k_in, dtype=accumulator_dtype(dy.dtype))
+    out = torch.empty(n, k_out, k_in, dtype=accumulator_dtype(dy.dtype), device="cpu")
     _C.project_grad(
         positions(x),
         positions(dy),

@@ -12,7 +12,7 @@ from logra_kernels.ops._native import matrix, positions
 
 def launch(x: Tensor, p: Tensor) -> Tensor:
     n, t, d = x.shape
-    out = torch.empty(n, t, p.shape[0], dtype=accumulator_dtype(x.dtype))
+    out = torch.empty(n, t, p.shape[0], dtype=accumulator_dtype(x.dtype), device="cpu")
     _C.project_rows(positions(x), matrix(p), out.data_ptr(), n * t, d, p.shape[0], torch.get_num_threads())
     return out
 
@@ -24,7 +24,7 @@ def prepare(x: Tensor, p: Tensor, rounded: torch.dtype | None) -> Callable[[Tens
     dtype, empty, threads = accumulator_dtype(x.dtype), torch.empty, torch.get_num_threads
 
     def project(x: Tensor, _held: Tensor = p) -> Tensor:
-        a = empty(n, t, k, dtype=dtype)
+        a = empty(n, t, k, dtype=dtype, device="cpu")
         native(x.data_ptr(), a.data_ptr(), threads())
         return a if rounded is None else a.to(rounded)
 

@@ -10,8 +10,8 @@ from logra_kernels.ops._native import matrix
 
 def launch(g: Tensor, form: RowFormat, rounding: str, seed: int, first_row: int) -> tuple[Tensor, Tensor]:
     n, d = g.shape
-    codes = torch.empty(n, form.code_width(d), dtype=form.code_dtype)
-    scales = torch.empty(n, form.scale_width(d), dtype=form.scale_dtype)
+    codes = torch.empty(n, form.code_width(d), dtype=form.code_dtype, device="cpu")
+    scales = torch.empty(n, form.scale_width(d), dtype=form.scale_dtype, device="cpu")
     _C.quantize_rows(
         matrix(g),
         codes.data_ptr(),

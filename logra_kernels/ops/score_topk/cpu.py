@@ -14,8 +14,8 @@ from logra_kernels.ops._native import encoded, matrix, row_major
 def launch(queries: Tensor, rows: Tensor, k: int, row_scale: Tensor | None, largest: bool) -> tuple[Tensor, Tensor]:
     (q, d), n = queries.shape, rows.shape[0]
     k = min(k, n)
-    values = torch.empty(q, k, dtype=accumulator_dtype(rows.dtype))
-    indices = torch.empty(q, k, dtype=torch.int64)
+    values = torch.empty(q, k, dtype=accumulator_dtype(rows.dtype), device="cpu")
+    indices = torch.empty(q, k, dtype=torch.int64, device="cpu")
     _C.score_topk(
         matrix(queries),
         matrix(rows),
@@ -37,8 +37,8 @@ def launch_encoded(
 ) -> tuple[Tensor, Tensor]:
     (q, d), n = queries.shape, len(rows)
     k = min(k, n)
-    values = torch.empty(q, k, dtype=torch.float32)
-    indices = torch.empty(q, k, dtype=torch.int64)
+    values = torch.empty(q, k, dtype=torch.float32, device="cpu")
+    indices = torch.empty(q, k, dtype=torch.int64, device="cpu")
     rows = row_major(rows)
     _C.score_topk_encoded(
         matrix(queries),
@@ -79,6 +79,7 @@ class Search:
 
     def best(self) -> tuple[Tensor, Tensor]:
         shape = (len(self._queries), self._native.found())
-        values, indices = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+        values = torch.empty(shape, dtype=torch.float32, device="cpu")
+        indices = torch.empty(shape, dtype=torch.int64, device="cpu")
         self._native.write(values.data_ptr(), indices.data_ptr(), torch.get_num_threads())
         return values, indices

@@ -130,7 +130,7 @@ def _copy(rows: GradientStore, store: GradientStore, whitening: Whitening | None
 
 
 def _measure(rows: GradientStore, store: GradientStore, whitening: Whitening | None) -> dict[str, Any]:
-    errors, sizes = torch.zeros(2, len(rows.layers), dtype=torch.float64)
+    errors, sizes = torch.zeros(2, len(rows.layers), dtype=torch.float64, device="cpu")
     for first, block in _blocks(rows, whitening):
         exact = block.double()
         lost = store.read(first, first + len(block)).double() - exact
@@ -141,7 +141,11 @@ def _measure(rows: GradientStore, store: GradientStore, whitening: Whitening | N
     kept = 1 - torch.where(sizes > 0, errors / sizes, 0.0)
     count = min(QUERIES, len(rows))
     chosen = [place * len(rows) // count for place in range(count)]
-    queries = torch.cat([rows.read(i, i + 1) for i in chosen]) if count else torch.zeros(0, rows.dim)
+    queries = (
+        torch.cat([rows.read(i, i + 1) for i in chosen])
+        if count
+        else torch.zeros(0, rows.dim, dtype=torch.float32, device="cpu")
+    )
     if whitening is None:
         exact, found = rows.score(queries), store.score(queries)
     else:

@@ -78,8 +78,8 @@ class Spread:
     def __init__(self, dim: int, dims: int, seed: int):
         draw = torch.Generator().manual_seed(seed)
         self._size = -(-dim // dims)  # of a group; the last places of some are empty
-        self._order = torch.randperm(dims * self._size, generator=draw)
-        self._signs = (torch.randint(2, (dim,), generator=draw) * 2 - 1).float()
+        self._order = torch.randperm(dims * self._size, generator=draw, device="cpu")
+        self._signs = (torch.randint(2, (dim,), generator=draw, device="cpu") * 2 - 1).float()
         self._dims, self._dim = dims, dim
         self.digest = digest(as_bytes(self._order), as_bytes(self._signs))
 
@@ -115,7 +115,7 @@ def build(
     spread = Spread(store.dim, dims, seed)
     rows, sums = _short_rows(store, spread, form, dims)
     if queries is None:
-        chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:SAMPLES]
+        chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed), device="cpu")[:SAMPLES]
         queries = torch.cat([store.read(row, row + 1) for row in chosen.sort().values.tolist()])
     draft = CoarseIndex(IndexInfo(dims, dtype, seed, k, {}, k, len(queries)), rows, sums, spread)
     recall = _recall(store, draft, queries, k, row_scale)
@@ -168,9 +168,11 @@ def search(
 
 
 def _short_rows(store: "StoredRows", spread: Spread, form: RowFormat, dims: int) -> tuple[EncodedRows, Tensor]:
-    codes = torch.empty(len(store), form.code_width(dims), dtype=form.code_dtype)
-    scales = torch.empty(len(store), form.scale_width(dims), dtype=form.scale_dtype) if form.scaled else None
-    sums = torch.empty(len(store), dtype=torch.int64)
+    codes = torch.empty(len(store), form.code_width(dims), dtype=form.code_dtype, device="cpu")
+    scales = (
+        torch.empty(len(store), form.scale_width(dims), dtype=form.scale_dtype, device="cpu") if form.scaled else None
+    )
+    sums = torch.empty(len(store), dtype=torch.int64, device="cpu")
     stored = store.manifest.row_bytes
     for start, block in store.encoded_blocks(_BYTES * stored // max(stored, 4 * store.dim)):
         part = slice(start, start + len(block))
@@ -192,8 +194,8 @@ def _recall(
     exact = store.topk(queries, k, row_scale)[1].cpu()
     most = min(len(store), max(k, len(store) // 4))
     found = index.shortlist(queries, most, row_scale, largest=True)
-    place = torch.full((len(queries), len(store)), most)
-    place.scatter_(1, found, torch.arange(most).expand_as(found))
+    place = torch.full((len(queries), len(store)), most, device="cpu")
+    place.scatter_(1, found, torch.arange(most, device="cpu").expand_as(found))
     places = place.gather(1, exact)
     lengths = [most]
     length = k

@@ -95,7 +95,7 @@ class Reader:
         """Ids of the rows that were deleted and not compacted away yet."""
         for shard in self.manifest.shards:
             if shard.hidden:
-                hidden = torch.ones(shard.count, dtype=torch.bool)
+                hidden = torch.ones(shard.count, dtype=torch.bool, device="cpu")
                 hidden[self._shown[shard.start]] = False
                 ids = self._columns_of(shard).column("id")
                 yield from ids.filter(pa.array(hidden.numpy())).to_pylist()
@@ -221,7 +221,7 @@ class Reader:
             raise StoreError(
                 f"rows {start} to {stop} are outside the store, which holds {self.manifest.rows}; ask for fewer"
             )
-        out = torch.zeros(stop - start, self.manifest.dim)
+        out = torch.zeros(stop - start, self.manifest.dim, dtype=torch.float32, device="cpu")
         for first, rows in self._stream(start, stop, BLOCK_BYTES, self.manifest.dim * 4, private=False):
             out[first - start : first - start + len(rows)] = decode(self.manifest, rows)
         return out
