@@ -1,5 +1,7 @@
 """Layer kinds beyond the plain linear one, each against one-sample autograd of its own weight."""
 
+import copy
+
 import pytest
 import torch
 from oracle import assert_equal_rows
@@ -73,6 +75,11 @@ CONVOLUTIONS = {
     "2d same": (nn.Conv2d(3, 5, 3, padding="same"), (3, 6, 5)),
     "2d reflect": (nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"), (3, 6, 5)),
     "2d pointwise": (nn.Conv2d(3, 5, 1), (3, 6, 5)),
+    "2d pointwise stride": (nn.Conv2d(5, 6, 1, stride=(2, 3)), (5, 6, 8)),
+    "2d pointwise padded": (nn.Conv2d(5, 6, 1, padding=1), (5, 3, 4)),
+    "2d pointwise groups": (nn.Conv2d(8, 6, 1, groups=2), (8, 3, 4)),
+    "1d pointwise same": (nn.Conv1d(5, 6, 1, padding="same"), (5, 7)),
+    "1d groups circular": (nn.Conv1d(8, 12, 3, groups=4, padding=1, padding_mode="circular"), (8, 9)),
     "3d": (nn.Conv3d(2, 5, 2), (2, 4, 5, 3)),
     "3d groups": (nn.Conv3d(4, 6, 2, groups=2, stride=2), (4, 4, 5, 4)),
 }
@@ -88,9 +95,37 @@ def test_convolutions(name, kind):
         assert taps.layers["0"] == (conv.out_channels, conv.weight[0].numel())
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_weights_on_the_positions_of_a_convolution(groups):
-    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=groups, padding=1))
+@pytest.mark.parametrize("name", ["2d", "2d groups", "2d depthwise", "2d pointwise"])
+def test_a_convolution_of_no_samples(name):
+    conv, shape = CONVOLUTIONS[name]
+    with lk.capture(nn.Sequential(conv), lk.Projection(rank=3)) as taps:
+        conv(torch.randn(0, *shape)).sum().backward()
+    assert taps.grads["0"].shape == (0, *taps.layers["0"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["2d stride dilation", "2d groups", "2d depthwise", "2d pointwise stride"])
+def test_convolutions_in_other_dtypes_and_under_autocast(name, dtype):
+    layer, shape = CONVOLUTIONS[name]
+    conv, x = copy.deepcopy(layer), torch.randn(3, *shape)
+    with lk.capture(nn.Sequential(conv), lk.Projection(rank=3)) as taps:
+        conv(x).tanh().double().square().sum().backward()
+        exact = taps.grads["0"].clone()
+        taps.reset()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = conv(x)
+        y.double().tanh().square().sum().backward()
+        assert_equal_rows({"": taps.grads["0"]}, {"": exact.double()}, 0.05)
+    conv.to(dtype)
+    with lk.capture(nn.Sequential(conv), lk.Projection(rank=3)) as taps:
+        conv(x.to(dtype)).double().tanh().square().sum().backward()
+        assert_equal_rows({"": taps.grads["0"]}, {"": exact.double()}, 0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_weights_on_the_positions_of_a_convolution(groups, kernel):
+    model = nn.Sequential(nn.Conv2d(4, 8, kernel, groups=groups, padding=kernel // 2))
     check(model, torch.randn(3, 4, 5, 6), kinds=["conv"], weights=torch.rand(3, 5, 6))
 
 

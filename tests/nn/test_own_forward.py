@@ -55,6 +55,27 @@ class Router(nn.Linear):
         return logits.softmax(-1), logits
 
 
+class DoubledWeights(nn.Conv1d):
+    """Its forward is the kind's, and what that calls is not."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, 2 * weight, bias)
+
+
+class ChannelsFirstNorm(nn.LayerNorm):
+    """As ConvNeXt's; a square image hides that the last dimension is not the channels'."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class GainFromOne(nn.LayerNorm):
+    """As Nemotron's."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
 class SizedPositions(nn.Embedding):
     """As Pegasus's: a shape comes in."""
 
@@ -106,6 +127,33 @@ def test_a_subclass_that_computes_the_same():
     assert model.layer.calls == 1 + 3
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, GainFromOne])
+def test_norms_whose_gains_count_from_0_or_from_1(norm):
+    model, x = Net(norm(6)), torch.randn(3, 7, 6)
+    nn.init.normal_(model.layer.weight), nn.init.normal_(model.layer.bias)
+    with lk.capture(model, lk.Projection(kind="identity"), kinds=["norm"]) as taps:
+        loss_of(model(x)).backward()
+    for i, row in enumerate(taps.grads["layer"]):
+        (dw,) = torch.autograd.grad(loss_of(model(x[i : i + 1])), [model.layer.weight])
+        torch.testing.assert_close(row[:, 0], dw, rtol=1e-4, atol=1e-4)
+
+
+def put_in_place(forward):
+    layer = nn.Linear(6, 5)
+    layer.forward = lambda x: forward(layer, x)
+    return layer
+
+
+def test_a_forward_put_on_an_instance_that_computes_the_same():
+    check(Net(put_in_place(nn.Linear.forward)), torch.randn(3, 7, 6))
+
+
+def test_a_forward_put_on_an_instance_that_computes_something_else_is_refused():
+    model = Net(put_in_place(lambda layer, x: F.linear(2 * x, layer.weight, layer.bias)))
+    with lk.capture(model, SMALL), pytest.raises(ValueError, match=r"'layer' is a Linear with a forward.*exclude it"):
+        model(torch.randn(3, 7, 6))
+
+
 @pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
 def test_in_any_dtype(gradient):
     model = Net(Counted(64, 32)).to(gradient)
@@ -121,12 +169,14 @@ def test_in_any_dtype(gradient):
         (CausalConv(4, 6, 3), torch.randn(3, 4, 11), None),
         (Normed(6, 5), torch.randn(3, 7, 6), None),
         (Router(6, 5), torch.randn(3, 7, 6), lambda y: y[0]),
+        (DoubledWeights(4, 6, 3), torch.randn(3, 4, 11), None),
+        (ChannelsFirstNorm(6), torch.randn(3, 6, 6, 6), None),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_computes_something_else_is_refused(layer, x, wrap):
     model = Net(layer, wrap or (lambda y: y))
-    taps = lk.capture(model, SMALL, kinds=["linear", "conv", "embedding"])
+    taps = lk.capture(model, SMALL, kinds=["linear", "conv", "embedding", "norm"])
     with taps, pytest.raises(ValueError, match=f"'layer' is a {type(layer).__name__}.*exclude it"):
         model(x)
 

@@ -26,7 +26,7 @@ class Adapter(ABC):
         mixes_dtypes: Whether factors may have another dtype than what they meet, because nothing but the ops sees them.
         repeats: How many rows of `sides` stand for one position (a convolution's groups), as [repeats, T] flattened.
         flattens: Whether x may come as [N * T, ...], which models flatten [N, T, ...] to.
-        known: Whether the module's forward is the kind's; else `check_forward` asks it.
+        known: Whether the module's forward is the kind's (`forwards_as`); else `check_forward` asks it.
     """
 
     kind: str
@@ -76,9 +76,9 @@ class Adapter(ABC):
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         """left [N, repeats * T, k_out], right [N, repeats * T, k_in]: the gradient is sum_t left (x) right."""
 
-    def output(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """What a layer of this kind gives for x; None where that is not to be had (quantised weights)."""
-        return None
+    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        """What layers of this kind may give for x; nothing where that is not to be had (quantised weights)."""
+        return []
 
     def parameters(self, module: nn.Module) -> list[Tensor]:
         """The parameters whose gradients make up dW."""
@@ -87,6 +87,11 @@ class Adapter(ABC):
     def matrix(self, grads: list[Tensor]) -> Tensor:
         """dW [d_out, d_in] from the gradients of `parameters`, as autograd gives them."""
         return grads[0].flatten(1)
+
+
+def forwards_as(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether the module runs the forward of one of these: no subclass's own, and none that was put on the instance."""
+    return "forward" not in vars(module) and type(module).forward in [cls.forward for cls in classes]
 
 
 def positions_flat(x: Tensor) -> Tensor:

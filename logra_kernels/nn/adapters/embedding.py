@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logra_kernels.nn.adapters.base import Adapter, positions_flat, projected, sample_gradients
+from logra_kernels.nn.adapters.base import Adapter, forwards_as, positions_flat, projected, sample_gradients
 
 
 class EmbeddingAdapter(Adapter):
@@ -55,8 +55,8 @@ class EmbeddingAdapter(Adapter):
         """P_out onehot(id), [N, T, k_out]."""
         return F.one_hot(kept, self.d_out).to(dy.dtype) if p_out is None else p_out.T[kept]
 
-    def output(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        return F.embedding(x, module.weight) * self.scale  # type: ignore[arg-type]
+    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        return [F.embedding(x, module.weight) * self.scale]  # type: ignore[arg-type]
 
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         left = self._columns(kept, dy, p_out)
@@ -68,10 +68,11 @@ class EmbeddingAdapter(Adapter):
 def adapt_embedding(module: nn.Module, bias: bool) -> Adapter | None:
     if not isinstance(module, nn.Embedding) or module.max_norm is not None or module.scale_grad_by_freq:
         return None
-    if type(module).forward is nn.Embedding.forward:
+    if forwards_as(module, nn.Embedding):
         return EmbeddingAdapter(module)
     scale = getattr(module, "embed_scale", None)  # Hugging Face's scaled ones
     number = scale.to(module.weight.dtype).item() if isinstance(scale, Tensor) else scale
     adapter = EmbeddingAdapter(module, 1.0 if number is None else float(number))
-    adapter.known = number is not None and type(module).__name__.endswith("ScaledWordEmbedding")
+    ours = type(module).__name__.endswith("ScaledWordEmbedding") and "forward" not in vars(module)
+    adapter.known = number is not None and ours
     return adapter

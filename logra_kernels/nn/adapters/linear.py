@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logra_kernels.nn.adapters.base import Adapter, positions_flat, projected, sample_gradients
+from logra_kernels.nn.adapters.base import Adapter, forwards_as, positions_flat, projected, sample_gradients
 from logra_kernels.ops import project_rows
 
 
@@ -52,11 +52,11 @@ class LinearAdapter(Adapter):
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         return projected(positions_flat(dy), p_out), kept
 
-    def output(self, module: nn.Module, x: Tensor) -> Tensor | None:
+    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
         weight: Tensor = module.weight  # type: ignore[assignment]
         if weight.dim() != 2 or not weight.is_floating_point() or weight.itemsize < 2:
-            return None
-        return F.linear(x.to(weight.dtype), weight.T if self.transposed else weight, module.bias)  # type: ignore[arg-type]
+            return []
+        return [F.linear(x.to(weight.dtype), weight.T if self.transposed else weight, module.bias)]  # type: ignore[arg-type]
 
     def parameters(self, module: nn.Module) -> list[Tensor]:
         return [module.weight, module.bias] if self.bias else [module.weight]  # type: ignore[list-item]
@@ -71,7 +71,7 @@ def adapt_linear(module: nn.Module, bias: bool) -> Adapter | None:
     if not isinstance(module, nn.Linear) or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
     adapter = LinearAdapter(module.in_features, module.out_features, bias=bias and module.bias is not None)
-    adapter.known = type(module).forward is nn.Linear.forward
+    adapter.known = forwards_as(module, nn.Linear)
     return adapter
 
 
@@ -80,5 +80,5 @@ def adapt_hugging_face_conv1d(module: nn.Module, bias: bool) -> Adapter | None:
     if owner is None or not isinstance(module, owner.Conv1D):
         return None
     adapter = LinearAdapter(module.nx, module.nf, "x", bias, transposed=True)
-    adapter.known = type(module).forward is owner.Conv1D.forward
+    adapter.known = forwards_as(module, owner.Conv1D)
     return adapter

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logra_kernels.nn.adapters.base import Adapter, positions_flat, projected, sample_gradients
+from logra_kernels.nn.adapters.base import Adapter, forwards_as, positions_flat, projected, sample_gradients
 
 
 class NormAdapter(Adapter):
@@ -47,6 +47,11 @@ class NormAdapter(Adapter):
         gain = positions_flat(dy) * kept.to(dy.dtype)
         return projected(gain, p_out), projected(torch.ones_like(gain[..., :1]), p_in)
 
+    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        normed, gain, shift = self.keep(x, None).view_as(x), module.weight, getattr(module, "bias", None)
+        y = normed * gain
+        return [one if shift is None else one + shift for one in (y, y + normed)]  # gains may count from 0 or from 1
+
     def matrix(self, grads: list[Tensor]) -> Tensor:
         return grads[0][:, None]
 
@@ -55,11 +60,16 @@ def adapt_norm(module: nn.Module, bias: bool) -> Adapter | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
+    eps = getattr(module, "variance_epsilon", None)
     if isinstance(module, nn.LayerNorm):
-        return NormAdapter(len(weight), "input", module.eps, centred=True)
-    if isinstance(module, nn.RMSNorm):
-        return NormAdapter(len(weight), "x", module.eps or torch.finfo(weight.dtype).eps, centred=False)
-    eps = getattr(module, "variance_epsilon", None)  # Hugging Face's own copies
-    if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float):
-        return NormAdapter(len(weight), "hidden_states", eps, centred=False)
-    return None
+        adapter = NormAdapter(len(weight), "input", module.eps, centred=True)
+        adapter.known = forwards_as(module, nn.LayerNorm)
+    elif isinstance(module, nn.RMSNorm):
+        adapter = NormAdapter(len(weight), "x", module.eps or torch.finfo(weight.dtype).eps, centred=False)
+        adapter.known = forwards_as(module, nn.RMSNorm)
+    elif type(module).__name__.endswith("RMSNorm") and isinstance(eps, float):  # Hugging Face's own copies
+        adapter = NormAdapter(len(weight), "hidden_states", eps, centred=False)
+        adapter.known = "forward" not in vars(module)
+    else:
+        return None
+    return adapter
