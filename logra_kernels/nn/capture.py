@@ -73,12 +73,15 @@ class Taps:
         routed: dict[nn.Module, dict[str, Hook]] = {}
         for layer in self._layers:
             for module, adapter in layer.holders:
-                plain = type(module) is nn.Linear and len(adapter.parameters(module)) == 1
+                parameters = adapter.parameters(module)
+                plain = type(module) is nn.Linear and adapter.known and len(parameters) == 1
                 hook = (LinearHook if plain else Hook)(layer.name, adapter, self._probes[layer.name], self)
                 if isinstance(adapter, ExpertAdapter):
                     routed.setdefault(module, {})[adapter.part] = hook
                 else:
-                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                    # before other hooks, which may change y; but tensor parallel ones make the whole of it first
+                    first = not hasattr(parameters[0], "device_mesh")
+                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
         self._handles += [TappedExperts(module, hooks, self) for module, hooks in routed.items()]
 
     def detach(self) -> None:
