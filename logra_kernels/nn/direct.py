@@ -24,6 +24,7 @@ from torch.compiler import is_compiling
 
 from logra_kernels.nn.adapters import Adapter
 from logra_kernels.nn.hook import Hook, Probe
+from logra_kernels.nn.tap import TWICE
 from logra_kernels.ops import (
     AddProjectGrad,
     ProjectRows,
@@ -128,23 +129,22 @@ def _gather(
     if not kept:
         return None  # torch says so itself where a graph was not retained
     x = kept[0] if _graph_is_kept() else kept.pop()
-    if not (_all_get_gradients() if weight is None else _gets_gradient(weight, node)):  # type: ignore[arg-type]
+    if _all_get_gradients() if weight is None else _gets_gradient(weight, node):  # type: ignore[arg-type]
+        g = leaf.grad
+        if dy is None:
+            if g is None:
+                leaf.grad = torch.zeros(leaf.shape, dtype=leaf.dtype, device="cpu")
+            return None
+        rows = dy if dy.dim() == 2 else dy.flatten(0, -2)
+        if g is not None:
+            add(x, rows, g, True)
+        else:
+            leaf.grad = g = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
+            add(x, rows, g, False)
+    if dy is None or not dy.requires_grad or not torch.is_grad_enabled():
         return None
-    g = leaf.grad
-    if dy is None:
-        if g is None:
-            leaf.grad = torch.zeros(leaf.shape, dtype=leaf.dtype, device="cpu")
-        return None
-    rows = dy if dy.dim() == 2 else dy.flatten(0, -2)
-    if g is not None:
-        add(x, rows, g, True)
-    else:
-        leaf.grad = g = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
-        add(x, rows, g, False)
-    if not dy.requires_grad or not torch.is_grad_enabled():
-        return None
-    # a gradient of dy would miss the part that goes by way of the probe's
-    return torch._C._functions.DelayedError("capture: a tap cannot be differentiated twice", 1)(dy)
+    # also where nothing was gathered: what comes back to dy has a part by the weight that no tap sees
+    return torch._C._functions.DelayedError(TWICE, 1)(dy)
 
 
 @dataclass(slots=True)

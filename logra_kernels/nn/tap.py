@@ -15,6 +15,11 @@ from torch import Tensor
 from logra_kernels.errors import LograError
 from logra_kernels.nn.adapters import Adapter
 
+TWICE = (
+    "capture: a tap cannot be differentiated twice; no rows can be had of a loss that holds a gradient (a gradient"
+    " penalty, forces)"
+)
+
 
 def alias(y: Tensor) -> Tensor:
     """y under another name: returned as it is, a Function makes it a view that in-place code may not write to."""
@@ -60,4 +65,9 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dy, None, adapter.gradient(kept, dy, p_in, p_out, weights, offsets), None, None, None, None, None, None
 
 
-_backward_once = torch.autograd.function.once_differentiable(_backward)
+def _backward_once(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    with torch.no_grad():
+        _, _, gradient, *rest = _backward(ctx, dy)
+    if dy.requires_grad:
+        dy, gradient = torch._C._functions.DelayedError(TWICE, 2)(dy, gradient)
+    return dy, None, gradient, *rest

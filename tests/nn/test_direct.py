@@ -167,6 +167,18 @@ def test_second_derivatives_are_refused(case):
         leaf.grad = None
 
 
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("alone", [False, True], ids=["beside the loss", "alone"])
+def test_a_gradient_penalty_is_refused_not_half_captured(case, alone, frozen, in_graph):
+    model, x, target = case[0].requires_grad_(not frozen), case[1].requires_grad_(), case[2]
+    with lk.capture(model, SMALL, in_graph=in_graph):
+        loss = loss_of(model, x, target)
+        (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*gradient penalty"):
+            (dx.square().sum() + (0 if alone else loss)).backward()
+
+
 def test_two_captures_of_one_model(case):
     model, x, target = case
     with lk.capture(model, SMALL) as first, lk.capture(model, lk.Projection(rank=3, seed=1)) as second:
