@@ -69,5 +69,6 @@ def _backward_once(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     with torch.no_grad():
         _, _, gradient, *rest = _backward(ctx, dy)
     if dy.requires_grad:
+        assert gradient is not None
         dy, gradient = torch._C._functions.DelayedError(TWICE, 2)(dy, gradient)
     return dy, None, gradient, *rest

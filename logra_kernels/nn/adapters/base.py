@@ -76,7 +76,7 @@ class Adapter(ABC):
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         """left [N, repeats * T, k_out], right [N, repeats * T, k_in]: the gradient is sum_t left (x) right."""
 
-    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+    def expected(self, module: nn.Module, x: Tensor) -> list[Tensor]:
         """What layers of this kind may give for x; nothing where that is not to be had (quantised weights)."""
         return []
 

@@ -95,7 +95,7 @@ class ConvAdapter(Adapter):
         """[N, groups * T, ...] -> [N, T * groups, ...]."""
         return rows.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
 
-    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+    def expected(self, module: nn.Module, x: Tensor) -> list[Tensor]:
         forward = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[module.weight.dim()]._conv_forward  # type: ignore
         return [forward(module, x.to(module.weight.dtype), module.weight, module.bias)]  # type: ignore
 

@@ -55,7 +55,7 @@ class EmbeddingAdapter(Adapter):
         """P_out onehot(id), [N, T, k_out]."""
         return F.one_hot(kept, self.d_out).to(dy.dtype) if p_out is None else p_out.T[kept]
 
-    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+    def expected(self, module: nn.Module, x: Tensor) -> list[Tensor]:
         return [F.embedding(x, module.weight) * self.scale]  # type: ignore[arg-type]
 
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -26,12 +26,12 @@ def check_forward(name: str, adapter: Adapter, module: nn.Module, x: Tensor, y: 
     if torch.compiler.is_compiling():
         raise ValueError(f"{kind}: run one batch eagerly under the taps before torch.compile traces it, or exclude it")
     with torch.no_grad():
-        known = adapter.outputs(module, x[:1])
+        known = adapter.expected(module, x[:1])
         if not known:
             return
         if isinstance(y, Tensor) and y[:1].shape == known[0].shape:
             got = y[:1].double()
-            if any((got - expected.double()).norm() <= _TOLERANCE * got.norm() for expected in known):
+            if any((got - one.double()).norm() <= _TOLERANCE * got.norm() for one in known):
                 return
     raise ValueError(
         f"{kind}, and it gives something else than a layer of kind {adapter.kind!r} with its weight does, so that its"

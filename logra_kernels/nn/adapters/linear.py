@@ -52,7 +52,7 @@ class LinearAdapter(Adapter):
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         return projected(positions_flat(dy), p_out), kept
 
-    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+    def expected(self, module: nn.Module, x: Tensor) -> list[Tensor]:
         weight: Tensor = module.weight  # type: ignore[assignment]
         if weight.dim() != 2 or not weight.is_floating_point() or weight.itemsize < 2:
             return []

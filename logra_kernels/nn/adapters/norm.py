@@ -47,9 +47,9 @@ class NormAdapter(Adapter):
         gain = positions_flat(dy) * kept.to(dy.dtype)
         return projected(gain, p_out), projected(torch.ones_like(gain[..., :1]), p_in)
 
-    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
-        normed, gain, shift = self.keep(x, None).view_as(x), module.weight, getattr(module, "bias", None)
-        y = normed * gain
+    def expected(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        normed, shift = self.keep(x, None).view_as(x), getattr(module, "bias", None)
+        y = normed * module.weight  # type: ignore[operator]
         return [one if shift is None else one + shift for one in (y, y + normed)]  # gains may count from 0 or from 1
 
     def matrix(self, grads: list[Tensor]) -> Tensor:
