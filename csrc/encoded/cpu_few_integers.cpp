@@ -53,15 +53,23 @@ struct Columns {
   }
 
  private:
-  void place_digits(int64_t query, int64_t unit, const int8_t* from) const {
-    const int64_t units = chunk_units(plan.code), vectors = units * kUnit / kVector, size = kVector / units;
-    int8_t* chunk = digits_of(query / width, unit / units * units);
+  template <int64_t kUnits>
+  void place_unit(int64_t query, int64_t unit, const int8_t* from) const {
+    constexpr int64_t kVectors = kUnits * kUnit / kVector, kSize = kVector / kUnits;
+    int8_t* chunk = digits_of(query / width, unit / kUnits * kUnits);
     for (int64_t d = 0; d < plan.digits; ++d) {
-      int8_t* to = chunk + (query % width * plan.digits + d) * units * kUnit + unit % units * size;
-      for (int64_t v = 0; v < vectors; ++v) {
-        std::memcpy(to + v * kVector, from + d * kUnit + field_of(plan.code, v) * size, size);
+      int8_t* to = chunk + (query % width * plan.digits + d) * kUnits * kUnit + unit % kUnits * kSize;
+      for (int64_t v = 0; v < kVectors; ++v) {
+        std::memcpy(to + v * kVector, from + d * kUnit + field_of(plan.code, v) * kSize, kSize);
       }
     }
+  }
+
+  void place_digits(int64_t query, int64_t unit, const int8_t* from) const {
+    const int64_t units = chunk_units(plan.code);
+    if (units == 1) return place_unit<1>(query, unit, from);
+    if (units == 2) return place_unit<2>(query, unit, from);
+    place_unit<4>(query, unit, from);
   }
 };
 

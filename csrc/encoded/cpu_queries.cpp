@@ -13,6 +13,8 @@
 namespace lgk {
 namespace {
 
+constexpr double kPacking = 8;  // multiply-adds that take as long as a number's digits
+
 // The numbers that int8 queries stand for: out[j][k] = scale * code for each span of a query, as quantize_rows has it.
 void round_to_int8(const Rows& b, int64_t n, int64_t depth, int64_t span, float* out, int n_threads) {
   const EncodedKernels& kernels = encoded_kernels();
@@ -46,7 +48,7 @@ EncodedQueries::EncodedQueries(const Rows& b, int64_t n, int64_t depth, const En
   bool integers = integer_kernels() != nullptr && encoding.code != Code::kF8 && encoding.block >= kUnit;
   for (int64_t g = 0; integers && g < static_cast<int64_t>(groups_.size()); ++g) {
     const Plan plan = {encoding.code, depth, std::min(kAtOnce, n - g * kAtOnce), digits, span};
-    const int threads = threads_for(double(plan.queries) * depth, n_threads);
+    const int threads = threads_for(kPacking * plan.queries * depth, n_threads);
     groups_[g] =
         (plan.queries <= kFewColumns ? pack_few_integers : pack_many_integers)(plan, b.from(g * kAtOnce), threads);
   }

@@ -73,6 +73,21 @@ void expand(Code code, const uint8_t* codes, int64_t units, uint8_t* out) {
   expand_units<Code::kSign>(codes, units, out);
 }
 
+template <bool kLargest>
+LGK_INLINE __m512i join(__m512i a, __m512i b) {
+  return kLargest ? _mm512_maskz_max_epi32(0xffff, a, b) : _mm512_add_epi32(a, b);
+}
+
+// The largest of all lanes, or their sum.
+template <bool kLargest>
+LGK_INLINE int32_t join_lanes(__m512i x) {
+  x = join<kLargest>(x, _mm512_maskz_shuffle_i64x2(0xff, x, x, 0x4e));
+  x = join<kLargest>(x, _mm512_maskz_shuffle_i64x2(0xff, x, x, 0xb1));
+  x = join<kLargest>(x, _mm512_maskz_shuffle_epi32(0xffff, x, _MM_PERM_BADC));
+  x = join<kLargest>(x, _mm512_maskz_shuffle_epi32(0xffff, x, _MM_PERM_CDAB));
+  return _mm_cvtsi128_si32(_mm512_maskz_extracti32x4_epi32(0xf, x, 0));
+}
+
 float largest(const float* x, int64_t n) {
   const __m512i size = _mm512_set1_epi32(0x7fffffff);
   __m512i most = _mm512_setzero_si512();  // magnitudes in the order of their bits, NaN above all
@@ -80,68 +95,77 @@ float largest(const float* x, int64_t n) {
     const __mmask16 kept = static_cast<__mmask16>(n - i < 16 ? (1 << (n - i)) - 1 : 0xffff);
     most = _mm512_maskz_max_epi32(0xffff, most, _mm512_and_si512(_mm512_maskz_loadu_epi32(kept, x + i), size));
   }
-  alignas(64) int32_t lanes[16];
-  _mm512_store_si512(lanes, most);
-  int32_t found = 0;
-  for (int i = 0; i < 16; ++i) found = lanes[i] > found ? lanes[i] : found;
+  const int32_t found = join_lanes<true>(most);
   float largest;
   std::memcpy(&largest, &found, sizeof(largest));
   return largest;
 }
 
-// Bytes of the numbers of kUnit in the expanded order: part by part every kEach'th.
+// Half of the bytes of kUnit numbers in the expanded order: part by part every kEach'th.
 template <int kEach>
-LGK_INLINE void store_parts(const int8_t* natural, int8_t* out) {
-  constexpr int64_t kPart = kUnit / kEach, kOfVector = 64 / kEach;
+LGK_INLINE void store_parts(__m512i all, int8_t* out) {
+  constexpr int64_t kPart = kUnit / kEach;
+  for (int part = 0; part < kEach; ++part) {
+    int8_t* to = out + part * kPart;
+    if constexpr (kEach == 1) {
+      _mm512_storeu_si512(to, all);
+    } else if constexpr (kEach == 2) {
+      const __m512i field = _mm512_maskz_srli_epi16(~uint32_t{0}, all, 8 * part);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi16_epi8(~uint32_t{0}, field));
+    } else if constexpr (kEach == 4) {
+      const __m512i field = _mm512_maskz_srli_epi32(0xffff, all, 8 * part);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xffff, field));
+    } else {
+      const __m512i field = _mm512_maskz_srli_epi64(0xff, all, 8 * part);
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi64_epi8(0xff, field));
+    }
+  }
+}
+
+// The low bytes of whole[0], then those of whole[1] and so on.
+LGK_INLINE __m512i low_bytes(const __m512i (&whole)[4]) {
+  __m512i all = _mm512_zextsi128_si512(_mm512_maskz_cvtepi32_epi8(0xffff, whole[0]));
+  all = _mm512_maskz_inserti32x4(0xffff, all, _mm512_maskz_cvtepi32_epi8(0xffff, whole[1]), 1);
+  all = _mm512_maskz_inserti32x4(0xffff, all, _mm512_maskz_cvtepi32_epi8(0xffff, whole[2]), 2);
+  return _mm512_maskz_inserti32x4(0xffff, all, _mm512_maskz_cvtepi32_epi8(0xffff, whole[3]), 3);
+}
+
+template <int kEach, int kDigits>
+void to_digits_of(const float* x, float inverse, int8_t* out, int32_t* sums) {
+  const __m512 factor = _mm512_set1_ps(inverse);
+  __m512i sum[kDigits] = {};
   for (int64_t half = 0; half < 2; ++half) {
-    const __m512i all = _mm512_load_si512(natural + 64 * half);
-    for (int part = 0; part < kEach; ++part) {
-      int8_t* to = out + part * kPart + half * kOfVector;
-      if constexpr (kEach == 1) {
-        _mm512_storeu_si512(to, all);
-      } else if constexpr (kEach == 2) {
-        const __m512i field = _mm512_maskz_srli_epi16(~uint32_t{0}, all, 8 * part);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi16_epi8(~uint32_t{0}, field));
-      } else if constexpr (kEach == 4) {
-        const __m512i field = _mm512_maskz_srli_epi32(0xffff, all, 8 * part);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xffff, field));
-      } else {
-        const __m512i field = _mm512_maskz_srli_epi64(0xff, all, 8 * part);
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi64_epi8(0xff, field));
+    __m512i whole[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      whole[v] = _mm512_maskz_cvt_roundps_epi32(0xffff, _mm512_mul_ps(_mm512_loadu_ps(x + 64 * half + 16 * v), factor),
+                                                _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+#pragma GCC unroll 2
+    for (int digit = 0; digit < kDigits; ++digit) {
+      const __m512i all = low_bytes(whole);
+      store_parts<kEach>(all, out + digit * kUnit + half * (64 / kEach));
+      add_products(sum[digit], _mm512_set1_epi8(1), all);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        whole[v] = _mm512_maskz_srai_epi32(0xffff, _mm512_add_epi32(whole[v], _mm512_set1_epi32(128)), 8);
       }
     }
   }
+#pragma GCC unroll 2
+  for (int digit = 0; digit < kDigits; ++digit) sums[digit] = join_lanes<false>(sum[digit]);
 }
 
 template <int kEach>
-void to_digits_of(const float* x, float inverse, int digits, int8_t* out, int32_t* sums) {
-  alignas(64) int8_t natural[kMostDigits][kUnit];
-  const __m512 factor = _mm512_set1_ps(inverse);
-  for (int64_t i = 0; i < kUnit; i += 16) {
-    __m512i whole = _mm512_maskz_cvt_roundps_epi32(0xffff, _mm512_mul_ps(_mm512_loadu_ps(x + i), factor),
-                                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    for (int digit = 0; digit < digits; ++digit) {
-      _mm_store_si128(reinterpret_cast<__m128i*>(natural[digit] + i), _mm512_maskz_cvtepi32_epi8(0xffff, whole));
-      whole = _mm512_maskz_srai_epi32(0xffff, _mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-    }
-  }
-  for (int digit = 0; digit < digits; ++digit) {
-    store_parts<kEach>(natural[digit], out + digit * kUnit);
-    __m512i sum = _mm512_setzero_si512();
-    add_products(sum, _mm512_set1_epi8(1), _mm512_load_si512(natural[digit]));
-    add_products(sum, _mm512_set1_epi8(1), _mm512_load_si512(natural[digit] + 64));
-    alignas(64) int32_t lanes[16];
-    _mm512_store_si512(lanes, sum);
-    sums[digit] = 0;
-    for (int i = 0; i < 16; ++i) sums[digit] += lanes[i];
-  }
+void to_digits_each(const float* x, float inverse, int digits, int8_t* out, int32_t* sums) {
+  (digits == 1 ? to_digits_of<kEach, 1> : to_digits_of<kEach, 2>)(x, inverse, out, sums);
 }
 
 void to_digits(Code code, const float* x, float inverse, int digits, int8_t* out, int32_t* sums) {
-  const auto run = code == Code::kI8   ? to_digits_of<1>
-                   : code == Code::kI4 ? to_digits_of<2>
-                   : code == Code::kI2 ? to_digits_of<4>
-                                       : to_digits_of<8>;
+  const auto run = code == Code::kI8   ? to_digits_each<1>
+                   : code == Code::kI4 ? to_digits_each<2>
+                   : code == Code::kI2 ? to_digits_each<4>
+                                       : to_digits_each<8>;
   run(x, inverse, digits, out, sums);
 }
 
