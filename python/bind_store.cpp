@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "arguments.h"
+#include "store/ids.h"
 #include "store/pages.h"
 #include "store/take.h"
 
@@ -30,9 +31,69 @@ bool taken(bool (*take)(const float*, int64_t, const store::Pieces<Out>&, int64_
   return take(source, stride, pieces, d);
 }
 
+// The UTF-8 bytes of a list of str, which the list keeps alive.
+std::vector<std::string_view> strings_of(const py::list& ids) {
+  std::vector<std::string_view> found;
+  found.reserve(ids.size());
+  for (const py::handle id : ids) {
+    if (!PyUnicode_Check(id.ptr())) throw py::type_error("logra_kernels: an id is not a str");
+    Py_ssize_t bytes = 0;
+    const char* data = PyUnicode_AsUTF8AndSize(id.ptr(), &bytes);
+    if (data == nullptr) throw py::error_already_set();
+    found.emplace_back(data, bytes);
+  }
+  return found;
+}
+
+// Strings as Arrow has them: n + 1 offsets into their bytes.
+std::vector<std::string_view> strings_at(Address offsets, Address data, int64_t n) {
+  check_sizes("IdTable", {n});
+  const auto* from = reinterpret_cast<const int32_t*>(offsets);
+  const auto* bytes = reinterpret_cast<const char*>(data);
+  std::vector<std::string_view> found;
+  found.reserve(n);
+  for (int64_t i = 0; i < n; ++i) {
+    LGK_CHECK(0 <= from[i] && from[i] <= from[i + 1], "IdTable: offsets go down");
+    found.emplace_back(bytes + from[i], from[i + 1] - from[i]);
+  }
+  return found;
+}
+
+void bind_ids(py::module_& m) {
+  py::class_<store::IdTable>(m, "IdTable", "Distinct strings and the place of each in the order they came.")
+      .def(py::init<>())
+      .def("__len__", &store::IdTable::size)
+      .def(
+          "find",
+          [](const store::IdTable& table, const py::list& ids, Address places, int64_t room) {
+            const auto strings = strings_of(ids);
+            LGK_CHECK(room == static_cast<int64_t>(strings.size()), "IdTable: find needs a place for each id");
+            table.find(strings, reinterpret_cast<int64_t*>(places));
+          },
+          py::arg("ids"), py::arg("places"), py::arg("room"), "int64 places of the ids, -1 for those not there.")
+      .def(
+          "add", [](store::IdTable& table, const py::list& ids) { return table.add(strings_of(ids)); }, py::arg("ids"),
+          "Give them the next places; -1, or the index of one that is there or comes twice, and then none has one.")
+      .def(
+          "add_arrow",
+          [](store::IdTable& table, Address offsets, Address data, int64_t n) {
+            const auto strings = strings_at(offsets, data, n);
+            return table.add(strings);
+          },
+          py::arg("offsets"), py::arg("data"), py::arg("n"), "`add` of an Arrow array's int32 offsets and bytes.")
+      .def(
+          "drop",
+          [](store::IdTable& table, int64_t count) {
+            LGK_CHECK(0 <= count && count <= table.size(), "IdTable: drop of more ids than there are");
+            table.drop(count);
+          },
+          py::arg("count"), "Forget those that came last.");
+}
+
 }  // namespace
 
 void bind_store(py::module_& m) {
+  bind_ids(m);
   m.def(
       "populate",
       [](Address address, int64_t bytes, int n_threads) {

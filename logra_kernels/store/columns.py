@@ -10,6 +10,7 @@ import torch
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store.durable import ZEROS, seal, sealed_checksum
+from logra_kernels.store.ids import all_str
 
 ID = "id"
 _CHECKSUM = "checksum"
@@ -19,11 +20,12 @@ Lines: TypeAlias = (
 )  # ids and columns of rows, a line each; of rows without columns also the ids alone
 
 
-def build_lines(ids: Sequence[str], columns: Mapping[str, Any] | None, schema: pa.Schema | None) -> Lines:
-    """What `build_table` gives, or stands for it: a table takes longer than all else that is done for short rows."""
-    if columns or schema is None or schema.names != [ID] or not "".join(ids).isascii():
+def build_lines(ids: list[str], columns: Mapping[str, Any] | None, schema: pa.Schema | None) -> Lines:
+    """What `build_table` gives, or stands for it: a table takes longer than all else that is done for short rows. What
+    is in the ids is looked at later."""
+    if columns or schema is None or len(schema.names) > 1:
         return build_table(ids, columns, schema)
-    return list(ids)
+    return ids
 
 
 def lines_between(lines: Lines, start: int, stop: int) -> Lines:
@@ -53,6 +55,8 @@ def build_table(ids: Sequence[str], columns: Mapping[str, Any] | None, schema: p
         StoreError: Lengths, names or types do not fit.
     """
     columns = dict(columns or {})
+    if not all_str(ids):
+        raise StoreError("ids must be a list of str, one for each row; convert them with str()")
     if ID in columns:
         raise StoreError(f"a column cannot be named {ID!r}: that is the row id's own name; choose another")
     names = schema.names[1:] if schema is not None else list(columns)
@@ -107,7 +111,8 @@ def to_parquet(table: pa.Table) -> bytes:
     """
     sink = pa.BufferOutputStream()
     table = table.combine_chunks().replace_schema_metadata(None)
-    with pq.ParquetWriter(sink, table.schema, compression="zstd", store_schema=False) as writer:
+    repeats = table.num_columns > 1  # ids do not: a dictionary of them is made in vain
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", store_schema=False, use_dictionary=repeats) as writer:
         writer.write_table(table, row_group_size=max(1, table.num_rows))
         writer.add_key_value_metadata({_CHECKSUM: ZEROS.decode()})
     data = sink.getvalue().to_pybytes()

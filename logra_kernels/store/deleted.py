@@ -28,21 +28,18 @@ def delete_rows(directory: Path, manifest: Manifest, rows: Tensor) -> Manifest:
     Raises:
         StoreError: A list of deleted rows is damaged, or the disk refuses.
     """
+    ends = torch.tensor([shard.shown for shard in manifest.shards], device="cpu").cumsum(0)
     rows = rows.sort().values
-    shards, replaced = [], []
-    first = 0
+    places, counts = torch.searchsorted(ends, rows, right=True).unique_consecutive(return_counts=True)
+    shards, replaced = list(manifest.shards), []
     try:
-        for shard in manifest.shards:
-            found = rows[torch.searchsorted(rows, first) : torch.searchsorted(rows, first + shard.shown)] - first
-            first += shard.shown
-            if not len(found):
-                shards.append(shard)
-                continue
+        for place, found in zip(places.tolist(), rows.split(counts.tolist()), strict=True):
+            shard = shards[place]
             shown = shown_lines(directory, shard)
             lines = torch.ones(shard.count, dtype=torch.bool, device="cpu")
             lines[shown] = False
-            lines[shown[found]] = True
-            shards.append(write_deleted(directory, shard, lines.nonzero().flatten()))
+            lines[shown[found - (ends[place] - shard.shown)]] = True
+            shards[place] = write_deleted(directory, shard, lines.nonzero().flatten())
             replaced += [shard.deleted.name] if shard.deleted is not None else []
         committed = replace(manifest, shards=tuple(shards), content=None)
         sync_directory(directory)

@@ -6,6 +6,7 @@ from functools import cache
 from types import ModuleType
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -72,6 +73,36 @@ def gather(parts: Sequence[np.ndarray], out: np.ndarray) -> int:
         np.copyto(out[count : count + len(part)], part)
         count += len(part)
     return count
+
+
+def has_places() -> bool:
+    """Whether `NativePlaces` can be made."""
+    return _library() is not None
+
+
+class NativePlaces:
+    """`ids.Places` in C++."""
+
+    def __init__(self) -> None:
+        library = _library()
+        assert library is not None
+        self._table = library.IdTable()
+        self.add = self._table.add
+        self.drop = self._table.drop
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def find(self, ids: list[str]) -> np.ndarray:
+        places = np.empty(len(ids), np.int64)
+        self._table.find(ids, places.ctypes.data, len(places))
+        return places
+
+    def add_arrow(self, ids: pa.Array) -> int:
+        if not len(ids):
+            return -1
+        _, offsets, data = ids.buffers()
+        return self._table.add_arrow(offsets.address + 4 * ids.offset, data.address if data else 0, len(ids))
 
 
 def populate(pages: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """Checks that stand between a caller's rows and the store."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -9,17 +9,18 @@ from torch import Tensor
 from logra_kernels.errors import StoreError
 from logra_kernels.ops import RowFormat
 from logra_kernels.store.format import Manifest
+from logra_kernels.store.ids import DELETED, UNKNOWN, KnownIds, all_str
 
 SHOWN = 5  # ids or layers named in a message
 
 
 def check_rows(directory: Path, manifest: Manifest, rows: Tensor, ids: Sequence[str]) -> None:
-    """Shapes and types of one append; nothing about the numbers.
+    """Shapes and types of one append; nothing about the numbers, or what the ids are.
 
     Raises:
-        StoreError: Not [N, D] floating point, or not N different strings.
+        StoreError: Not [N, D] floating point, or not N ids.
     """
-    if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.is_floating_point():
+    if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.dtype.is_floating_point:
         given = f"{tuple(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
         raise StoreError(f"rows are {given}; they must be a floating point tensor [N, {manifest.dim}]")
     if rows.shape[1] != manifest.dim:
@@ -28,14 +29,36 @@ def check_rows(directory: Path, manifest: Manifest, rows: Tensor, ids: Sequence[
             f"rows are {rows.shape[1]} wide and {directory} holds rows of {manifest.dim} ({layers});"
             " pass rows of these layers"
         )
-    if isinstance(ids, str) or not all_str(ids):
-        raise StoreError("ids must be a list of str, one for each row; convert them with str()")
+    if isinstance(ids, str | bytes) or not hasattr(ids, "__len__"):
+        raise StoreError("ids must be a list of str, one for each row")
     if len(ids) != rows.shape[0]:
         raise StoreError(f"{len(ids)} ids for {rows.shape[0]} rows; give one for each row")
-    if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = [name for name in ids if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+
+
+def add_ids(known: KnownIds, ids: list[str]) -> None:
+    """Take the ids of the rows that come next.
+
+    Raises:
+        StoreError: They are no strings, are there already, or were deleted; then none is taken.
+    """
+    if known.add(ids) < 0:
+        return
+    seen: set[str] = set()
+    twice = [name for name in ids if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+    if twice:
         raise StoreError(f"ids occur twice in one append: {shorten(twice)}; every row needs its own")
+    numbers = known.numbers(ids).tolist()
+    gone = [repr(name) for name, number in zip(ids, numbers, strict=True) if number == DELETED]
+    if gone:
+        raise StoreError(
+            f"ids were deleted from the store: {shorten(gone)};"
+            " leave these rows out, or compact the store first to use the ids again"
+        )
+    there = [repr(name) for name, number in zip(ids, numbers, strict=True) if number >= 0]
+    raise StoreError(
+        f"ids are in the store already: {shorten(there)}; every row needs its own id"
+        " (to go on after an interruption, append with skip_committed=True)"
+    )
 
 
 def check_finite(manifest: Manifest, rows: Tensor, ids: Sequence[str]) -> None:
@@ -97,74 +120,50 @@ def _check_small(manifest: Manifest, rows: Tensor, ids: Sequence[str]) -> None:
         )
 
 
-def committed_prefix(
-    row_of: dict[str, int], deleted: Collection[str], committed: int, end: int, ids: Sequence[str]
-) -> int:
+def committed_prefix(known: KnownIds, committed: int, ids: list[str]) -> int:
     """How many of `ids` lead the list and are stored already, at the place where they should be, or were deleted.
 
     Args:
-        row_of: id -> row of every row of the store, queued ones included.
-        deleted: Ids of rows that were deleted and not compacted away yet; they do not come back by a rerun.
-        committed: Rows below this number may be dropped: those that were committed when the store was opened.
-        end: The number of the next row.
+        committed: Rows below this number may be dropped: those that were committed when the store was opened. Those
+            that were deleted and not compacted away yet do not come back by a rerun.
 
     Raises:
         StoreError: They are not consecutive rows, or new ids follow before all committed ones have come.
     """
-    count = 0
-    while count < len(ids) and (row_of.get(ids[count], committed) < committed or ids[count] in deleted):
-        count += 1
-    shown = [name for name in ids[:count] if name not in deleted]
+    numbers = known.numbers(ids)
+    stored = (numbers != UNKNOWN) & (numbers < committed)
+    count = len(ids) if stored.all() else int(stored.argmin())
+    shown = [(name, number) for name, number in zip(ids[:count], numbers.tolist(), strict=False) if number != DELETED]
     if not shown:
         return count
-    first = row_of[shown[0]]
-    for place, name in enumerate(shown):
-        if row_of[name] != first + place:
-            raise _out_of_order(f"{name!r} is row {row_of[name]} of the store and comes here as row {first + place}")
-    if count < len(ids) and first + len(shown) != end:
+    first = shown[0][1]
+    for place, (name, number) in enumerate(shown):
+        if number != first + place:
+            raise _out_of_order(f"{name!r} is row {number} of the store and comes here as row {first + place}")
+    if count < len(ids) and first + len(shown) != known.rows:
         raise _out_of_order(
-            f"{ids[count]!r} is new and would follow row {first + len(shown) - 1}, but the store has {end} rows"
+            f"{ids[count]!r} is new and would follow row {first + len(shown) - 1}, but the store has {known.rows} rows"
         )
     return count
 
 
-def check_new(row_of: dict[str, int], deleted: Collection[str], ids: Sequence[str]) -> None:
-    gone = [name for name in ids if name in deleted] if deleted else []
-    if gone:
-        raise StoreError(
-            f"ids were deleted from the store: {shorten([repr(name) for name in gone])};"
-            " leave these rows out, or compact the store first to use the ids again"
-        )
-    if not row_of.keys().isdisjoint(ids):
-        twice = [name for name in ids if name in row_of]
-        raise StoreError(
-            f"ids are in the store already: {shorten([repr(name) for name in twice])}; every row needs its own id"
-            " (to go on after an interruption, append with skip_committed=True)"
-        )
-
-
-def rows_to_delete(
-    directory: Path, row_of: dict[str, int], deleted: Collection[str], ids: Sequence[str], missing_ok: bool
-) -> Tensor:
-    """Numbers of the rows with these ids, [n] int64; ids that are deleted already are passed over.
+def rows_to_delete(directory: Path, known: KnownIds, ids: Iterable[str], missing_ok: bool) -> dict[str, int]:
+    """Id -> number of the rows with these ids; ids that are deleted already are passed over.
 
     Raises:
         StoreError: Some ids are not in the store, unless that is `missing_ok`.
     """
     if isinstance(ids, str | bytes) or not all_str(ids := list(ids)):
         raise StoreError("ids must be a list of str; convert them with str()")
-    wanted = dict.fromkeys(ids)
-    absent = [repr(name) for name in wanted if name not in row_of and name not in deleted]
+    wanted = list(dict.fromkeys(ids))
+    found = dict(zip(wanted, known.numbers(wanted).tolist(), strict=True))
+    absent = [repr(name) for name, number in found.items() if number == UNKNOWN]
     if absent and not missing_ok:
         raise StoreError(
             f"{directory} has no rows with {len(absent)} of the {len(wanted)} ids: {shorten(absent)};"
             " none was deleted; correct them, or delete with missing_ok=True"
         )
-    return torch.tensor([row_of[name] for name in wanted if name in row_of], dtype=torch.int64, device="cpu")
-
-
-def all_str(ids: Sequence[str]) -> bool:
-    return all(issubclass(kind, str) for kind in set(map(type, ids)))
+    return {name: number for name, number in found.items() if number >= 0}
 
 
 def shorten(names: Sequence[str]) -> str:

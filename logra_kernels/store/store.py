@@ -1,7 +1,7 @@
 """GradientStore: projected gradients on disk, one row a sample, appended in order and scored in one pass."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ class GradientStore(StoredRows):
         """
         self._writing().writer.flush()
 
-    def delete(self, ids: Sequence[str], *, missing_ok: bool = False) -> int:
+    def delete(self, ids: Iterable[str], *, missing_ok: bool = False) -> int:
         """Take rows out, all in one commit: nothing that is opened or computed from now on sees them.
 
         They stay in their files until `compact`, and until then their ids stay taken: a rerun of the logging passes
@@ -255,9 +255,8 @@ class GradientStore(StoredRows):
     def committed(self, name: str) -> bool:
         """Whether the row with this id is committed."""
         if self._appender is None:
-            return name in self._reader.row_of
-        committed = len(self)
-        return self._appender.row_of.get(name, committed) < committed
+            return name in self._reader.known
+        return self._appender.is_committed(name)
 
     def _load(self) -> Manifest:
         return self._appender.writer.manifest if self._appender is not None else read_manifest(self._directory)

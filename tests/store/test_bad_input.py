@@ -64,6 +64,7 @@ def test_ids_that_do_not_fit(store):
     refuse(store, "in the store already: 'row-1';", ids=["a", "row-1"])
     refuse(store, "ids must be a list of str", ids=[1, 2])
     refuse(store, "ids must be a list of str", ids="ab")
+    refuse(store, "ids must be a list of str", ids=iter("ab"))
     refuse(store, "column 'id' cannot be stored", ids=["a", "\ud800"])
 
 

@@ -18,6 +18,7 @@ from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.encoding import decode, row_sums, wrap
 from logra_kernels.store.entry import Shard
 from logra_kernels.store.format import Manifest, read_manifest
+from logra_kernels.store.ids import KnownIds
 from logra_kernels.store.reading.ahead import loaded, on_device
 from logra_kernels.store.reading.memory import outgrows_memory
 from logra_kernels.store.reading.scoring import Best, scores_of
@@ -40,7 +41,6 @@ class Reader:
         self._mapped: OrderedDict[str, MappedShard] = OrderedDict()
         self._verified: set[str] = set(before._verified) if before is not None else set()
         self._table: pa.Table | None = None
-        self._row_of: dict[str, int] | None = None
         self._tail: MappedShard | None = None
         self._tail_table: pa.Table | None = None
         self._shown: dict[int, Tensor] = {}  # start of a shard with deleted rows -> its lines that are shown
@@ -100,12 +100,10 @@ class Reader:
                 ids = self._columns_of(shard).column("id")
                 yield from ids.filter(pa.array(hidden.numpy())).to_pylist()
 
-    @property
-    def row_of(self) -> dict[str, int]:
-        """id -> row number."""
-        if self._row_of is None:
-            self._row_of = {name: row for row, name in enumerate(self.table.column("id").to_pylist())}
-        return self._row_of
+    @cached_property
+    def known(self) -> KnownIds:
+        """The ids that are shown, to be asked for."""
+        return KnownIds(self.table.column("id"), ())
 
     def _map(self, shard: Shard, private: bool, keep: bool = True) -> MappedShard:
         """A shard, verified once per open. A private mapping is the caller's own to write on."""
@@ -148,12 +146,6 @@ class Reader:
         return StoreError(
             f"{self.directory} was compacted while this object read an older state of it; open the store again"
         )
-
-    def tail(self) -> list[Piece]:
-        """A short last shard, deleted rows included, as a piece of its own; nothing when the last one is full."""
-        if self._tail is None or self._tail_table is None:
-            return []
-        return [(self._tail.tensors(), self._tail_table)]
 
     def _overlapping(self, start: int, stop: int) -> list[tuple[int, Shard]]:
         """Shards with rows in [start, stop), and the number of each one's first row."""
@@ -239,7 +231,7 @@ class Reader:
         if not len(numbers):
             return
         for begin, shard in self._overlapping(int(numbers[0]), int(numbers[-1]) + 1):
-            mine = numbers[(numbers >= begin) & (numbers < begin + shard.shown)]
+            mine = numbers[torch.searchsorted(numbers, begin) : torch.searchsorted(numbers, begin + shard.shown)]
             if not len(mine):
                 continue
             shown = self._shown.get(shard.start)
@@ -354,6 +346,21 @@ def factored_bytes(rows: int, width: int, queries: int) -> int:
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def tail_of(directory: Path, manifest: Manifest) -> list[Piece]:
+    """A short last shard, deleted rows included, as a piece of its own; nothing when the last one is full.
+
+    Raises:
+        StoreError: It is missing or damaged.
+    """
+    last = manifest.shards[-1] if manifest.shards else None
+    if last is None or last.count == manifest.rows_per_shard:
+        return []
+    try:
+        return [(MappedShard(directory, manifest, last).tensors(), read_columns(directory, last))]
+    except FileNotFoundError as error:
+        raise missing(Path(error.filename)) from None
 
 
 def _lines(rows: EncodedRows, lines: Tensor) -> EncodedRows:

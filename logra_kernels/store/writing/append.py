@@ -2,22 +2,24 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from logra_kernels.errors import StoreError
-from logra_kernels.store.columns import Lines, build_lines, lines_between
+from logra_kernels.store.columns import ID, Lines, build_lines, lines_between
 from logra_kernels.store.deleted import delete_rows
 from logra_kernels.store.format import Manifest, read_manifest
+from logra_kernels.store.ids import KnownIds
 from logra_kernels.store.life.compact import compact
 from logra_kernels.store.lock import WriterLock
-from logra_kernels.store.reading.reader import Reader
-from logra_kernels.store.rows import check_finite, check_new, check_rows, committed_prefix, rows_to_delete
+from logra_kernels.store.reading.reader import Reader, tail_of
+from logra_kernels.store.rows import add_ids, check_finite, check_rows, committed_prefix, rows_to_delete
 from logra_kernels.store.shard import check_files
 from logra_kernels.store.writing.departure import Departures
 from logra_kernels.store.writing.filling import checks_itself, fill
@@ -37,12 +39,16 @@ class Appender:
         self._departures = Departures()
         self._begin(manifest)
 
-    def _begin(self, manifest: Manifest) -> None:
-        stored = Reader(self._directory, lambda: manifest)
-        self.row_of = stored.row_of  # number of every row that is shown, queued ones included
-        self._deleted = set(stored.deleted_ids())
-        self._schema = stored.table.schema if manifest.shards else None
-        self.writer = BackgroundWriter(self._directory, manifest, stored.tail())
+    def _begin(self, manifest: Manifest, known: KnownIds | None = None) -> None:
+        if known is None:
+            stored = Reader(self._directory, lambda: manifest)
+            try:
+                known = KnownIds(stored.table.column(ID), stored.deleted_ids())
+            except StoreError as error:
+                raise StoreError(f"{self._directory}: {error}") from None
+            self._schema = stored.table.schema if manifest.shards else None
+        self.known = known
+        self.writer = BackgroundWriter(self._directory, manifest, tail_of(self._directory, manifest))
         # For a store that is dropped, or not closed when the interpreter ends: what was appended is committed then.
         self._finalizer = weakref.finalize(self, _finish, self.writer, self._lock)
 
@@ -53,30 +59,35 @@ class Appender:
             self.writer.check()
             if len(ids) == 0:
                 return 0
-            lines = build_lines(ids, columns, self._schema)
-            skip = self._skipped(ids) if skip_committed else 0
+            names = list(ids)
+            lines = build_lines(names, columns, self._schema)
+            skip = self._skipped(names) if skip_committed else 0
             if skip:
-                rows, ids, lines = rows[skip:], ids[skip:], lines_between(lines, skip, len(ids))
-            check_new(self.row_of, self._deleted, ids)
-            self._submit(manifest, rows.detach(), ids, lines)
+                rows, names, lines = rows[skip:], names[skip:], lines_between(lines, skip, len(names))
+            add_ids(self.known, names)
+            self._submit(manifest, rows.detach() if rows.requires_grad else rows, names, lines)
             if isinstance(lines, pa.Table):
                 self._schema = lines.schema
-            return len(ids)
+            return len(names)
 
-    def _submit(self, manifest: Manifest, rows: Tensor, ids: Sequence[str], lines: Lines) -> None:
-        at_once = self.writer.room(len(ids)) == len(ids)
-        if not rows.is_cuda and not (at_once and checks_itself(manifest, rows)):
-            check_finite(manifest, rows, ids)
+    def _submit(self, manifest: Manifest, rows: Tensor, ids: list[str], lines: Lines) -> None:
         start = 0
-        while start < len(ids):
-            place = self.writer.reserve(len(ids) - start)
-            stop = start + place.count
-            names = ids[start:stop]
-            filling = self._fill(manifest, rows[start:stop], names, place)
-            end = len(self.row_of)
-            self.row_of.update(zip(names, range(end, end + len(names)), strict=True))
-            self.writer.submit(place, lines_between(lines, start, stop), filling)
-            start = stop
+        try:
+            at_once = self.writer.room(len(ids)) == len(ids)
+            if not rows.is_cuda and not (at_once and checks_itself(manifest, rows)):
+                check_finite(manifest, rows, ids)
+            while start < len(ids):
+                place = self.writer.reserve(len(ids) - start)
+                stop = start + place.count
+                part = rows, ids, lines
+                if place.count < len(ids):
+                    part = rows[start:stop], ids[start:stop], lines_between(lines, start, stop)
+                filling = self._fill(manifest, part[0], part[1], place)
+                self.writer.submit(place, part[2], filling)
+                start = stop
+        except BaseException:
+            self.known.drop(len(ids) - start)
+            raise
 
     def _fill(self, manifest: Manifest, rows: Tensor, ids: Sequence[str], place: Place) -> Callable[[], None] | None:
         """Encode rows into their place. Those of a device are on their way then, and the call that is returned waits
@@ -92,33 +103,50 @@ class Appender:
             raise
         return None
 
-    def _skipped(self, ids: Sequence[str]) -> int:
-        return committed_prefix(self.row_of, self._deleted, self._opened_with, len(self.row_of), ids)
+    def _skipped(self, ids: list[str]) -> int:
+        if not self._opened_with and not self.known.any_deleted:
+            return 0
+        return committed_prefix(self.known, self._opened_with, ids)
 
-    def delete(self, ids: Sequence[str], missing_ok: bool) -> int:
+    def is_committed(self, name: str) -> bool:
+        return 0 <= int(self.known.numbers([name])[0]) < self.writer.manifest.rows
+
+    def delete(self, ids: Iterable[str], missing_ok: bool) -> int:
         """Commit what was appended, then that these rows are no longer shown; how many were until now."""
         with self._appending:
-            rows = rows_to_delete(self._directory, self.row_of, self._deleted, ids, missing_ok)
-            if len(rows):
-                self._exchange(lambda manifest: delete_rows(self._directory, manifest, rows))
+            found = rows_to_delete(self._directory, self.known, ids, missing_ok)
+            if found:
+                rows = torch.tensor([*found.values()], dtype=torch.int64, device="cpu")
+                self._exchange(lambda manifest: delete_rows(self._directory, manifest, rows), self.known)
+                self.known.delete([*found])
                 self._opened_with -= int((rows < self._opened_with).sum())
-            return len(rows)
+            return len(found)
 
     def compact(self) -> int:
         """Commit what was appended, then write shards with deleted rows again without them; how many that took out."""
         with self._appending:
             hidden = sum(shard.hidden for shard in self.writer.manifest.shards)
-            self._exchange(lambda manifest: compact(self._directory, manifest))
+            if hidden:
+                self._exchange(lambda manifest: compact(self._directory, manifest), None)
+            else:
+                self.writer.flush()
             return hidden
 
-    def _exchange(self, commit: Callable[[Manifest], Manifest]) -> None:
-        """Let the writer end, commit another manifest, and go on from what is then committed."""
+    def _exchange(self, commit: Callable[[Manifest], Manifest], known: KnownIds | None) -> None:
+        """Let the writer end, commit another manifest, and go on from what is then committed.
+
+        Args:
+            known: What is known of ids if that succeeds; None to look them up.
+        """
         self.writer.close()
         before = self._finalizer
         try:
             commit(self.writer.manifest)
+        except BaseException:
+            known = None
+            raise
         finally:
-            self._begin(read_manifest(self._directory))
+            self._begin(read_manifest(self._directory), known)
             before.detach()
 
     def close(self) -> None:
