@@ -6,15 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
-from logra_kernels.curvature import COVARIANCES, Progress, keep_observed, observed
+from logra_kernels.curvature import Progress
 from logra_kernels.errors import LograError
 from logra_kernels.run import Run
 from logra_kernels.session import SharedObservation
-from logra_kernels.store import GradientStore, Share, merge, projection_of, sum_over_ranks
+from logra_kernels.store import GradientStore, Share, merge, projection_of
 
 
 class DistributedRun(Run):
@@ -86,8 +85,6 @@ class DistributedRun(Run):
             raise LograError(f"DistributedRun: the ranks' stores cannot be merged: {failed[0]}")
         self.path = self.whole
         self._store = Share(Path(self.whole))
-        for name in (COVARIANCES, self._fisher.model.sidecar()):
-            _add_up(self._store, name, mine)
         self._fisher.join(mine, self._store)
         self._solved.forget()
 
@@ -112,19 +109,3 @@ class DistributedRun(Run):
     def _refuse_merged(self, what: str) -> None:
         if self.path == self.whole:
             raise LograError(f"DistributedRun: the rows are merged; {what} {self.whole} with Run")
-
-
-def _add_up(store: Share, name: str, mine: GradientStore) -> None:
-    """Keep beside the merged store the sum of what was observed beside each rank's; a rank without adds nothing."""
-    kept = observed(mine, name)
-    own = {} if kept is None else kept[0]
-    entries: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(entries, {entry: (tensor.shape, tensor.dtype) for entry, tensor in own.items()})
-    wanted = {entry: what for each in entries for entry, what in each.items()}
-    sums = {
-        entry: own[entry].clone() if entry in own else torch.zeros(shape, dtype=dtype, device="cpu")
-        for entry, (shape, dtype) in sorted(wanted.items())
-    }
-    if sums:
-        sum_over_ranks(store, sums.values())
-        keep_observed(store, name, sums)

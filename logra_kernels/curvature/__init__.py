@@ -6,7 +6,6 @@ from logra_kernels.curvature.kfac import COVARIANCES, EKFAC, KFAC, keep_covarian
 from logra_kernels.curvature.kronecker import CorrectedKronecker, Kronecker
 from logra_kernels.curvature.lowrank import LowRank
 from logra_kernels.curvature.model_fisher import ModelFisher, ModelFisher64
-from logra_kernels.curvature.observed import keep_observed, observed
 from logra_kernels.curvature.shrunk import Shrunk
 from logra_kernels.curvature.simple import Diagonal, Identity
 from logra_kernels.curvature.statistics import Curvature
@@ -53,7 +52,5 @@ __all__ = [
     "RowSums",
     "Shrunk",
     "keep_covariances",
-    "keep_observed",
     "matching",
-    "observed",
 ]

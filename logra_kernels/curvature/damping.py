@@ -66,7 +66,10 @@ class Damping:
             LograError: The block is zero: all its gradients are.
         """
         if mean_eigenvalue == 0.0:
-            raise LograError(f"curvature: all stored gradients of layer {layer!r} are zero; exclude it")
+            raise LograError(
+                f"curvature: all stored gradients of layer {layer!r} are zero; exclude it, or, where a coarse"
+                " format has rounded them to zero, keep rows in a finer one"
+            )
         if self.absolute is not None:
             return self.absolute
         if self.whole is not None:

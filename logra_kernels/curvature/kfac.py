@@ -16,10 +16,9 @@ import xxhash
 from torch import Tensor
 
 from logra_kernels.curvature.kronecker import KeptRotated, corrected_values
-from logra_kernels.curvature.observed import keep_observed, observed
 from logra_kernels.curvature.sums import Progress
 from logra_kernels.errors import LograError
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, keep_observed, observed
 
 COVARIANCES = "covariances"
 

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from logra_kernels.curvature.blocks import width_of
 from logra_kernels.curvature.damping import Damping
-from logra_kernels.curvature.observed import keep_observed, observed
 from logra_kernels.curvature.solver import CholeskySolver, Solver, Spanned
 from logra_kernels.curvature.statistics import Curvature, thin_rows
 from logra_kernels.curvature.sums import GramSums, Progress, RowSums
 from logra_kernels.errors import LograError
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, keep_observed, observed
 
 _COUNT = "/gradients"
 

@@ -3,6 +3,7 @@ from logra_kernels.store.format import shard_bytes
 from logra_kernels.store.life.fsck import fsck
 from logra_kernels.store.life.merge import merge
 from logra_kernels.store.life.quantize import quantization_loss, quantize
+from logra_kernels.store.observed import keep_observed, observed
 from logra_kernels.store.reading.ahead import held_bytes
 from logra_kernels.store.reading.coarse import IndexInfo
 from logra_kernels.store.reading.memory import process_bytes
@@ -26,7 +27,9 @@ __all__ = [
     "fsck",
     "gather_from_ranks",
     "held_bytes",
+    "keep_observed",
     "merge",
+    "observed",
     "process_bytes",
     "projection_of",
     "quantization_loss",

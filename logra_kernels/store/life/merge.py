@@ -24,6 +24,7 @@ from logra_kernels.store.durable import TEMPORARY, digest, remove_files, sync_di
 from logra_kernels.store.entry import File, Shard, shard_names
 from logra_kernels.store.format import MERGE_PLAN, write_manifest, write_origin
 from logra_kernels.store.lock import WriterLock
+from logra_kernels.store.observed import take_observed
 from logra_kernels.store.rows import shorten
 from logra_kernels.store.shard import MappedShard, read_columns, write_shard
 from logra_kernels.store.sidecar import write_sidecar
@@ -42,7 +43,8 @@ def merge(
 ) -> GradientStore:
     """Make one store of the rows of several, in the order given; those stay as they are.
 
-    What was computed from the rows (curvature, self-influence) is not carried over.
+    What was computed from the rows (curvature, self-influence) is not carried over; what runs observed beside them, for
+    KFAC and EKFAC and the model's own Fisher, adds up.
 
     Args:
         sources: Directories of stores with equal layers, number format, projection, fingerprints, meta and columns.
@@ -169,6 +171,7 @@ class _Merge:
             write_origin(directory, self._manifest)
             self._take_sidecars()
             self._take_skipped()
+            take_observed(self._stores, directory)
             shards: list[Shard] = []
             for store, ids in zip(self._stores, self._ids, strict=True):
                 taken = 0

@@ -17,6 +17,7 @@ from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import ID
 from logra_kernels.store.durable import TEMPORARY, sync_directory
 from logra_kernels.store.lock import WriterLock
+from logra_kernels.store.observed import take_observed
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
 from logra_kernels.store.whitening import Whitening
@@ -39,8 +40,8 @@ def quantize(
 ) -> GradientStore:
     """Write the rows of a store in another format, with their ids, columns and facts, into a new store.
 
-    What was computed from the rows (curvature, self-influence) is not carried over. The loss is measured and kept, see
-    `quantization_loss`.
+    What was computed from the rows (curvature, self-influence) is not carried over, what runs observed beside them is.
+    The loss is measured and kept, see `quantization_loss`.
 
     Args:
         source: Directory of the store; it is only read.
@@ -78,6 +79,7 @@ def quantize(
         _copy(rows, store, whitening)
     whole = GradientStore.open(temporary)
     add_skipped(temporary, read_skipped(rows.path))
+    take_observed([rows], temporary)
     whole.sidecar_write(LOSS, {}, _measure(rows, whole, whitening))
     try:
         os.replace(temporary, target)
