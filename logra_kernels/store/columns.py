@@ -1,6 +1,6 @@
 """Row ids and user columns: from Python lists to an Arrow table, and to Parquet bytes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import chain, groupby
 from typing import Any, TypeAlias
 
@@ -14,6 +14,16 @@ from logra_kernels.store.ids import all_str
 
 ID = "id"
 _CHECKSUM = "checksum"
+_IS = pa.types
+_FAMILIES: dict[str, tuple[Callable[[pa.DataType], bool], ...]] = {
+    "truth": (_IS.is_boolean,),
+    "number": (_IS.is_integer, _IS.is_floating, _IS.is_decimal),
+    "text": (_IS.is_string, _IS.is_large_string, _IS.is_string_view),
+    "bytes": (_IS.is_binary, _IS.is_large_binary, _IS.is_fixed_size_binary, _IS.is_binary_view),
+    "time": (_IS.is_timestamp, _IS.is_date),
+    "time of day": (_IS.is_time,),
+    "duration": (_IS.is_duration,),
+}
 
 Lines: TypeAlias = (
     pa.Table | list[str]
@@ -54,6 +64,8 @@ def build_table(ids: Sequence[str], columns: Mapping[str, Any] | None, schema: p
     Raises:
         StoreError: Lengths, names or types do not fit.
     """
+    if not isinstance(columns or {}, Mapping) or not _are_names(columns or {}):
+        raise StoreError("columns must be a dict, str -> one value for each row")
     columns = dict(columns or {})
     if not all_str(ids):
         raise StoreError("ids must be a list of str, one for each row; convert them with str()")
@@ -76,9 +88,30 @@ def _as_read_back(table: pa.Table) -> pa.Table:
     """The types that Parquet gives back (it renames the items of lists, widens timestamps): rows that come from a short
     shard and rows that come from the caller must make the same file."""
     try:
-        return table.cast(from_parquet(to_parquet(table.schema.empty_table())).schema)
+        kept = table.cast(from_parquet(to_parquet(table.schema.empty_table())).schema)
     except pa.ArrowException as error:
         raise StoreError(f"the columns cannot be stored as Parquet: {' '.join(str(error).split())}") from None
+    for before, after in zip(table.schema, kept.schema, strict=True):
+        if _family(before.type) != _family(after.type):
+            raise StoreError(f"column {before.name!r} is {before.type}, which Parquet does not have; convert it")
+    return kept
+
+
+def _are_names(columns: Iterable[Any]) -> bool:
+    try:
+        "".join(columns).encode()
+    except (TypeError, UnicodeEncodeError):
+        return False
+    return True
+
+
+def _family(kind: pa.DataType) -> str:
+    """What a cast must not leave: it would make 5 True, "7" the number 7, and 12 a date."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    for name, members in _FAMILIES.items():
+        if any(member(kind) for member in members):
+            return name
+    return "nested"
 
 
 def _array(name: str, values: Any, kind: pa.DataType | None, count: int) -> pa.Array:
@@ -86,7 +119,7 @@ def _array(name: str, values: Any, kind: pa.DataType | None, count: int) -> pa.A
         values = values.tolist()
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
-    if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
+    if isinstance(values, str | bytes | Set | Mapping) or not hasattr(values, "__len__"):
         raise StoreError(f"column {name!r} is a {type(values).__name__}; it must be a list with one value for each row")
     if len(values) != count:
         raise StoreError(f"column {name!r} has {len(values)} values for {count} rows; give one for each row")
@@ -95,6 +128,8 @@ def _array(name: str, values: Any, kind: pa.DataType | None, count: int) -> pa.A
         given = kind if kind == pa.string() else None
         array = values if isinstance(values, pa.Array) else pa.array(values, given)
         if kind is not None and array.type != kind:
+            if not pa.types.is_null(array.type) and _family(array.type) != _family(kind):
+                raise TypeError(f"they are {array.type}")
             array = array.cast(kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeError) as error:
         wanted = f" as {kind}, the type of the first rows" if kind is not None else ""

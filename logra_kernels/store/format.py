@@ -4,6 +4,7 @@
     origin.json                            the manifest of the empty store, from which `logra fsck` rebuilds a lost one
     rows-<start>-<stop>.safetensors        the tensors of `Manifest.tensors`, a line a row, row-major, immutable
     rows-<start>-<stop>.parquet            column "id" (string) and the user's columns, one line per row
+    merged.json                            what a merge made the store from, with its own checksum
     deleted-<start>-<hash>.safetensors     tensor "rows" int64 [m], sorted: lines of that shard that are not shown
     sidecars/<name>.<key>.safetensors      what was computed from the rows; stale once the key differs
     sidecars/skipped.<zeros>.safetensors   ids of rows that were left out, see `store.skipped`
@@ -40,6 +41,7 @@ PROJECTION_SIDECARS = ("projection", "projection-spread")  # of a learned projec
 WHITENING = "whitening"  # the sidecar of whitened rows
 LOCK = "lock"
 MERGE_PLAN = "merge.json"  # beside rows without a manifest: a merge that is not finished
+MERGED = "merged.json"  # the plan of one that is
 SHARD_BYTES = 64 << 20
 # Wide rows get longer shards, up to so many rows: one is scored at a time, and laying out the queries for it takes as
 # long as scoring some hundred rows. 64 queries, D = 98,304, fp32: 3.9 GB/s from 170 rows, 5.3 from 512, 6.1 from 1,360.
@@ -176,8 +178,18 @@ class Manifest:
             table["retired"] = self.retired
         head = json.dumps(table, indent=1).removesuffix("\n}")
         lines = ",\n  ".join(shard.line for shard in self.shards)
-        text = f'{head},\n "shards": [\n  {lines}\n ]\n}}\n'
-        return seal(text.encode(), len(_BEFORE_CHECKSUM))[0]
+        return seal_text(f'{head},\n "shards": [\n  {lines}\n ]\n}}\n')
+
+
+def seal_text(text: str) -> bytes:
+    """JSON of an object whose first entry is "checksum", zeros, indented by one, with its checksum."""
+    return seal(text.encode(), len(_BEFORE_CHECKSUM))[0]
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether it is what `seal_text` has given."""
+    recorded, computed = sealed_checksum(memoryview(data), len(_BEFORE_CHECKSUM))
+    return recorded == computed
 
 
 def default_rows_per_shard(width: int, form: RowFormat) -> int:

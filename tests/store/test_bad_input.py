@@ -1,5 +1,7 @@
 """What does not fit is refused with its reason, whole, and the store goes on."""
 
+import datetime
+
 import pyarrow as pa
 import pytest
 import torch
@@ -81,6 +83,9 @@ def test_columns_that_do_not_fit(store):
     refuse(store, "column 'page' cannot be stored as int64", columns={"source": ["a", "b"], "page": ["x", "y"]})
     refuse(store, "column 'page' cannot be stored", columns={"source": ["a", "b"], "page": [1, object()]})
     refuse(store, "cannot be named 'id'", columns={"id": ["a", "b"]})
+    refuse(store, "column 'source' is a set", columns={"source": {"a", "b"}, "page": [1, 2]})
+    for columns in ({5: [1, 2]}, {"\ud800": [1, 2]}, ["ab", "cd"]):
+        refuse(store, "columns must be a dict", columns=columns)
 
 
 def test_columns_of_the_first_rows(tmp_path):
@@ -90,6 +95,32 @@ def test_columns_of_the_first_rows(tmp_path):
         store.append(rows_of(2), ids_of(2), {"source": typed, "page": torch.tensor([1, 2])})
         store.append(rows_of(2), ["a", "b"], {"source": ["x", "y"], "page": [None, None]})
     assert GradientStore.open(tmp_path / "s").columns == {"source": [None, None, "x", "y"], "page": [1, 2, None, None]}
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        ([True, False], [5, 0]),
+        ([1, 2], [True, False]),
+        ([1, 2], ["3", "4"]),
+        ([1, 2], [datetime.date(2020, 1, 1), None]),
+        ([datetime.datetime(2020, 1, 1)] * 2, [5, 6]),
+        ([b"a", b"b"], ["a", "b"]),
+    ],
+)
+def test_no_value_becomes_one_of_another_kind(tmp_path, first, later):
+    """Arrow's casts would make 5 True and "3" the number 3."""
+    with GradientStore.create(tmp_path / "s", LAYERS) as store:
+        store.append(rows_of(2), ["a", "b"], {"c": first})
+        with pytest.raises(StoreError, match="column 'c' cannot be stored as .*, the type of the first rows: they are"):
+            store.append(rows_of(2), ["c", "d"], {"c": later})
+        store.append(rows_of(2), ["c", "d"], {"c": pa.array(first).dictionary_encode()})
+    assert GradientStore.open(tmp_path / "s").columns == {"c": [*first, *first]}
+
+
+def test_a_type_that_parquet_does_not_have(tmp_path):
+    with GradientStore.create(tmp_path / "s", LAYERS) as store:
+        refuse(store, "column 'c' is duration", columns={"c": [datetime.timedelta(1), None]})
 
 
 def test_what_a_store_cannot_be_made_of(tmp_path):

@@ -174,8 +174,11 @@ def test_what_lies_at_the_target(parts, tmp_path):
         merge(parts, tmp_path / "full")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "merge.json").write_text("{}")
-    with pytest.raises(StoreError, match="holds a merge of other rows"):
+    with pytest.raises(StoreError, match="merge.json is damaged"):
         merge(parts, tmp_path / "out")
+    merge(parts[:2], tmp_path / "other")
+    with pytest.raises(StoreError, match="holds a merge of other rows"):
+        merge(parts, tmp_path / "other")
     with pytest.raises(StoreError, match="no stores to merge"):
         merge([], tmp_path / "new")
     with pytest.raises(StoreError, match="is not a gradient store"):
@@ -192,3 +195,15 @@ def test_a_damaged_source_is_found_where_it_is_read(parts, tmp_path):
     store = merge(parts, tmp_path / "linked")
     with pytest.raises(StoreError, match="is damaged"):
         store.read(0, 1)
+
+
+def test_a_damaged_plan(parts, tmp_path):
+    out = merge(parts, tmp_path / "out").path
+    good = tree(out)["merged.json"]
+    for place in range(len(good)):
+        (out / "merged.json").write_bytes(good[:place] + bytes([good[place] ^ (1 << place % 8)]) + good[place + 1 :])
+        assert fsck(out).faults == [f"{out / 'merged.json'} is damaged: its checksum does not fit"]
+    with pytest.raises(StoreError, match=r"merged.json is damaged; merge into another place"):
+        merge(parts, out)
+    assert fsck(out, repair=True).left == 0
+    assert_holds(GradientStore.open(out), [*range(COUNT)])

@@ -1,8 +1,9 @@
 """Is every byte of a store as it was written, and what can be kept of one that is not.
 
 Checked are the manifest, every shard's rows, columns and list of deleted rows, that no id occurs twice, the sidecars,
-and what lies beside them that no manifest names. A repair drops the rows of damaged shards and says which, rebuilds a
-lost manifest from the shards that verify, and moves what it takes out to `lost+found`. It deletes temporaries only.
+the plan of a merge, and what lies beside them that no manifest names. A repair drops the rows of damaged shards and
+says which, rebuilds a lost manifest from the shards that verify, and moves what it takes out to `lost+found`. It
+deletes temporaries only.
 """
 
 import contextlib
@@ -17,10 +18,12 @@ from logra_kernels.store.entry import Shard, is_row_file
 from logra_kernels.store.format import (
     MANIFEST,
     MERGE_PLAN,
+    MERGED,
     ORIGIN,
     SIDECARS,
     Manifest,
     NewerFormat,
+    is_sealed,
     read_manifest,
     write_manifest,
     write_origin,
@@ -93,6 +96,8 @@ class _Check:
         self._manifest = self._read_manifest()
         self._shards: list[Checked] = []
         self._damaged_sidecars: list[Path] = []
+        self._damaged_plans = [path for path in self._plans() if not is_sealed(path.read_bytes())]
+        self.report.faults += [f"{path} is damaged: its checksum does not fit" for path in self._damaged_plans]
         if self._manifest is not None:
             self._check_shards(self._manifest)
             self._check_ids()
@@ -103,6 +108,9 @@ class _Check:
                 for path in self._unnamed(one.shard for one in self._shards):
                     self.report.notes.append(f"{path} belongs to no committed row")
         self.report.left = len(self.report.faults)
+
+    def _plans(self) -> list[Path]:
+        return [path for name in (MERGE_PLAN, MERGED) if (path := self._directory / name).exists()]
 
     def _read_manifest(self) -> Manifest | None:
         """The manifest, or where that cannot be read that of the empty store."""
@@ -191,6 +199,7 @@ class _Check:
         self._set_aside(self._damaged_sidecars)
         if self._manifest is None:
             return
+        self._set_aside(self._damaged_plans)
         if any(one.list_damaged for one in self._shards) and not undelete:
             self.report.repairs.append(
                 "kept as it is, because which rows were deleted is lost with a list of them: restore the list from a"

@@ -20,9 +20,9 @@ import pyarrow as pa
 from logra_kernels.errors import StoreError, StoreMismatch
 from logra_kernels.store.columns import ID, to_parquet
 from logra_kernels.store.deleted import shown_lines
-from logra_kernels.store.durable import TEMPORARY, digest, remove_files, sync_directory, write_file
+from logra_kernels.store.durable import TEMPORARY, ZEROS, digest, remove_files, sync_directory, write_file
 from logra_kernels.store.entry import File, Shard, shard_names
-from logra_kernels.store.format import MERGE_PLAN, write_manifest, write_origin
+from logra_kernels.store.format import MERGE_PLAN, MERGED, is_sealed, seal_text, write_manifest, write_origin
 from logra_kernels.store.lock import WriterLock
 from logra_kernels.store.observed import take_observed
 from logra_kernels.store.rows import shorten
@@ -33,7 +33,6 @@ from logra_kernels.store.store import GradientStore
 from logra_kernels.store.tensorfile import as_bytes, map_file
 from logra_kernels.store.writing.create import check_free, store_exists
 
-DONE = "merged.json"
 POLICIES = ("refuse", "keep")
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)  # another file system, or none
 
@@ -161,7 +160,7 @@ class _Merge:
         most = max(store.manifest.rows_per_shard for store in stores)
         self._manifest = replace(first, rows_per_shard=most, shards=(), content=None, retired=())
         plan = {"merging": [store.content_hash for store in stores], "duplicates": duplicates}
-        self._plan = (json.dumps(plan, indent=1) + "\n").encode()
+        self._plan = seal_text(json.dumps({"checksum": ZEROS.decode(), **plan}, indent=1) + "\n")
 
     def run(self) -> None:
         directory = self._directory
@@ -185,7 +184,7 @@ class _Merge:
             sync_directory(directory)
             sync_directory(directory.absolute().parent)
         if (directory / MERGE_PLAN).exists():
-            os.replace(directory / MERGE_PLAN, directory / DONE)
+            os.replace(directory / MERGE_PLAN, directory / MERGED)
 
     def _begin(self) -> None:
         """Write the plan, or find that of the same merge.
@@ -193,11 +192,13 @@ class _Merge:
         Raises:
             StoreError: Something else is in the directory.
         """
-        plans = [path for name in (MERGE_PLAN, DONE) if (path := self._directory / name).exists()]
+        plans = [path for name in (MERGE_PLAN, MERGED) if (path := self._directory / name).exists()]
         if not plans:
             check_free(self._directory)
             write_file(self._directory, MERGE_PLAN, [self._plan])
             sync_directory(self._directory)
+        elif not is_sealed(plans[0].read_bytes()):
+            raise StoreError(f"{plans[0]} is damaged; merge into another place, or mend this one with `logra fsck`")
         elif plans[0].read_bytes() != self._plan:
             raise StoreError(f"{self._directory} holds a merge of other rows; repeat that one, or choose another place")
 
