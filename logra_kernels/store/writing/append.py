@@ -73,8 +73,8 @@ class Appender:
     def _submit(self, manifest: Manifest, rows: Tensor, ids: list[str], lines: Lines) -> None:
         start = 0
         try:
-            at_once = self.writer.room(len(ids)) == len(ids)
-            if not rows.is_cuda and not (at_once and checks_itself(manifest, rows)):
+            in_place = checks_itself(manifest, rows)
+            if not rows.is_cuda and not (in_place and self.writer.room(len(ids)) == len(ids)):
                 check_finite(manifest, rows, ids)
             while start < len(ids):
                 place = self.writer.reserve(len(ids) - start)
@@ -82,21 +82,23 @@ class Appender:
                 part = rows, ids, lines
                 if place.count < len(ids):
                     part = rows[start:stop], ids[start:stop], lines_between(lines, start, stop)
-                filling = self._fill(manifest, part[0], part[1], place)
+                filling = self._fill(manifest, part[0], part[1], place, in_place)
                 self.writer.submit(place, part[2], filling)
                 start = stop
         except BaseException:
             self.known.drop(len(ids) - start)
             raise
 
-    def _fill(self, manifest: Manifest, rows: Tensor, ids: Sequence[str], place: Place) -> Callable[[], None] | None:
+    def _fill(
+        self, manifest: Manifest, rows: Tensor, ids: Sequence[str], place: Place, in_place: bool
+    ) -> Callable[[], None] | None:
         """Encode rows into their place. Those of a device are on their way then, and the call that is returned waits
         for them."""
         try:
             if rows.is_cuda:
                 leaving, arrival = self._departures.leave(manifest, rows, ids)
                 return partial(_arrive, place, leaving, arrival)
-            if not fill(manifest, rows, place):
+            if not fill(manifest, rows, place, in_place):
                 check_finite(manifest, rows, ids)
         except BaseException:
             self.writer.drop(place)

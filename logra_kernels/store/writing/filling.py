@@ -19,9 +19,13 @@ def checks_itself(manifest: Manifest, rows: Tensor) -> bool:
     return quantizes_rows(rows) if manifest.format.scaled else takes_rows(rows, manifest.torch_dtype)
 
 
-def fill(manifest: Manifest, rows: Tensor, place: Place) -> bool:
-    """Encode rows [n, D]; False if it saw numbers that may not fit."""
-    if not checks_itself(manifest, rows):
+def fill(manifest: Manifest, rows: Tensor, place: Place, in_place: bool) -> bool:
+    """Encode rows [n, D]; False if it saw numbers that may not fit.
+
+    Args:
+        in_place: What `checks_itself` says of rows like these.
+    """
+    if not in_place:
         place.fill(encode_here(manifest, rows))
         return True
     if not manifest.format.scaled:

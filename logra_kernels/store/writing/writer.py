@@ -62,7 +62,8 @@ class BackgroundWriter:
     def __init__(self, directory: Path, manifest: Manifest, tail: Sequence[Piece]):
         self._directory = directory
         self._committer = Committer(directory, manifest)
-        self._row_bytes = manifest.row_bytes
+        self._row_bytes, self._rows_per_shard = manifest.row_bytes, manifest.rows_per_shard
+        self._most = max(1, SLICE_BYTES // self._row_bytes)
         self._changed = threading.Condition()
         self._disk = Disk(self._row_bytes * manifest.rows_per_shard, self._tell)
         self._shards = deque([self._first(manifest, bool(tail))])  # to be written, and to be filled
@@ -100,13 +101,11 @@ class BackgroundWriter:
             StoreError: The writer has failed.
         """
         self._check_process()
-        with self._changed:
-            self._raise_failure()
+        self._raise_failure()
 
     def room(self, count: int) -> int:
         """How many of so many rows find a place at once."""
-        most = max(1, SLICE_BYTES // self._row_bytes)
-        return min(count, most, self._shards[-1].room or self.manifest.rows_per_shard)
+        return min(count, self._most, self._shards[-1].room or self._rows_per_shard)
 
     def reserve(self, count: int) -> Place:
         """A place for the first `room` of `count` rows; waits while the queue is full. The next one is the same, unless
