@@ -11,6 +11,11 @@ SCORES_AT_ONCE = 1 << 21  # entries of the [Q, block] buffer, 8 MiB in fp32; mer
 LEAST_BLOCK = 4096  # rows; shorter blocks leave most of the device idle
 
 
+def rows_at_once(q: int) -> int:
+    """Rows of a block beside q queries."""
+    return max(LEAST_BLOCK, SCORES_AT_ONCE // max(1, q))
+
+
 def select(
     scores_of: Callable[[slice], Tensor],
     q: int,
@@ -25,7 +30,7 @@ def select(
     index = torch.empty((q, 0), dtype=torch.int64, device=device)
     if not q:
         return values.new_empty((0, min(k, n))), index.new_empty((0, min(k, n)))
-    step = max(LEAST_BLOCK, SCORES_AT_ONCE // q)
+    step = rows_at_once(q)
     with device_of(values):
         for start in range(0, n, step):
             span = slice(start, start + step)

@@ -19,6 +19,17 @@ def field_of(byte, d, CODE: tl.constexpr):
 
 
 @triton.jit
+def fields_of(byte, CODE: tl.constexpr):
+    """The bits of every number of bytes [B, N], in order along the first side: [8 B / bits, N]. Each is loaded once."""
+    EACH: tl.constexpr = 1 if CODE < 5 else (2 if CODE == 5 else (4 if CODE == 6 else 8))
+    if EACH == 1:
+        return byte.to(tl.int32)
+    BITS: tl.constexpr = 8 // EACH
+    parts = byte.to(tl.int32)[:, None, :] >> (tl.arange(0, EACH) * BITS)[None, :, None]
+    return tl.reshape(parts & ((1 << BITS) - 1), [byte.shape[0] * EACH, byte.shape[1]])
+
+
+@triton.jit
 def number_of(field, CODE: tl.constexpr):
     """A code's bits as fp32: the code itself."""
     if CODE == 3:

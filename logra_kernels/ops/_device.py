@@ -9,12 +9,19 @@ from torch import Tensor
 CUDA_PATH = os.environ.get("LOGRA_KERNELS_CUDA_PATH")  # whose kernels in CUDA C++ are taken, where it is set
 PROGRAMS_PER_PROCESSOR = 2  # what is aimed at where work is cut; fewer leave gaps, more cost partial sums
 
+LEAST_STEPS = 8  # of a piece of a sum, beside which what it costs to add the pieces is little
+
 
 def programs_of(tensor: Tensor) -> int:
     """How many programs keep the tensor's device busy."""
     if not tensor.is_cuda:
         return 1
     return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def pieces_of(tiles: int, steps: int, programs: int) -> int:
+    """Into how many pieces a sum of so many steps is cut: several only where so few tiles leave processors idle."""
+    return max(1, min(programs // max(1, tiles), steps // LEAST_STEPS))
 
 
 def cuda_arch(tensor: Tensor, has_sm_90a: bool) -> int:

@@ -1,6 +1,7 @@
 """The Triton kernels that score_block and score_topk share: a tile of queries against a tile of rows.
 
-The rows are converted as they are loaded, and each row's scores are scaled as they leave.
+The rows are converted as they are loaded, and each row's scores are scaled as they leave. Where few tiles would leave
+processors idle, the sum over D is cut into pieces, which are added in order.
 """
 
 import torch
@@ -9,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype
-from logra_kernels.ops._codes import as_bytes, field_of, integer_of, number_of
-from logra_kernels.ops._device import device_of
+from logra_kernels.ops._codes import as_bytes, fields_of, integer_of, number_of
+from logra_kernels.ops._device import device_of, pieces_of, programs_of
 from logra_kernels.ops._format import EncodedRows
 from logra_kernels.ops._tile import INTERPRETED, OPTIONS, accumulator, block, dot_tile, fp32_precision, must_upcast
 
@@ -18,38 +19,42 @@ from logra_kernels.ops._tile import INTERPRETED, OPTIONS, accumulator, block, do
 @triton.jit
 def _score_kernel(
     queries, rows, row_scale, scores,
-    Q, N, D, stride_qq, stride_qd, stride_rn, stride_rd, stride_s,
+    Q, N, D, PIECE, stride_qq, stride_qd, stride_rn, stride_rd, stride_s,
     ACC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """scores[q,n] = row_scale[n] sum_d queries[q,d] rows[n,d]"""
+    """scores[p,q,n] = row_scale[n] sum_{d of piece p} queries[q,d] rows[n,d]"""
     q = tl.program_id(1).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = tl.program_id(2).to(tl.int64)
+    first = p * PIECE
     tile = dot_tile(
-        queries + q * stride_qq, rows + n * stride_rn, q < Q, n < N, stride_qd, stride_rd, D,
-        ACC, BLOCK_D, PRECISION, UPCAST,
+        queries + first * stride_qd + q * stride_qq, rows + first * stride_rd + n * stride_rn, q < Q, n < N,
+        stride_qd, stride_rd, tl.minimum(D - first, PIECE).to(tl.int32), ACC, BLOCK_D, PRECISION, UPCAST,
     )  # fmt: skip
     if row_scale is not None:
         tile = tile * tl.load(row_scale + n * stride_s, mask=n < N, other=0.0)[None, :]
-    tl.store(scores + q[:, None] * N + n[None, :], tile, mask=(q < Q)[:, None] & (n < N)[None, :])
+    tl.store(scores + p * Q * N + q[:, None] * N + n[None, :], tile, mask=(q < Q)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
 def _score_encoded_kernel(
     queries, codes, scales, row_scale, scores,
-    Q, N, D, stride_qq, stride_qd, stride_cn, stride_cd, stride_sn, stride_sd, stride_s,
+    Q, N, D, PIECE, stride_qq, stride_qd, stride_cn, stride_cd, stride_sn, stride_sd, stride_s,
     CODE: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, BF16: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """scores[q,n] = row_scale[n] sum_d queries[q,d] scales[n, d // BLOCK] codes[n,d]
+    """scores[p,q,n] = row_scale[n] sum_{d of piece p} queries[q,d] scales[n, d // BLOCK] codes[n,d]
 
     A step lies within one block, so that the codes, exact in bf16, are multiplied first and scaled in fp32.
     """
     q = tl.program_id(1).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = tl.program_id(2)
     acc = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
-    for start in range(0, D, BLOCK_D):
+    for start in range(p * PIECE, tl.minimum(D, (p + 1) * PIECE), BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
+        at = start // EACH + tl.arange(0, BLOCK_D // EACH)
         step = d.to(tl.int64)
         ok = d < D
         left = tl.load(
@@ -57,11 +62,11 @@ def _score_encoded_kernel(
             mask=(q < Q)[:, None] & ok[None, :], other=0.0,
         )  # fmt: skip
         byte = tl.load(
-            codes + (n * stride_cn)[None, :] + (step // EACH * stride_cd)[:, None],
-            mask=(n < N)[None, :] & ok[:, None], other=0,
+            codes + (n * stride_cn)[None, :] + (at.to(tl.int64) * stride_cd)[:, None],
+            mask=(n < N)[None, :] & (at * EACH < D)[:, None], other=0,
         )  # fmt: skip
         scale = tl.load(scales + n * stride_sn + start // BLOCK * stride_sd, mask=n < N, other=0.0).to(tl.float32)
-        number = number_of(field_of(byte, d[:, None], CODE), CODE)
+        number = number_of(fields_of(byte, CODE), CODE)
         if BF16:
             product = tl.dot(left, number.to(tl.bfloat16), out_dtype=tl.float32)
         else:
@@ -69,101 +74,136 @@ def _score_encoded_kernel(
         acc += product * scale[None, :]
     if row_scale is not None:
         acc = acc * tl.load(row_scale + n * stride_s, mask=n < N, other=0.0)[None, :]
-    tl.store(scores + q[:, None] * N + n[None, :], acc, mask=(q < Q)[:, None] & (n < N)[None, :])
+    tl.store(
+        scores + p.to(tl.int64) * Q * N + q[:, None] * N + n[None, :], acc, mask=(q < Q)[:, None] & (n < N)[None, :]
+    )
 
 
 @triton.jit
 def _score_int8_kernel(
     queries, query_scales, codes, scales, row_scale, scores,
-    Q, N, D, stride_qq, stride_qs, stride_cn, stride_cd, stride_sn, stride_sd, stride_s,
+    Q, N, D, PIECE, stride_qq, stride_qs, stride_cn, stride_cd, stride_sn, stride_sd, stride_s,
     CODE: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """scores[q,n] = row_scale[n] sum_d query_scales[q, d // SPAN] queries[q,d] scales[n, d // BLOCK] codes[n,d]
+    """scores[p,q,n] = row_scale[n] sum_d query_scales[q, d // SPAN] queries[q,d] scales[n, d // BLOCK] codes[n,d]
 
-    A span lies within one block of the rows, so that its bytes add up as integers and are scaled once.
+    d goes through piece p. A span lies within one block of the rows, so that its bytes add up as integers and are
+    scaled once.
     """
     q = tl.program_id(1).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = tl.program_id(2)
     acc = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
-    for first in range(0, D, SPAN):
+    for first in range(p * PIECE, tl.minimum(D, (p + 1) * PIECE), SPAN):
         whole = tl.zeros([BLOCK_Q, BLOCK_N], tl.int32)
         for start in range(0, SPAN, BLOCK_D):
             d = first + start + tl.arange(0, BLOCK_D)
+            at = (first + start) // EACH + tl.arange(0, BLOCK_D // EACH)
             step = d.to(tl.int64)
             ok = d < D
             left = tl.load(
                 queries + (q * stride_qq)[:, None] + step[None, :], mask=(q < Q)[:, None] & ok[None, :], other=0
             )
             byte = tl.load(
-                codes + (n * stride_cn)[None, :] + (step // EACH * stride_cd)[:, None],
-                mask=(n < N)[None, :] & ok[:, None], other=0,
+                codes + (n * stride_cn)[None, :] + (at.to(tl.int64) * stride_cd)[:, None],
+                mask=(n < N)[None, :] & (at * EACH < D)[:, None], other=0,
             )  # fmt: skip
-            right = integer_of(field_of(byte, d[:, None], CODE), CODE)
+            right = integer_of(fields_of(byte, CODE), CODE)
             whole = tl.dot(left, right, whole, out_dtype=tl.int32)
         left_scale = tl.load(query_scales + q * stride_qs + first // SPAN, mask=q < Q, other=0.0)
         scale = tl.load(scales + n * stride_sn + first // BLOCK * stride_sd, mask=n < N, other=0.0).to(tl.float32)
         acc += whole.to(tl.float32) * left_scale[:, None] * scale[None, :]
     if row_scale is not None:
         acc = acc * tl.load(row_scale + n * stride_s, mask=n < N, other=0.0)[None, :]
-    tl.store(scores + q[:, None] * N + n[None, :], acc, mask=(q < Q)[:, None] & (n < N)[None, :])
+    tl.store(
+        scores + p.to(tl.int64) * Q * N + q[:, None] * N + n[None, :], acc, mask=(q < Q)[:, None] & (n < N)[None, :]
+    )
 
 
-def score_encoded(queries: Tensor | EncodedRows, rows: EncodedRows, row_scale: Tensor | None = None) -> Tensor:
-    """[Q, N] scores of rows with scales, on their device; queries are numbers or, beside whole codes, in int8."""
+def _cut(
+    q: int, n: int, d: int, block_q: int, block_n: int, step: int, rows: Tensor, most: int | None
+) -> tuple[int, tuple[int, int, int]]:
+    """(numbers of a piece of D, the grid)"""
+    tiles_q, steps = triton.cdiv(q, block_q), max(1, triton.cdiv(d, step))
+    pieces = pieces_of(triton.cdiv(most or n, block_n) * tiles_q, steps, programs_of(rows))
+    piece = step * triton.cdiv(steps, pieces)
+    return piece, (triton.cdiv(n, block_n), tiles_q, max(1, triton.cdiv(d, piece)))
+
+
+def _room(pieces: int, q: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty((q, n) if pieces == 1 else (pieces, q, n), dtype=dtype, device=device)
+
+
+def _whole(scores: Tensor) -> Tensor:
+    return scores if scores.dim() == 2 else scores.sum(0)
+
+
+def score_encoded(
+    queries: Tensor | EncodedRows, rows: EncodedRows, row_scale: Tensor | None = None, most: int | None = None
+) -> Tensor:
+    """[Q, N] scores of rows with scales, on their device; queries are numbers or, beside whole codes, in int8.
+
+    Args:
+        most: N of the largest of several blocks that these rows are one of: equal rows of all have the same bits.
+    """
     if isinstance(queries, EncodedRows):
-        return _score_int8(queries, rows, row_scale)
+        return _score_int8(queries, rows, row_scale, most)
     (q, d), n, form = queries.shape, len(rows), rows.format
-    scores = torch.empty((q, n), dtype=torch.float32, device=rows.device)
-    if not scores.numel() or rows.scales is None:
-        return scores
-    block_q, block_n = block(q, 64), block(n, 64)
+    if not q * n or rows.scales is None:
+        return torch.empty((q, n), dtype=torch.float32, device=rows.device)
+    block_q, block_n = block(q, 64), block(most or n, 64)
+    block_d = 32 if queries.element_size() > 2 else min(form.block or 64, 64)
+    piece, grid = _cut(q, n, d, block_q, block_n, block_d, rows.codes, most)
+    scores = _room(grid[2], q, n, torch.float32, rows.device)
     with device_of(rows.codes):
-        _score_encoded_kernel[triton.cdiv(n, block_n), triton.cdiv(q, block_q)](
-            queries, as_bytes(rows.codes), rows.scales, row_scale, scores, q, n, d,
+        _score_encoded_kernel[grid](
+            queries, as_bytes(rows.codes), rows.scales, row_scale, scores, q, n, d, piece,
             *queries.stride(), *rows.codes.stride(), *rows.scales.stride(),
             0 if row_scale is None else row_scale.stride(0),
             CODE=form.code, EACH=8 // form.bits, BLOCK=form.block,
             BF16=queries.dtype == torch.bfloat16 and not INTERPRETED,
-            BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=32 if queries.element_size() > 2 else min(form.block or 64, 64),
+            BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=block_d,
             # codes are exact in tf32: three products keep the queries' 22 leading bits on the tensor cores
-            PRECISION="tf32x3" if fp32_precision() == "ieee" else fp32_precision(), num_warps=4, **OPTIONS,
+            PRECISION="tf32x3" if fp32_precision() == "ieee" else fp32_precision(),
+            num_warps=8 if block_d == 32 and block_q > 32 else 4, **OPTIONS,  # four would spill registers
         )  # fmt: skip
-    return scores
+        return _whole(scores)
 
 
-def _score_int8(queries: EncodedRows, rows: EncodedRows, row_scale: Tensor | None) -> Tensor:
+def _score_int8(queries: EncodedRows, rows: EncodedRows, row_scale: Tensor | None, most: int | None) -> Tensor:
     (q, d), n, form = queries.shape, len(rows), rows.format
-    scores = torch.empty((q, n), dtype=torch.float32, device=rows.device)
     span = queries.format.block
-    if not scores.numel() or rows.scales is None or queries.scales is None or span is None:
-        return scores
-    block_q, block_n = block(q, 64), block(n, 128)
+    if not q * n or rows.scales is None or queries.scales is None or span is None:
+        return torch.empty((q, n), dtype=torch.float32, device=rows.device)
+    block_q, block_n = block(q, 64), block(most or n, 128)
+    piece, grid = _cut(q, n, d, block_q, block_n, span, rows.codes, most)
+    scores = _room(grid[2], q, n, torch.float32, rows.device)
     with device_of(rows.codes):
-        _score_int8_kernel[triton.cdiv(n, block_n), triton.cdiv(q, block_q)](
-            queries.codes, queries.scales, as_bytes(rows.codes), rows.scales, row_scale, scores, q, n, d,
+        _score_int8_kernel[grid](
+            queries.codes, queries.scales, as_bytes(rows.codes), rows.scales, row_scale, scores, q, n, d, piece,
             queries.codes.stride(0), queries.scales.stride(0), *rows.codes.stride(), *rows.scales.stride(),
             0 if row_scale is None else row_scale.stride(0),
             CODE=form.code, EACH=8 // form.bits, BLOCK=form.block, SPAN=span,
-            BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=min(span, 128), num_warps=4, **OPTIONS,
+            BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=min(span, 128), num_warps=8 if block_q > 32 else 4, **OPTIONS,
         )  # fmt: skip
-    return scores
+        return _whole(scores)
 
 
-def score(queries: Tensor, rows: Tensor, row_scale: Tensor | None = None) -> Tensor:
-    """[Q, N] scores on the rows' device."""
+def score(queries: Tensor, rows: Tensor, row_scale: Tensor | None = None, most: int | None = None) -> Tensor:
+    """[Q, N] scores on the rows' device; `most` as in `score_encoded`."""
     (q, d), n = queries.shape, rows.shape[0]
-    scores = torch.empty((q, n), dtype=accumulator_dtype(rows.dtype), device=rows.device)
-    if not scores.numel():
-        return scores
-    block_q, block_n = block(q, 64), block(n, 64)
+    if not q * n:
+        return torch.empty((q, n), dtype=accumulator_dtype(rows.dtype), device=rows.device)
+    block_q, block_n, block_d = block(q, 64), block(most or n, 64), block(d, 32 if queries.element_size() > 2 else 64)
+    piece, grid = _cut(q, n, d, block_q, block_n, block_d, rows, most)
+    scores = _room(grid[2], q, n, accumulator_dtype(rows.dtype), rows.device)
     with device_of(rows):
-        _score_kernel[triton.cdiv(n, block_n), triton.cdiv(q, block_q)](
-            queries, rows, row_scale, scores, q, n, d, *queries.stride(), *rows.stride(),
+        _score_kernel[grid](
+            queries, rows, row_scale, scores, q, n, d, piece, *queries.stride(), *rows.stride(),
             0 if row_scale is None else row_scale.stride(0),
-            ACC=accumulator(rows.dtype), BLOCK_Q=block_q, BLOCK_N=block_n,
-            BLOCK_D=block(d, 32 if queries.element_size() > 2 else 64),
+            ACC=accumulator(rows.dtype), BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=block_d,
             PRECISION=fp32_precision(), UPCAST=must_upcast(queries.dtype, rows.dtype),
             num_warps=4, **OPTIONS,
         )  # fmt: skip
-    return scores
+        return _whole(scores)

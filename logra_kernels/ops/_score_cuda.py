@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from logra_kernels import _C_cuda
-from logra_kernels.ops._device import cuda_arch, device_of, programs_of
+from logra_kernels.ops._device import cuda_arch, device_of, pieces_of, programs_of
 from logra_kernels.ops._format import EncodedRows
 from logra_kernels.ops._native import Encoded, Matrix, encoded, matrix, row_major
 from logra_kernels.ops._queries import operand
-
-LEAST_STEPS = 8  # of a piece of D, beside which what its sums cost is little
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Operands:
         queries, rows, depth = _C_cuda.score_tile(*self.native, q)
         tiles, steps = -(-q // queries) * -(-n // rows), max(1, -(-d // depth))
         codes = self.rows if isinstance(self.rows, Tensor) else self.rows.codes
-        piece = depth * -(-steps // max(1, min(programs_of(codes) // tiles, steps // LEAST_STEPS)))
+        piece = depth * -(-steps // pieces_of(tiles, steps, programs_of(codes)))
         return piece, max(1, -(-d // piece))
 
 

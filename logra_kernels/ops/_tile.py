@@ -7,7 +7,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 
 @triton.jit
-def _in_dtype(tile, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+def in_dtype(tile, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """The tile in DTYPE, rounded to nearest even; the interpreter, which upcasts, would cut bf16 off instead."""
     if UPCAST and tl.bfloat16 == DTYPE:
         bits = tile.to(tl.uint32, bitcast=True)
@@ -36,7 +36,7 @@ def dot_tile(
         left = tl.load(a[:, None] + (step * stride_a)[None, :], mask=a_ok[:, None] & ok[None, :], other=0.0)
         right = tl.load(b[None, :] + (step * stride_b)[:, None], mask=b_ok[None, :] & ok[:, None], other=0.0)
         if IN_B:
-            left = _in_dtype(left, right.dtype, UPCAST)
+            left = in_dtype(left, right.dtype, UPCAST)
         if UPCAST:
             left, right = left.to(ACC), right.to(ACC)
         acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -55,7 +55,7 @@ def dot_tile_described(
         left = a.load([row_a.to(tl.int32), start])
         right = b.load([row_b, start]).T
         if IN_B:
-            left = _in_dtype(left, right.dtype, UPCAST)
+            left = in_dtype(left, right.dtype, UPCAST)
         if UPCAST:
             left, right = left.to(ACC), right.to(ACC)
         acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=ACC)

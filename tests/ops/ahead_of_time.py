@@ -106,19 +106,18 @@ def cases(dtype: torch.dtype) -> dict[str, Callable]:
 def chunks(dtype: torch.dtype, arch: int) -> dict[str, Callable]:
     """project_grad by the architecture's own tiles, samples cut into chunks, through descriptors where it has them."""
 
-    def at(k: int, ragged: bool) -> Callable:
+    def at(k: int, ragged: bool, programs: int) -> Callable:
         rows = (4096,) if ragged else (1, 4096)
         x, dy, p_in, p_out = (zeros(dtype, *shape) for shape in ((*rows, 1024), (*rows, 512), (k, 1024), (k, 512)))
         offsets = torch.tensor([0, 90, 4096]) if ragged else None
         tile = TILES[key_of((arch // 10, 0), dtype.itemsize, k)]
         g = torch.empty(2 if ragged else 1, k, k, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        return lambda: launch_tile(
-            x, dy, p_in, p_out, offsets, None, g, tile, described=arch >= 90, programs=264, most_partials=264
-        )
+        cuts = {"programs": programs, "most_partials": min(264, 3 * programs)}
+        return lambda: launch_tile(x, dy, p_in, p_out, offsets, None, g, tile, described=arch >= 90, **cuts)
 
-    return {
-        f"chunks, k={k}{', ragged' * ragged}": at(k, ragged) for k, ragged in ((16, False), (64, True), (128, False))
-    }
+    halved = {f"chunks, k={k}{', ragged' * ragged}": (k, ragged, 264) for k, ragged in ((16, False), (64, True))}
+    whole = {f"chunks, k={k}, whole tiles": (k, ragged, 1) for k, ragged in ((32, True), (64, False), (128, True))}
+    return {name: at(*sizes) for name, sizes in (halved | whole).items()}
 
 
 def variants(dtype: torch.dtype) -> dict[str, Callable]:

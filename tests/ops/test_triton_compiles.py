@@ -17,7 +17,7 @@ ONLY_SM_90 = [(90, "float16"), (90, "tf32")]
 KERNELS = {
     "project_rows": [["_project_rows_kernel"]],
     "project_grad": [["_project_grad_kernel"], ["_project_grad_kernel", "_add_chunks_kernel"]],
-    "chunks": [["_project_grad_kernel", "_add_chunks_kernel"]],
+    "chunks": [["_project_grad_kernel"], ["_project_grad_kernel", "_add_chunks_kernel"]],
     "accumulate_gram": [["_accumulate_gram_kernel"]],
     "quantize_rows": [["_scales_kernel", "_codes_kernel"]],
     "dequantize_rows": [["_dequantize_rows_kernel"]],

@@ -21,6 +21,7 @@ from logra_kernels.ops._tile import (
     dot_tile,
     dot_tile_described,
     fp32_precision,
+    in_dtype,
     must_upcast,
 )
 from logra_kernels.ops._tune import tile_for
@@ -88,6 +89,22 @@ def _projected(
 
 
 @triton.jit
+def _add_outer(acc, b, a, ACC: tl.constexpr, OUTER: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + b^T a; "bf16x2": both in two bf16 parts, which keep 16 bits, without the product of the small ones"""
+    if OUTER == "bf16x2":
+        b0 = in_dtype(b, tl.bfloat16, UPCAST)
+        a0 = in_dtype(a, tl.bfloat16, UPCAST)
+        b1 = in_dtype(b - b0.to(ACC), tl.bfloat16, UPCAST)
+        a1 = in_dtype(a - a0.to(ACC), tl.bfloat16, UPCAST)
+        acc = tl.dot(tl.trans(b0), a1, acc, out_dtype=ACC)
+        acc = tl.dot(tl.trans(b1), a0, acc, out_dtype=ACC)
+        acc = tl.dot(tl.trans(b0), a0, acc, out_dtype=ACC)
+    else:
+        acc = tl.dot(tl.trans(b), a, acc, input_precision=OUTER, out_dtype=ACC)
+    return acc
+
+
+@triton.jit
 def _project_grad_kernel(
     x, dy, p_in, p_out, offsets, weights, g, partial,
     N, T, D_IN, D_OUT, K_IN, K_OUT,
@@ -137,13 +154,12 @@ def _project_grad_kernel(
             )  # fmt: skip
         if weights is not None:
             b = b * w[:, None]
-        acc = tl.dot(tl.trans(b), a, acc, input_precision=OUTER, out_dtype=ACC)
+        acc = _add_outer(acc, b, a, ACC, OUTER, UPCAST)
     there = (o < K_OUT)[:, None] & (i < K_IN)[None, :]
-    where = o[:, None] * K_IN + i[None, :]
-    if only:
-        tl.store(g + n * K_OUT * K_IN + where, acc, mask=there)
-    else:
-        tl.store(partial + chunk * K_OUT * K_IN + where, acc, mask=there)
+    to = g + n * K_OUT * K_IN
+    if not only:
+        to = partial + chunk * K_OUT * K_IN
+    tl.store(to + o[:, None] * K_IN + i[None, :], acc, mask=there)
 
 
 @triton.jit
@@ -245,8 +261,7 @@ def launch_tile(
         0 if offsets is None else offsets.stride(0),
         *(none if p_in is None else p_in.stride()), *(none if p_out is None else p_out.stride()),
         **cuts, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_O=block_o, BLOCK_D=tile.block_d,
-        # half operands give fp32 factors: three tf32 products keep their precision on the tensor cores
-        PRECISION=precision, OUTER="tf32x3" if dy.element_size() == 2 else precision,
+        PRECISION=precision, OUTER=_outer_precision(dy, p_out, precision),
         UPCAST=must_upcast(dy.dtype, dy.dtype),
         X_IN_P=p_in is not None and p_in.dtype != x.dtype, DY_IN_P=p_out is not None and p_out.dtype != dy.dtype,
         X_DESCRIBED=isinstance(x_arg, TensorDescriptor), DY_DESCRIBED=isinstance(dy_arg, TensorDescriptor),
@@ -258,6 +273,13 @@ def launch_tile(
             offsets, partial, g, n, t, size, 0 if offsets is None else offsets.stride(0),
             **cuts, BLOCK_C=16, BLOCK=256, num_warps=4, **OPTIONS,
         )  # fmt: skip
+
+
+def _outer_precision(dy: Tensor, p_out: Tensor | None, precision: str) -> str:
+    """How projected positions are multiplied, which products of half operands have given."""
+    if p_out is not None and p_out.element_size() == 2:
+        return "bf16x2"
+    return "tf32x3" if dy.element_size() == 2 else precision
 
 
 def _operands(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from logra_kernels.ops._best import select
+from logra_kernels.ops._best import rows_at_once, select
 from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._format import EncodedRows
 from logra_kernels.ops._queries import operand
@@ -11,8 +11,10 @@ from logra_kernels.ops._score import score, score_encoded
 
 
 def launch(queries: Tensor, rows: Tensor, k: int, row_scale: Tensor | None, largest: bool) -> tuple[Tensor, Tensor]:
+    most = min(len(rows), rows_at_once(len(queries)))
+
     def scores(span: slice) -> Tensor:
-        return score(queries, rows[span], None if row_scale is None else row_scale[span])
+        return score(queries, rows[span], None if row_scale is None else row_scale[span], most)
 
     return select(scores, queries.shape[0], rows.shape[0], k, largest, rows.device, accumulator_dtype(rows.dtype))
 
@@ -21,9 +23,9 @@ def launch_encoded(
     queries: Tensor, rows: EncodedRows, k: int, row_scale: Tensor | None, largest: bool, digits: int
 ) -> tuple[Tensor, Tensor]:
     """Products as in score_block."""
-    asked = operand(queries, rows.format, digits)
+    asked, most = operand(queries, rows.format, digits), min(len(rows), rows_at_once(len(queries)))
 
     def scores(span: slice) -> Tensor:
-        return score_encoded(asked, rows[span], None if row_scale is None else row_scale[span])
+        return score_encoded(asked, rows[span], None if row_scale is None else row_scale[span], most)
 
     return select(scores, queries.shape[0], len(rows), k, largest, rows.device, torch.float32)
