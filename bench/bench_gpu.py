@@ -1,19 +1,32 @@
-"""Everything that is to be measured on one CUDA device, in one call of at most eight minutes,
-the build before it included.
+"""Everything that is to be measured on one CUDA device, in one call of at most eight minutes, the build before it
+included.
 
-    python bench/bench_gpu.py                            all parts
-    python bench/bench_gpu.py project_grad resident      some of them
+    python bench/bench_gpu.py                                all parts
+    python bench/bench_gpu.py --only project_grad,resident   some of them
 
-Each provider's numbers are checked before they are timed. A part's rows are written to bench/results/gpu-DEVICE.json as
-soon as the part is done, in place of its earlier ones; parts that failed or found no time are named at the end.
+Each provider's numbers are checked before they are timed; one that is wrong or fails has a row that says so in place of
+its times, and the others go on. A part runs in a process of its own, so that a broken kernel takes no other part with
+it, and is stopped when its seconds are over. Every row is written to bench/results/gpu-DEVICE.json as soon as it is
+there, in place of the part's earlier ones; parts that are not whole are named at the end.
+
+LogIX and Bergson are measured beside the package in the logging parts where they can be imported, from a folder on
+PYTHONPATH say: pip install --no-deps --ignore-requires-python --target FOLDER logix-ai==0.1.1 bergson==2.5.1 datasets
+multiprocess dill petname simple-parsing docstring-parser, wheels of 1.4 MB in all. They then need, beside torch,
+transformers, accelerate, peft, pandas, pyarrow, xxhash, jaxtyping, ml-dtypes, einops and PyYAML.
 """
 
+import argparse
 import json
+import os
+import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import gpu_logging
 import gpu_project_grad
@@ -22,81 +35,137 @@ import pytest
 import torch
 
 SECONDS = 400
-PARTS: dict[str, Callable[[], Iterator[dict]]] = {
-    "paper": lambda: gpu_scoring.paper("cuda"),
-    "resident": lambda: gpu_scoring.resident("cuda", 65536, 8192, gpu_scoring.QUERIES),
-    "topk": lambda: gpu_scoring.topk("cuda", 65536, 8192),
-    "streamed": lambda: gpu_scoring.streamed("cuda", 8192, 98304),
-    "logging 160m": lambda: chain.from_iterable(
-        gpu_logging.measure("160m", compiler) for compiler in (None, "default", "reduce-overhead")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured, a row at a time, and for how many seconds at most."""
+
+    rows: Callable[[], Iterator[dict]]
+    seconds: float
+
+
+PARTS = {
+    "project_grad": Part(lambda: gpu_project_grad.measure(), 130),
+    "logging 8b": Part(lambda: gpu_logging.measure("8b"), 100),
+    "resident": Part(lambda: gpu_scoring.resident("cuda", 65536, 8192, gpu_scoring.QUERIES), 80),
+    "topk": Part(lambda: gpu_scoring.topk("cuda", 65536, 8192), 40),
+    "streamed": Part(lambda: gpu_scoring.streamed("cuda", 8192, 98304), 60),
+    "paper": Part(lambda: gpu_scoring.paper("cuda"), 50),
+    "logging 160m": Part(lambda: gpu_logging.measure("160m"), 60),
+    "logging 160m compiled": Part(
+        lambda: chain.from_iterable(
+            gpu_logging.measure("160m", compiler) for compiler in ("default", "reduce-overhead")
+        ),
+        120,
     ),
-    "logging 8b": lambda: gpu_logging.measure("8b"),
-    "project_grad": lambda: gpu_project_grad.measure(),
 }
 
 
-def run(parts: list[str], keep: Callable[[str, list[dict]], None], seconds: float = SECONDS) -> list[str]:
-    """Measures the parts and gives each one's rows to `keep`; the names of those that are not whole.
+COMMAND = (sys.executable, __file__, "--child")
 
-    A part that fails keeps none of its rows, and the others go on.
+
+def run(
+    part: str,
+    begun: float,
+    keep: Callable[[str, dict], None],
+    seconds: float = SECONDS,
+    command: tuple[str, ...] = COMMAND,
+) -> bool:
+    """Measures a part in a process of its own and gives each row to `keep`; whether all of them came.
+
+    Args:
+        begun: When the first part began, by time.monotonic(); `seconds` of it are for all parts.
+        command: Prints the rows of the part that is its last argument, a JSON line each.
     """
-    begun, left = time.monotonic(), []
+    left = min(PARTS[part].seconds, begun + seconds - time.monotonic())
+    if left <= 0:
+        return False
+    child = subprocess.Popen([*command, part], stdout=subprocess.PIPE, text=True)
+    watch = threading.Timer(left, child.kill)
+    watch.start()
+    whole = True
+    assert child.stdout is not None
+    try:
+        for line in child.stdout:
+            if line.startswith("{"):
+                row = json.loads(line)
+                whole = whole and "error" not in row
+                keep(part, row)
+                print(f"{time.monotonic() - begun:5.0f} s  {row}", flush=True)
+            else:
+                print(line, end="", flush=True)
+        return child.wait() == 0 and whole
+    finally:
+        watch.cancel()
+        child.kill()
+        child.wait()
 
-    def late() -> bool:
-        return time.monotonic() - begun > seconds
 
-    for part in parts:
-        rows: list[dict] = []
-        try:
-            for row in iter(()) if late() else PARTS[part]():
-                rows.append(row)
-                print(row, flush=True)
-                if late():
-                    break
-        except Exception:
-            traceback.print_exc()
-            left.append(part)
-            continue
-        if rows:
-            keep(part, rows)
-        if late():
-            left.append(part)
-    return left
+def emit(part: str) -> None:
+    """A part's rows, a JSON line each."""
+    for row in PARTS[part].rows():
+        print(json.dumps(row), flush=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("part", PARTS)
 def bench_gpu(benchmark, part):
-    assert benchmark.pedantic(run, args=([part], lambda *_: None), rounds=1) == []
+    assert benchmark.pedantic(run, args=(part, time.monotonic(), lambda *_: None), rounds=1)
 
 
-def main(parts: list[str]) -> None:
+class Results:
+    """The file of a device, written anew with every row."""
+
+    def __init__(self, path: Path, facts: dict) -> None:
+        self.path, self.facts, self.begun = path, facts, set[str]()
+
+    def keep(self, part: str, row: dict) -> None:
+        from machine import commit
+        from record import text
+
+        rows = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+        if part not in self.begun:
+            rows = [old for old in rows if old["group"] != part]
+            self.begun.add(part)
+        written = self.path.with_suffix(".new")
+        written.write_text(text({**self.facts, "rows": [*rows, {"group": part, **row, "commit": commit()}]}))
+        os.replace(written, self.path)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Measures the package on this machine's CUDA device.")
+    parser.add_argument("--only", metavar="PART,PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts (%(default)s)")
+    parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
+    asked = parser.parse_args(arguments)
+    parts = asked.only.split(",") if asked.only else list(PARTS)
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         sys.exit(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if asked.child:
+        return emit(asked.child)
     if not torch.cuda.is_available():
         print("bench_gpu: skipped, there is no CUDA device")
         return
-    from machine import commit, triton_version
-    from record import RESULTS, slug, text
+    from machine import triton_version
+    from record import RESULTS, slug
 
+    begun = time.monotonic()
     RESULTS.mkdir(exist_ok=True)
     device = torch.cuda.get_device_name()
-    path = RESULTS / f"gpu-{slug(device)}.json"
-
-    def keep(part: str, rows: list[dict]) -> None:
-        old = json.loads(path.read_text())["rows"] if path.exists() else []
-        kept = [row for row in old if row["group"] != part] + [
-            {"group": part, **row, "commit": commit()} for row in rows
-        ]
-        facts = {"op": "gpu", "machine": device, "torch": torch.__version__, "triton": triton_version()}
-        path.write_text(text({**facts, "rows": kept}))
-
-    left = run(parts or list(PARTS), keep)
+    facts = {"op": "gpu", "machine": device, "torch": torch.__version__, "triton": triton_version()}
+    results = Results(RESULTS / f"gpu-{slug(device)}.json", facts)
+    left = [part for part in parts if not run(part, begun, results.keep, asked.seconds)]
+    print(f"{time.monotonic() - begun:.0f} s; {results.path}")
     if left:
         sys.exit(f"not whole, by an error above or for lack of time: {', '.join(left)}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

@@ -28,6 +28,13 @@ def seconds_of(calls: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> 
     return {name: statistics.median(own) for name, own in took.items()}
 
 
+def failed(row: dict, provider: str, error: Exception) -> dict:
+    """The row of a provider that is wrong or fails: what it says in place of its times."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return row | {"provider": provider, "error": f"{type(error).__name__}: {error}"[:300]}
+
+
 def peak_beyond(call: Callable[[], object]) -> int | None:
     """Bytes of device memory at the call's peak beyond those before it; None where there is no device."""
     if not torch.cuda.is_available():

@@ -1,17 +1,20 @@
 """A logging step of whole models on a device, beside the same step without taps: time, peak memory, tokens a second."""
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from bench_logging import Hooks, own_factors, step
 from clock import synced
-from gpu_clock import peak_beyond
+from gpu_clock import failed, peak_beyond
+from logging_peers import PEERS, Factors, importable
 from torch import Tensor, nn
 
 import logra_kernels as lk
 
 RANK, ROUNDS = 64, 7
+GPU_PEERS = ("LogIX", "Bergson")
 WARMUPS = 3  # until a compiler's graphs are recorded
 LAYERS = (".self_attn.", ".mlp.")
 INCLUDE = ["*.self_attn.*", "*.mlp.*"]
@@ -38,23 +41,28 @@ def make(sizes: dict, batch: tuple[int, int], device: str, dtype: torch.dtype) -
     return model, torch.randint(0, sizes["vocab_size"], batch, device=device)
 
 
-def providers(
-    model: nn.Module, taps: lk.Taps, ids: Tensor, compiler: str | None
-) -> dict[str, Callable[[], dict[str, Tensor] | None]]:
-    """name -> one step. What is compiled stays tapped, and is traced with the taps at work and at rest."""
-    if compiler is None:
+Run = Callable[[], dict[str, Tensor] | None]
 
-        def tapped() -> dict[str, Tensor]:
-            with taps:
-                taps.reset(len(ids))
-                step(model, ids)
-            return taps.grads
 
-        return {"plain": lambda: step(model, ids), "logra_kernels": tapped}
+@dataclass
+class Provider:
+    """One step, the bytes that it keeps between steps, and the factors its gradients are to be checked with."""
+
+    run: Run
+    kept: int = 0
+    factors: Factors | None = None
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def compiled(net: nn.Module, taps: lk.Taps, ids: Tensor, compiler: str) -> dict[str, Provider]:
+    """What is compiled stays tapped, and is traced with the taps at work and at rest."""
     taps.__enter__()
-    run = torch.compile(model, mode=None if compiler == "default" else compiler)
+    run = torch.compile(net, mode=None if compiler == "default" else compiler)
 
-    def compiled(active: bool) -> dict[str, Tensor] | None:
+    def once(active: bool) -> dict[str, Tensor] | None:
         torch.compiler.cudagraph_mark_step_begin()
         taps.active = active
         if active:
@@ -62,24 +70,42 @@ def providers(
         step(run, ids)
         return taps.grads if active else None
 
-    return {"plain": lambda: compiled(False), "logra_kernels": lambda: compiled(True)}
+    own = own_factors(net, LAYERS)
+    return {"plain": Provider(lambda: once(False)), "logra_kernels": Provider(lambda: once(True), factors=own)}
 
 
-def hooks(model: nn.Module, ids: Tensor) -> Callable[[], dict[str, Tensor]]:
+def eager(net: nn.Module, taps: lk.Taps, ids: Tensor) -> dict[str, Provider]:
+    def tapped() -> dict[str, Tensor]:
+        with taps:
+            taps.reset(len(ids))
+            step(net, ids)
+        return taps.grads
+
+    own = own_factors(net, LAYERS)
+    size = sum(p.nbytes for pair in own.values() for p in pair)
+    return {
+        "plain": Provider(lambda: step(net, ids)),
+        "logra_kernels": Provider(tapped, size, own),
+        "hooks": Provider(lambda: by_hand(net, ids, own), size, own),
+    }
+
+
+def by_hand(net: nn.Module, ids: Tensor, factors: Factors) -> dict[str, Tensor]:
     """One step of the plain way."""
-    hooked = Hooks(model, own_factors(model, LAYERS))
+    hooked = Hooks(net, factors)
+    step(net, ids)
     hooked.remove()
-
-    def call() -> dict[str, Tensor]:
-        hooked.attach()
-        step(model, ids)
-        hooked.remove()
-        return hooked.grads
-
-    return call
+    return hooked.grads
 
 
-def check(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def peer(name: str, net: nn.Module, ids: Tensor) -> Provider:
+    before = allocated()
+    made = PEERS[name](net, ids, RANK, step, LAYERS)
+    return Provider(made.run, allocated() - before, made.factors)
+
+
+def check(got: dict[str, Tensor] | None, expected: dict[str, Tensor]) -> None:
+    assert got is not None
     assert got.keys() == expected.keys()
     for name, g in expected.items():
         assert (got[name].float() - g.float()).norm() <= 0.05 * g.float().norm(), name
@@ -87,41 +113,48 @@ def check(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def measure(
     name: str, compiler: str | None = None, device: str = "cuda", dtype: torch.dtype = torch.bfloat16,
-    model: tuple[dict, tuple[int, int]] | None = None, rounds: int = ROUNDS,
+    model: tuple[dict, tuple[int, int]] | None = None, rounds: int = ROUNDS, peers: Iterable[str] = GPU_PEERS,
 ) -> Iterator[dict]:  # fmt: skip
-    """One row a provider; raises before any timing where the gradients are not those of the plain hooks."""
+    """One row a provider. One whose gradients are not those of plain hooks, or that fails, has a row that says so.
+
+    Args:
+        peers: Measured where they can be imported and nothing is compiled.
+    """
     sizes, batch = model or MODELS[name]
+    part = {"part": f"logging {name}", "compiled": compiler or "no", "shape": f"{batch[0]}x{batch[1]} k{RANK}"}
     net, ids = make(sizes, batch, device, dtype)
+    held = allocated()
     alone = peak_beyond(lambda: step(net, ids))
-    held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     taps = lk.capture(net, lk.Projection(rank=RANK), include=INCLUDE)
-    by_hand = hooks(net, ids)
-    expected = by_hand()
-    steps = providers(net, taps, ids, compiler)
-    got = steps["logra_kernels"]()
-    assert got is not None
-    check(got, expected)
-    del got, expected
-    if compiler is None:
-        steps["hooks"] = by_hand
+    steps = eager(net, taps, ids) if compiler is None else compiled(net, taps, ids, compiler)
+    for other in importable(peers) if compiler is None else ():
+        try:
+            steps[other] = peer(other, net, ids)
+        except Exception as error:  # whatever a peer raises is its result here
+            yield failed(part, other, error)
     peaks = {}
-    for provider, run in steps.items():
-        for _ in range(WARMUPS):
-            run()
-        before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-        peaks[provider] = before + (peak_beyond(run) or 0)
+    for provider, made in list(steps.items()):
+        try:
+            if made.factors is not None:
+                check(made.run(), by_hand(net, ids, made.factors))
+            for _ in range(WARMUPS):
+                made.run()
+            peaks[provider] = held + made.kept + (peak_beyond(made.run) or 0)
+        except Exception as error:
+            yield failed(part, provider, error)
+            del steps[provider]
     seconds: dict[str, list[float]] = {provider: [] for provider in steps}
     for _ in range(rounds):
-        for provider, run in steps.items():
+        for provider, made in steps.items():
             begun = synced()
-            run()
+            made.run()
             seconds[provider].append(synced() - begun)
     for provider, own in seconds.items():
         ratios = [mine / plain for mine, plain in zip(own, seconds["plain"], strict=True)]
         median = statistics.median(own)
-        row = {"part": f"logging {name}", "provider": provider, "compiled": compiler or "no"}
-        row |= {"shape": f"{batch[0]}x{batch[1]} k{RANK}", "median_ms": round(median * 1e3, 2)}
+        row = part | {"provider": provider, "median_ms": round(median * 1e3, 2)}
         row |= {"tokens_per_s": round(ids.numel() / median), "time_ratio": round(statistics.median(ratios), 4)}
-        if alone is not None and compiler is None and provider == "logra_kernels":
-            row["memory_ratio"] = round(peaks[provider] / (held + alone), 4)  # without taps and factors
+        if alone is not None and compiler is None:
+            row |= {"peak_gb": round(peaks[provider] / 2**30, 2)}
+            row |= {"memory_ratio": round(peaks[provider] / (held + alone), 4)}
         yield row

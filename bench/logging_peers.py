@@ -1,12 +1,13 @@
-"""LogIX, Bergson and dattri as `bench_logging.py` drives them: same layers, rank, batch and loss.
+"""LogIX, Bergson and dattri as `bench_logging.py` and `gpu_logging.py` drive them: same layers, rank, batch and loss.
 
 Each is a step beside `step(model, ids)` that keeps its gradients in memory, with the factors it drew, so that they can
-be checked. None is told to write a store, as the others do not, and none gathers a Hessian.
+be checked. None is told to write a store, as the others do not, and none gathers a Hessian. Models that they change are
+copies, whose weights are the model's own.
 """
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,24 +25,33 @@ class Peer:
     factors: Factors
 
 
-def targets(model: nn.Module, within: tuple[str, ...] = (".mlp.",)) -> dict[str, nn.Linear]:
+MLP = (".mlp.",)  # what the names of the tapped layers contain one of
+
+
+def targets(model: nn.Module, within: tuple[str, ...] = MLP) -> dict[str, nn.Linear]:
     linears = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
     return {name: m for name, m in linears if any(part in name for part in within)}
 
 
-def logix(model: nn.Module, ids: Tensor, rank: int, step: Step) -> Peer:
+def copied(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+
+
+def logix(model: nn.Module, ids: Tensor, rank: int, step: Step, within: tuple[str, ...] = MLP) -> Peer:
     """LogIX 0.1.1 with its own LoRA layers (kaiming-uniform factors) on a copy, and the "log" plugin alone."""
     from logix import LogIX
     from logix.config import LoRAConfig
 
-    names = list(targets(model))
-    model = copy.deepcopy(model)
+    names = list(targets(model, within))
+    weight = next(model.parameters())
+    model = copied(model)
     root = Path(tempfile.mkdtemp())
     config = root / "config.yaml"
     config.write_text(f"root_dir: {root}\n")
     run = LogIX("bench", config=str(config))
-    run.watch(model, name_filter=[".mlp."])
+    run.watch(model, name_filter=list(within))
     run.add_lora(lora_config=LoRAConfig(init="random", rank=rank))
+    model.to(weight.dtype)
     run.setup({"grad": ["log"]})
     sample_ids = [str(i) for i in range(len(ids))]
 
@@ -59,21 +69,20 @@ def logix(model: nn.Module, ids: Tensor, rank: int, step: Step) -> Peer:
     return Peer(once, factors)
 
 
-def bergson(model: nn.Module, ids: Tensor, rank: int, step: Step) -> Peer:
+def bergson(model: nn.Module, ids: Tensor, rank: int, step: Step, within: tuple[str, ...] = MLP) -> Peer:
     """Bergson 2.5 with the collector that keeps gradients in memory, Rademacher factors, no normaliser."""
-    import torch
     from bergson.collector.gradient_collectors import TraceCollector
     from bergson.gradients import GradientProcessor
 
-    layers = targets(model)
+    layers = targets(model, within)
     weight = next(model.parameters())
     weight.requires_grad_(True)  # it looks for the dtype among trainable ones; the step itself trains none
     collector = TraceCollector(
         model=model,
         target_modules=set(layers),
         processor=GradientProcessor(projection_dim=rank),
-        device="cpu",
-        dtype=torch.float32,
+        device=weight.device,
+        dtype=weight.dtype,
     )
     weight.requires_grad_(False)
 
@@ -84,7 +93,7 @@ def bergson(model: nn.Module, ids: Tensor, rank: int, step: Step) -> Peer:
         return {name: parts[0].unflatten(1, (rank, rank)) for name, parts in collector.mod_grads.items()}
 
     def factor(name: str, width: int, role: str) -> Tensor:
-        return collector.projection(name, rank, width, role, torch.device("cpu"), torch.float32)
+        return collector.projection(name, rank, width, role, weight.device, weight.dtype)
 
     factors = {
         name: (factor(name, m.in_features, "right"), factor(name, m.out_features, "left")) for name, m in layers.items()
@@ -92,7 +101,7 @@ def bergson(model: nn.Module, ids: Tensor, rank: int, step: Step) -> Peer:
     return Peer(once, factors)
 
 
-def dattri(model: nn.Module, ids: Tensor, rank: int, step: Step) -> Peer:
+def dattri(model: nn.Module, ids: Tensor, rank: int, step: Step, within: tuple[str, ...] = MLP) -> Peer:
     """dattri 0.3.0 with the hooks and compressors of its `LoGraAttributor`, on a copy; Gaussian factors.
 
     It compiles what projects, for which torch needs a C++ compiler.
@@ -100,8 +109,8 @@ def dattri(model: nn.Module, ids: Tensor, rank: int, step: Step) -> Peer:
     import torch
     from dattri.algorithm.block_projected_if import HookManager, setup_model_compressors
 
-    model = copy.deepcopy(model)
-    layers = targets(model)
+    model = copied(model)
+    layers = targets(model, within)
     normal = {"device": "cpu", "proj_dim": rank, "proj_max_batch_size": 64, "proj_type": "normal"}
     compressors = setup_model_compressors(
         model, list(layers), normal, {**normal, "proj_dim": -1, "proj_type": "identity"}, {"input_ids": ids}
@@ -128,9 +137,9 @@ def dattri(model: nn.Module, ids: Tensor, rank: int, step: Step) -> Peer:
 PEERS = {"LogIX": logix, "Bergson": bergson, "dattri": dattri}
 
 
-def importable() -> Iterator[str]:
-    """The peers that are installed; says which are not."""
-    for name in PEERS:
+def importable(names: Iterable[str] = tuple(PEERS)) -> Iterator[str]:
+    """Those of the peers that are installed; says which are not."""
+    for name in names:
         try:
             __import__(name.lower())
         except ImportError as error:

@@ -1,10 +1,17 @@
 """What bench_gpu measures on a CUDA device, tried on a CPU at small sizes: all providers right, all rows whole."""
 
+import json
+import os
+import subprocess
+import sys
+import time
+
 import bench_gpu
 import gpu_clock
 import gpu_logging
 import gpu_project_grad
 import gpu_scoring
+import logging_peers
 import pytest
 import torch
 
@@ -37,27 +44,89 @@ def test_logging():
     pytest.importorskip("transformers")
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = {**sizes, "num_key_value_heads": 1, "vocab_size": 64}, (2, 8)
-    rows = list(gpu_logging.measure("tiny", None, "cpu", torch.float32, model, 1))
+    rows = list(gpu_logging.measure("tiny", None, "cpu", torch.float32, model, 1, peers=()))
     assert [row["provider"] for row in rows] == ["plain", "logra_kernels", "hooks"]
     assert all(row["tokens_per_s"] > 0 for row in rows)
 
 
-def test_parts_that_there_is_no_time_for_are_named(monkeypatch):
-    kept = {}
-    monkeypatch.setitem(bench_gpu.PARTS, "a", lambda: iter([{"n": 1}, {"n": 2}]))
-    monkeypatch.setitem(bench_gpu.PARTS, "b", lambda: iter([{"n": 3}]))
-    assert bench_gpu.run(["a", "b"], kept.__setitem__) == []
-    assert kept == {"a": [{"n": 1}, {"n": 2}], "b": [{"n": 3}]}
-    assert bench_gpu.run(["a", "b"], kept.__setitem__, seconds=-1) == ["a", "b"]
+def test_peers_beside_it(monkeypatch):
+    """A peer is checked and timed, one whose gradients are wrong is not, and one that fails stops no other."""
+    pytest.importorskip("transformers")
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = {**sizes, "num_key_value_heads": 1, "vocab_size": 64}, (2, 8)
+
+    def right(net, ids, rank, step, within):
+        factors = gpu_logging.own_factors(net, within)
+        return logging_peers.Peer(lambda: gpu_logging.by_hand(net, ids, factors), factors)
+
+    def wrong(net, ids, rank, step, within):
+        made = right(net, ids, rank, step, within)
+        return logging_peers.Peer(lambda: {name: 1.1 * g for name, g in made.run().items()}, made.factors)
+
+    def failing(net, ids, rank, step, within):
+        raise MemoryError("all gone")
+
+    monkeypatch.setattr(gpu_logging, "PEERS", {"a": right, "b": wrong, "c": failing})
+    monkeypatch.setattr(gpu_logging, "importable", lambda names: names)
+    rows = list(gpu_logging.measure("tiny", None, "cpu", torch.float32, model, 1, peers=("a", "b", "c")))
+    timed = {row["provider"] for row in rows if "median_ms" in row}
+    assert timed == {"plain", "logra_kernels", "hooks", "a"}
+    errors = {row["provider"]: row["error"] for row in rows if "error" in row}
+    assert errors.keys() == {"b", "c"}
+    assert errors["c"] == "MemoryError: all gone"
 
 
-def test_a_part_that_fails_keeps_nothing_and_stops_no_other(monkeypatch):
-    def wrong():
-        yield {"n": 1}
-        raise AssertionError
+def test_a_wrong_kernel_has_a_row_that_says_so(monkeypatch):
+    monkeypatch.setattr(gpu_project_grad, "ours", lambda device: {gpu_project_grad.OURS: lambda *args: torch.zeros(1)})
+    rows = list(gpu_project_grad.measure("cpu", ((24, 40),), (8,), {"2x9": [9, 9]}))
+    assert [("median_us" in row) != ("error" in row) for row in rows] == [True] * 5
+    assert ["error" in row for row in rows if row["provider"] == gpu_project_grad.OURS] == [True]
 
-    kept = {}
-    monkeypatch.setitem(bench_gpu.PARTS, "a", wrong)
-    monkeypatch.setitem(bench_gpu.PARTS, "b", lambda: iter([{"n": 3}]))
-    assert bench_gpu.run(["a", "b"], kept.__setitem__) == ["a"]
-    assert kept == {"b": [{"n": 3}]}
+
+@pytest.fixture
+def parts(monkeypatch):
+    """part(seconds) beside the others, and what is kept of it when a script stands for it."""
+
+    def ran(script, seconds=60.0, **options):
+        monkeypatch.setitem(bench_gpu.PARTS, "a", bench_gpu.Part(lambda: iter(()), seconds))
+        kept = []
+        command = (sys.executable, "-c", script)
+        whole = bench_gpu.run("a", time.monotonic(), lambda part, row: kept.append(row), command=command, **options)
+        return whole, kept
+
+    return ran
+
+
+def test_rows_come_as_they_are_measured(parts):
+    assert parts("print('{\"n\": 1}'); print('a word'); print('{\"n\": 2}')") == (True, [{"n": 1}, {"n": 2}])
+    assert parts("print('{\"n\": 1}')", seconds=-1) == (False, [])
+
+
+def test_a_part_that_fails_or_takes_too_long_keeps_the_rows_it_had(parts):
+    assert parts("print('{\"n\": 1}'); raise SystemExit(1)") == (False, [{"n": 1}])
+    assert parts('print(\'{"n": 1, "error": "wrong"}\')') == (False, [{"n": 1, "error": "wrong"}])
+    begun = time.monotonic()
+    assert parts("import time; print('{\"n\": 1}', flush=True); time.sleep(60)", seconds=2) == (False, [{"n": 1}])
+    assert time.monotonic() - begun < 30
+
+
+def test_a_part_replaces_its_earlier_rows_alone(tmp_path):
+    path = tmp_path / "gpu.json"
+    for session in (1, 2):
+        results = bench_gpu.Results(path, {"op": "gpu"})
+        for part in ("a", "b") if session == 1 else ("b",):
+            for n in range(2):
+                results.keep(part, {"n": n + session})
+    rows = [(row["group"], row["n"]) for row in json.loads(path.read_text())["rows"]]
+    assert rows == [("a", 1), ("a", 2), ("b", 2), ("b", 3)]
+
+
+def test_without_a_device_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    paths = os.pathsep.join([*sys.path, *filter(None, [os.environ.get("PYTHONPATH")])])
+    asked = [sys.executable, bench_gpu.__file__, "--only"]
+    environment = os.environ | {"PYTHONPATH": paths}
+    for part, words in (("topk", "no CUDA device"), ("top", "no such part: top")):
+        ran = subprocess.run([*asked, part], capture_output=True, text=True, env=environment)
+        assert words in ran.stdout + ran.stderr
