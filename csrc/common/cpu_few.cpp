@@ -70,14 +70,21 @@ struct Few {
 }  // namespace
 
 template <typename T>
-void multiply_few(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<T> c, int n_threads) {
+Buffer<T> lay_out_few(const Rows& b, int64_t n, int64_t depth) {
   const Kernels<T>& kernels = lgk::kernels<T>();
-  n_threads = threads_for(double(m) * depth * kFew, n_threads);
   const int64_t ldb = round_up(depth, kernels.lanes), width = width_of(n);
-  const Buffer<T> packed(round_up(width, kernels.row_tile) * ldb);
+  Buffer<T> packed(round_up(width, kernels.row_tile) * ldb);
   kernels.pack_rows(b, 0, n, 0, depth, packed.data(), ldb);
   std::fill(packed.data() + n * ldb, packed.data() + width * ldb, T{0});
-  const Few<T> few = {kernels, a, packed.data(), ldb, n, width, depth, c};
+  return packed;
+}
+
+template <typename T>
+void multiply_few(const Rows& a, int64_t m, const T* laid_out, int64_t n, int64_t depth, Output<T> c, int n_threads) {
+  const Kernels<T>& kernels = lgk::kernels<T>();
+  n_threads = threads_for(double(m) * depth * kFew, n_threads);
+  const int64_t ldb = round_up(depth, kernels.lanes);
+  const Few<T> few = {kernels, a, laid_out, ldb, n, width_of(n), depth, c};
   const int64_t task = few.task_rows(m, n_threads), size = round_up(few.scratch_size(task), kernels.lanes);
   const Buffer<T> scratch(size * n_threads);
 
@@ -88,7 +95,9 @@ void multiply_few(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t de
   }
 }
 
-template void multiply_few<float>(const Rows&, int64_t, const Rows&, int64_t, int64_t, Output<float>, int);
-template void multiply_few<double>(const Rows&, int64_t, const Rows&, int64_t, int64_t, Output<double>, int);
+template Buffer<float> lay_out_few<float>(const Rows&, int64_t, int64_t);
+template Buffer<double> lay_out_few<double>(const Rows&, int64_t, int64_t);
+template void multiply_few<float>(const Rows&, int64_t, const float*, int64_t, int64_t, Output<float>, int);
+template void multiply_few<double>(const Rows&, int64_t, const double*, int64_t, int64_t, Output<double>, int);
 
 }  // namespace lgk

@@ -1,5 +1,8 @@
 // Products of two sets of rows: what project_rows, score_block and score_topk have in common.
 #pragma once
+#include <memory>
+
+#include "common/buffer.h"
 #include "common/rows.h"
 
 namespace lgk {
@@ -19,5 +22,23 @@ struct Output {
 // it exceeds few.
 template <typename T>
 void multiply_rows(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<T> c, int n_threads);
+
+// b's rows 0 .. n - 1 for products with any number of blocks of rows. They are laid out once, unless they are more than
+// multiply_rows lays out at a time; b is read by multiply too.
+template <typename T>
+class LaidOut {
+ public:
+  // a: the dtype of the rows to come; others are multiplied too, without what is laid out.
+  LaidOut(const Rows& b, int64_t n, int64_t depth, Dtype a, int n_threads);
+
+  // multiply_rows by b's rows first .. first + n - 1.
+  void multiply(const Rows& a, int64_t m, int64_t first, int64_t n, Output<T> c, int n_threads) const;
+
+ private:
+  Rows b_;
+  int64_t n_, depth_;
+  Dtype a_;
+  std::unique_ptr<Buffer<T>> laid_out_;
+};
 
 }  // namespace lgk

@@ -174,6 +174,12 @@ auto products(const Rows& rows, const Rows& queries, int64_t d, int n_threads) {
   };
 }
 
+auto products(const Rows& rows, const LaidOut<float>& queries, int n_threads) {
+  return [=, &queries](int64_t row, int64_t count, int64_t query, int64_t n, Output<float> scores) {
+    queries.multiply(rows.from(row), count, query, n, scores, n_threads);
+  };
+}
+
 auto products(const EncodedRows& rows, const EncodedQueries& queries, int n_threads) {
   return [=, &queries](int64_t row, int64_t count, int64_t query, int64_t n, Output<float> scores) {
     queries.multiply(rows.from(row), count, query, n, scores, n_threads);
@@ -208,7 +214,10 @@ Search::Search(const Rows& queries, Shape shape)
 Search::~Search() = default;
 
 void Search::add(const Rows& rows, int64_t count, const Rows& row_scale, int n_threads) {
-  ranking_->add(products<float>(rows, queries_, shape_.d, n_threads), rows_, count, row_scale, n_threads);
+  if (plain_ == nullptr) {
+    plain_ = std::make_unique<LaidOut<float>>(queries_, shape_.queries, shape_.d, rows.number(), n_threads);
+  }
+  ranking_->add(products(rows, *plain_, n_threads), rows_, count, row_scale, n_threads);
   rows_ += count;
 }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "common/product.h"
 #include "common/rows.h"
 #include "encoded/queries.h"
 #include "encoded/rows.h"
@@ -54,7 +55,8 @@ class Search {
   Shape shape_;
   int64_t rows_ = 0;
   Encoding encoding_ = {};
-  std::unique_ptr<EncodedQueries> laid_out_;
+  std::unique_ptr<LaidOut<float>> plain_;     // numbers of one dtype laid out, or
+  std::unique_ptr<EncodedQueries> laid_out_;  // for encoded rows
   std::unique_ptr<Ranking<float>> ranking_;
 };
 
