@@ -141,7 +141,7 @@ class Manifest:
             return rows
         return {"scales": Spec(self.format.scale_dtype, (count, self.format.scale_width(self.width)))} | rows
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Of one stored row, ids and columns not counted."""
         return sum(spec.nbytes for spec in self.tensors(1).values())

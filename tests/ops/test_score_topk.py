@@ -6,7 +6,7 @@ from tolerance import assert_as_good_as_naive
 import logra_kernels as lk
 from logra_kernels import ops
 from logra_kernels.ops import _best
-from logra_kernels.ops.score_topk import op, reference
+from logra_kernels.ops.score_topk import RowBlocks, op, reference
 
 SHAPES = [(1, 1, 16, 1), (3, 37, 40, 5), (20, 65, 131, 64), (1, 200, 33, 7), (2, 3, 700, 10)]  # Q N D k
 
@@ -221,6 +221,34 @@ def test_blocks_that_come_one_by_one_give_what_all_rows_give(form, largest, q):
     whole = lk.score_topk(queries, numbers, 40, scale, largest=largest)
     assert torch.equal(values, whole[0])
     assert torch.equal(index, whole[1])
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16", "int8", "sign"])
+@pytest.mark.parametrize("spread", [True, False], ids=["factors spread", "no factors"])
+@pytest.mark.parametrize("q", [1, 7, 70])
+def test_blocks_described_once_serve_many_searches(form, spread, q):
+    rows, scale = lk.quantize_rows(torch.randn(500, 300), form), torch.rand(500, 3)[:, 1]
+    blocks = RowBlocks([rows[:7], rows[7:7], rows[7:300], rows[300:]])
+    numbers = rows if rows.format.scaled else rows.codes
+    for k, largest in ((3, True), (40, False)):
+        queries = torch.randn(q, 300).to(numbers.dtype if isinstance(numbers, torch.Tensor) else torch.float32)
+        search = ops.TopK(queries, k, 500, largest=largest)
+        search.add_all(blocks, scale if spread else None)
+        whole = lk.score_topk(queries, numbers, k, scale if spread else None, largest=largest)
+        assert all(torch.equal(*pair) for pair in zip(search.best(), whole, strict=True))
+
+
+def test_what_does_not_fit_blocks_raises():
+    rows = torch.randn(9, 200)
+    blocks = RowBlocks([rows[:4], rows[4:]])
+    with pytest.raises(ValueError, match=r"row_scale \(4,\) torch.float32 must be \[9\]"):
+        ops.TopK(torch.randn(3, 200), 2, 9).add_all(blocks, torch.ones(4))
+    with pytest.raises(ValueError, match="row_scale"):
+        ops.TopK(torch.randn(3, 200), 2, 9).add_all(blocks, torch.ones(9).double())
+    with pytest.raises(ValueError, match="queries"):
+        ops.TopK(torch.randn(3, 100), 2, 9).add_all(blocks, None)
+    with pytest.raises(ValueError, match="query_format 'int8' is for rows with scales"):
+        ops.TopK(torch.randn(3, 200), 2, 9, query_format="int8").add_all(blocks, None)
 
 
 def test_a_search_of_fewer_rows_than_asked_for():

@@ -44,11 +44,12 @@ def test_scores_and_order_are_exact(tmp_path, rows_per_shard, rows_per_block, dt
         assert torch.equal(store.score(queries, row_scale, max_bytes=max_bytes), dense)
         for largest in (True, False):
             for k in (1, 6, 99):
-                values, index = store.topk(queries, k, row_scale, largest, max_bytes=max_bytes)
                 expected = ordered(dense, k, largest)
-                assert torch.equal(index, expected)
-                assert torch.equal(values, dense.gather(1, expected))
-                assert (values.dtype, index.dtype) == (torch.float32, torch.int64)
+                for most in (max_bytes, None):  # None: all shards that are at hand at once
+                    values, index = store.topk(queries, k, row_scale, largest, max_bytes=most)
+                    assert torch.equal(index, expected)
+                    assert torch.equal(values, dense.gather(1, expected))
+                    assert (values.dtype, index.dtype) == (torch.float32, torch.int64)
 
 
 @pytest.mark.parametrize("largest", [True, False])
@@ -110,3 +111,14 @@ def test_more_shards_than_are_kept_mapped(tmp_path, monkeypatch):
     store = store_of(tmp_path / "s", rows, rows_per_shard=4)
     for _ in range(2):
         assert torch.equal(store.score(queries), queries @ rows.T)
+        assert torch.equal(store.topk(queries, 6)[1], ordered(queries @ rows.T, 6, True))
+
+
+def test_what_is_appended_between_two_queries_is_found(tmp_path):
+    rows, queries = whole_numbers(COUNT, 1), whole_numbers(4, 2)
+    with GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=8) as store:
+        for start, stop in ((0, 16), (16, 29), (29, COUNT)):
+            store.append(rows[start:stop], ids_of(COUNT)[start:stop])
+            store.flush()
+            for _ in range(3):  # the later ones find all shards at hand
+                assert torch.equal(store.topk(queries, 6)[1], ordered(queries @ rows[:stop].T, 6, True))

@@ -1,4 +1,4 @@
 from logra_kernels.ops.score_topk.op import score_topk
-from logra_kernels.ops.score_topk.search import Ranked, TopK, merge, nothing
+from logra_kernels.ops.score_topk.search import Ranked, RowBlocks, TopK, merge, nothing
 
-__all__ = ["Ranked", "TopK", "merge", "nothing", "score_topk"]
+__all__ = ["Ranked", "RowBlocks", "TopK", "merge", "nothing", "score_topk"]

@@ -1,6 +1,7 @@
 """C++ launchers of score_topk."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from logra_kernels import _C
 from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._format import EncodedRows
-from logra_kernels.ops._native import encoded, matrix, row_major
+from logra_kernels.ops._native import Encoded, Matrix, encoded, matrix, row_major
 
 
 def launch(queries: Tensor, rows: Tensor, k: int, row_scale: Tensor | None, largest: bool) -> tuple[Tensor, Tensor]:
@@ -57,6 +58,19 @@ def launch_encoded(
     return values, indices
 
 
+class Blocks:
+    """Blocks of rows as the native library takes them, all numbers or all encoded; they keep their memory alive."""
+
+    def __init__(self, blocks: Sequence[Tensor | EncodedRows]):
+        self._kept = [row_major(rows) if isinstance(rows, EncodedRows) else rows for rows in blocks]
+        self.encoded = isinstance(self._kept[0], EncodedRows)
+        self.parts: list[tuple[Any, Matrix | None, int]] = [(_described(rows), None, len(rows)) for rows in self._kept]
+
+
+def _described(rows: Tensor | EncodedRows) -> Encoded | Matrix:
+    return encoded(rows) if isinstance(rows, EncodedRows) else matrix(rows)
+
+
 class Search:
     """Native top k of rows that come block by block, for fp32 scores; queries are laid out once."""
 
@@ -65,17 +79,20 @@ class Search:
         q, d = queries.shape
         self._native = _C.Search(matrix(queries), q, count, d, min(k, count), largest)
 
-    def add(self, blocks: Sequence[tuple[Tensor | EncodedRows, Tensor | None]], digits: int) -> None:
-        """Blocks of rows with their factors, all numbers or all encoded: one call, in which the threads stay awake."""
-        scales = [None if scale is None else matrix(scale.unsqueeze(-1)) for _, scale in blocks]
-        coded = [row_major(rows) for rows, _ in blocks if isinstance(rows, EncodedRows)]
-        plain = [rows for rows, _ in blocks if isinstance(rows, Tensor)]
-        if coded:
-            parts = [(encoded(rows), scale, len(rows)) for rows, scale in zip(coded, scales, strict=True)]
+    def add(self, blocks: Blocks, row_scale: Tensor | None, digits: int) -> None:
+        """Rows and their factors [n]: one call, in which the threads stay awake."""
+        parts = blocks.parts
+        if row_scale is not None:
+            address, dtype, stride, _ = matrix(row_scale.unsqueeze(-1))
+            step = stride * row_scale.element_size()
+            parts, first = [], 0
+            for rows, _, count in blocks.parts:
+                parts.append((rows, (address + first * step, dtype, stride, 1), count))
+                first += count
+        if blocks.encoded:
             self._native.add_encoded(parts, digits, torch.get_num_threads())
         else:
-            numbers = [(matrix(rows), scale, len(rows)) for rows, scale in zip(plain, scales, strict=True)]
-            self._native.add(numbers, torch.get_num_threads())
+            self._native.add(parts, torch.get_num_threads())
 
     def best(self) -> tuple[Tensor, Tensor]:
         shape = (len(self._queries), self._native.found())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from logra_kernels.errors import StoreError
 from logra_kernels.ops import QUERY_FORMATS, EncodedRows
+from logra_kernels.ops.score_topk import RowBlocks
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.encoding import decode, row_sums, wrap
 from logra_kernels.store.entry import Shard
@@ -43,6 +44,7 @@ class Reader:
         self._table: pa.Table | None = None
         self._tail: MappedShard | None = None
         self._tail_table: pa.Table | None = None
+        self._at_once: RowBlocks | None = None  # every row, while the mapped shards are those it was made of
         self._shown: dict[int, Tensor] = {}  # start of a shard with deleted rows -> its lines that are shown
         self.manifest = load()
         while True:
@@ -116,6 +118,7 @@ class Reader:
                 mapped = MappedShard(self.directory, self.manifest, shard)
             except FileNotFoundError:
                 raise self._gone(name) from None
+            self._at_once = None
             if shard.rows.checksum in self._verified:
                 mapped.trust()
         if keep and not private:
@@ -130,6 +133,14 @@ class Reader:
         if self._tail is not None:
             mapped[-1] = self._tail
         return all(shard is not None and shard.at_hand for shard in mapped)
+
+    def _every_row(self) -> RowBlocks:
+        """Of a store that is at hand and shows all rows."""
+        if self._at_once is None:
+            shards = self.manifest.shards
+            blocks = [self._rows(shard, self._map(shard, private=False), private=False) for shard in shards]
+            self._at_once = RowBlocks(blocks)
+        return self._at_once
 
     def _rows(self, shard: Shard, mapped: MappedShard, private: bool) -> EncodedRows:
         tensors = mapped.tensors()
@@ -290,6 +301,9 @@ class Reader:
             raise StoreError(f"k is {k}; it must be at least 1")
         best = Best(self.manifest, queries, k, self.manifest.rows, largest, query_format)
         at_hand = queries.is_cpu and self._at_hand()
+        if at_hand and max_bytes is None and self.manifest.rank is None and not self._shown and self.manifest.shards:
+            best.add_all(self._every_row(), row_scale)
+            return best.found()
         blocks = (
             (rows, None if row_scale is None else row_scale[first : first + len(rows)])
             for first, rows in on_device(self._blocks_to_score(len(queries), max_bytes, at_hand), queries.device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.ops import EncodedRows, TopK, score_block, score_factored
-from logra_kernels.ops.score_topk import Ranked, merge, nothing
+from logra_kernels.ops.score_topk import Ranked, RowBlocks, merge, nothing
 from logra_kernels.store.format import Manifest
 
 
@@ -51,6 +51,11 @@ class Best:
             values, index = self._of_scores(scores if scale is None else scores * scale)
             self._found = merge(self._found, (values, index + self._rows), self._k, self._largest)
             self._rows += len(rows)
+
+    def add_all(self, blocks: RowBlocks, row_scale: Tensor | None) -> None:
+        """The next blocks of dense rows, and the factors of all of them."""
+        assert self._dense is not None
+        self._dense.add_all(blocks, row_scale)
 
     def found(self) -> Ranked:
         """Row numbers count from the first row that was added."""
