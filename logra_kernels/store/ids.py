@@ -120,7 +120,7 @@ class KnownIds:
             return places
         before = np.searchsorted(self._deleted, places)
         numbers = np.where(places < 0, UNKNOWN, places - before)
-        numbers[np.isin(places, self._deleted)] = DELETED
+        numbers[self._deleted[np.minimum(before, len(self._deleted) - 1)] == places] = DELETED
         return numbers
 
     def __contains__(self, name: str) -> bool:
@@ -144,7 +144,8 @@ class KnownIds:
 
     def delete(self, ids: list[str]) -> None:
         """Rows that are shown are so no longer."""
-        self._deleted = np.union1d(self._deleted, self._places.find(ids))
+        gone = np.sort(self._places.find(ids))
+        self._deleted = np.insert(self._deleted, np.searchsorted(self._deleted, gone), gone)
 
 
 def _no_ids(error: TypeError | UnicodeEncodeError) -> StoreError:
