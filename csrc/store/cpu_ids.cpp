@@ -17,6 +17,13 @@ inline uint64_t folded(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
+// Room for so many more, so that nothing that follows can fail halfway.
+template <typename T>
+void reserve(std::vector<T>& held, size_t more) {
+  const size_t needed = held.size() + more;
+  if (needed > held.capacity()) held.reserve(std::max(needed, held.capacity() + held.capacity() / 2));
+}
+
 }  // namespace
 
 IdTable::IdTable() : slots_(kSlots) {
@@ -57,8 +64,13 @@ void IdTable::put(std::string_view id, uint64_t hash, uint64_t slot) {
   slots_[slot] = (hash >> 32 << 32) | ends_.size();
 }
 
-void IdTable::make_room(int64_t count) {
+void IdTable::make_room(const std::vector<std::string_view>& ids) {
+  const auto count = static_cast<int64_t>(ids.size());
   if (count > kMost - size()) throw std::length_error("logra_kernels: more than 2^32 - 1 ids");
+  size_t bytes = 0;
+  for (const std::string_view id : ids) bytes += id.size();
+  reserve(bytes_, bytes);
+  reserve(ends_, ids.size());
   uint64_t wanted = slots_.size();
   while ((ends_.size() + count) * 5 > wanted * 3) wanted *= 2;
   if (wanted == slots_.size()) return;
@@ -80,7 +92,7 @@ void IdTable::find(const std::vector<std::string_view>& ids, int64_t* places) co
 }
 
 int64_t IdTable::add(const std::vector<std::string_view>& ids) {
-  make_room(static_cast<int64_t>(ids.size()));
+  make_room(ids);
   const uint64_t mask = slots_.size() - 1;
   uint64_t keys[kAhead];
   for (size_t begin = 0; begin < ids.size(); begin += kAhead) {

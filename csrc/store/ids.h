@@ -34,7 +34,7 @@ class IdTable {
   bool holds(uint64_t slot) const { return slots_[slot] != 0; }
   int64_t place_in(uint64_t slot) const { return static_cast<int64_t>(slots_[slot] & 0xffffffffu) - 1; }
   void put(std::string_view id, uint64_t hash, uint64_t slot);
-  void make_room(int64_t count);
+  void make_room(const std::vector<std::string_view>& ids);
 
   uint64_t seed_;
   std::vector<uint64_t> slots_;  // a power of two; the upper half of the hash and the place + 1, or 0
