@@ -80,10 +80,11 @@ class KnownIds:
 
     Args:
         shown: Ids of the rows, in order.
-        deleted: Ids of deleted rows.
+        deleted: Ids of deleted rows. One that is shown, too, is shown: its first row was deleted and compacted away,
+            but a store whose manifest was lost may know of that row again.
 
     Raises:
-        StoreError: An id is there twice.
+        StoreError: Two rows that are shown have the same id.
     """
 
     def __init__(self, shown: pa.ChunkedArray, deleted: Iterable[str]):
@@ -92,9 +93,9 @@ class KnownIds:
             clash = self._places.add_arrow(chunk)
             if clash >= 0:
                 raise StoreError(f"two rows have the id {chunk[clash].as_py()!r}; see `logra fsck`")
-        first = len(self._places)
-        if self._places.add(list(deleted)) >= 0:
-            raise StoreError("a deleted row has the id of another one; see `logra fsck`")
+        first, names = len(self._places), list(dict.fromkeys(deleted))
+        there = self._places.find(names).tolist()
+        self._places.add([name for name, place in zip(names, there, strict=True) if place == UNKNOWN])
         self._deleted = np.arange(first, len(self._places))  # places, sorted
 
     @property

@@ -95,9 +95,12 @@ def test_numbers_of_rows(kind, seed):
 
 
 def test_ids_in_two_rows(kind):
-    for shown, deleted in ((["a", "b", "a"], []), (["a"], ["a"])):
-        with pytest.raises(StoreError, match="fsck"):
-            KnownIds(pa.chunked_array([shown], pa.string()), deleted)
+    with pytest.raises(StoreError, match="two rows have the id 'a'; see `logra fsck`"):
+        KnownIds(pa.chunked_array([["a", "b", "a"]], pa.string()), [])
+    known = KnownIds(pa.chunked_array([["a", "b"]], pa.string()), ["a", "c", "c"])
+    assert known.numbers(["a", "b", "c"]).tolist() == [0, 1, DELETED]
+    assert known.add(["d"]) == -1
+    assert known.numbers(["d"]).tolist() == [2]
 
 
 def test_a_store_is_the_same(kind, tmp_path):
