@@ -1,5 +1,7 @@
 """A store made of another's rows: what it keeps, and what it measures."""
 
+import errno
+
 import pytest
 import torch
 from store.samples import columns_of, ids_of, rows_of, tree, write
@@ -8,6 +10,7 @@ import logra_kernels as lk
 from logra_kernels.errors import StoreError
 from logra_kernels.ops import FORMATS
 from logra_kernels.store import GradientStore, quantization_loss, quantize
+from logra_kernels.store.writing import growing
 
 
 @pytest.fixture
@@ -73,3 +76,20 @@ def test_what_cannot_be(source, tmp_path):
     with pytest.raises(StoreError, match="is not a gradient store"):
         quantize(tmp_path / "none", tmp_path / "new", "int8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_what_fails_leaves_nothing(source, tmp_path, monkeypatch):
+    with GradientStore.open(source, mode="append") as store:
+        rows = torch.full((1, store.dim), 1e30)
+        store.append(rows, ["loud"], {name: store.table.column(name)[:1] for name in store.table.column_names[1:]})
+    with pytest.raises(StoreError, match=r"too large for fp16: ids 'loud'"):
+        quantize(source, tmp_path / "new", "fp16")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(growing, "write_shard", full)
+    with pytest.raises(StoreError, match=r"No space left on device; nothing is left of it; remove the cause") as caught:
+        quantize(source, tmp_path / "new", "int8")
+    assert "append" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

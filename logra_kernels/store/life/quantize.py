@@ -75,12 +75,14 @@ def quantize(
         sidecars={name: (key, found[0]) for name, (key, found) in kept.items() if found is not None},
         whitening=whitening or rows.whitening,
     )
-    with store:
-        _copy(rows, store, whitening)
-    whole = GradientStore.open(temporary)
-    add_skipped(temporary, read_skipped(rows.path))
-    take_observed([rows], temporary)
-    whole.sidecar_write(LOSS, {}, _measure(rows, whole, whitening))
+    try:
+        _fill(rows, store, whitening)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, StoreError) and str(temporary) in str(error):
+            what = str(error).split("; ")[0]
+            raise StoreError(f"{what}; nothing is left of it; remove the cause and quantise again") from error
+        raise
     try:
         os.replace(temporary, target)
         sync_directory(target.absolute().parent)
@@ -122,6 +124,15 @@ def _blocks(rows: GradientStore, whitening: Whitening | None) -> Iterator[tuple[
     """(first row, the rows that are to be stored)."""
     for first, block in rows.blocks():
         yield first, block if whitening is None else whitening.apply(block)
+
+
+def _fill(rows: GradientStore, store: GradientStore, whitening: Whitening | None) -> None:
+    with store:
+        _copy(rows, store, whitening)
+    whole = GradientStore.open(store.path)
+    add_skipped(store.path, read_skipped(rows.path))
+    take_observed([rows], store.path)
+    whole.sidecar_write(LOSS, {}, _measure(rows, whole, whitening))
 
 
 def _copy(rows: GradientStore, store: GradientStore, whitening: Whitening | None) -> None:
