@@ -10,6 +10,7 @@ from store.samples import LAYERS, columns_of, ids_of, part_of, rows_of, tree
 
 from logra_kernels.errors import StoreError
 from logra_kernels.store import GradientStore, fsck
+from logra_kernels.store.life import fsck as life_fsck
 
 COUNT = 30
 GONE = (1, 12, 13)  # deleted in the sample
@@ -236,6 +237,33 @@ def test_a_newer_format_is_not_a_fault(path):
     (path / "manifest.json").write_text(json.dumps(table))
     with pytest.raises(StoreError, match="has format version 99"):
         fsck(path, repair=True)
+
+
+def test_what_a_writer_replaces_meanwhile_is_no_fault(path, monkeypatch):
+    """The short last shard grows and a list of deleted rows gives way to another while they are checked."""
+    writer = GradientStore.open(path, mode="append")
+    turns = iter(range(3))
+    real = life_fsck.check_shard
+
+    def check(*args):
+        turn = next(turns, None)
+        if turn is not None:
+            rows, _, columns = part_of(COUNT, turn, turn + 1)
+            writer.append(rows, [f"new-{turn}"], columns)
+            writer.delete([f"row-{16 + turn}"])
+        return real(*args)
+
+    monkeypatch.setattr(life_fsck, "check_shard", check)
+    report = fsck(path)
+    assert next(turns, None) is None
+    writer.close()
+    assert (report.faults, report.rows) == ([], len(GradientStore.open(path)))
+
+
+def test_a_fault_beside_a_writer_stays_one(path):
+    flip(find(path, "rows"))
+    with GradientStore.open(path, mode="append"):
+        assert len(fsck(path).faults) == 1
 
 
 def test_a_damaged_version_is_a_fault(path):
