@@ -1,5 +1,5 @@
-// Few queries meet rows of integer codes at the speed of memory: kFewRows streams, each through rows that are
-// neighbours in memory, so that the processor's own fetching ahead runs on from row to row.
+// Few queries meet rows of integer codes at the speed of memory: a few streams, each through rows that are neighbours
+// in memory, so that the processor's own fetching ahead runs on from row to row.
 #include <algorithm>
 #include <cstring>
 
@@ -92,7 +92,7 @@ struct FewProduct : Codes {
     for (int64_t unit = 0; unit < plan.units(); unit += units_at_once()) {
       for (int64_t step = 0; step < steps; ++step) {
         int64_t of[kFewRows];
-        for (int64_t i = 0; i < kFewRows; ++i) of[i] = row + std::min(step + i * steps, rows - 1);
+        for (int64_t i = 0; i < kFewRows; ++i) of[i] = row + std::min(row_of(step, i, steps), rows - 1);
         multiply_units(of, unit, scratch, scratch + step * kFewRows * b.width * kFewLanes, steps);
       }
     }
@@ -102,12 +102,18 @@ struct FewProduct : Codes {
   }
 
  private:
+  // Row i of a step, counted from the task's first one: the next of its stream.
+  int64_t row_of(int64_t step, int64_t i, int64_t steps) const {
+    const int64_t side = streams(plan.code, plan.units(), b.width, plan.digits), rows = kFewRows / side;
+    return (i % side * steps + step) * rows + i / side;
+  }
+
   void write(int64_t row, int64_t rows, int64_t step, int64_t steps, int64_t group, const float* scratch) const {
     float found[kFewRows * kFewQueries];
     const int64_t width = b.width, vectors = kFewRows * width;
     kernels.sum_lanes(scratch + (group * steps + step) * vectors * kFewLanes, vectors, found);
-    for (int64_t i = 0; i < kFewRows && step + i * steps < rows; ++i) {
-      float* to = c.data + (row + step + i * steps) * c.row_stride + group * width * c.column_stride;
+    for (int64_t i = 0; i < kFewRows && row_of(step, i, steps) < rows; ++i) {
+      float* to = c.data + (row + row_of(step, i, steps)) * c.row_stride + group * width * c.column_stride;
       const int64_t count = std::min(width, plan.queries - group * width);
       for (int64_t q = 0; q < count; ++q) to[q * c.column_stride] = found[i * width + q];
     }

@@ -11,15 +11,23 @@ namespace lgk {
 constexpr int64_t kUnit = 128;
 constexpr int64_t kMostSpan = 512;  // numbers; a 32-bit sum of a span stays below 2^24, which fp32 holds
 constexpr int kMostDigits = 2;
-constexpr int64_t kTileCodes = 12;    // rows of a tile
-constexpr int64_t kTileColumns = 32;  // digits of queries in a tile
-constexpr int64_t kFewRows = 4;       // rows read side by side
-constexpr int64_t kFewQueries = 4;    // queries that few takes at most
-constexpr int64_t kFewLanes = 16;     // sums of every sixteenth group of four numbers
-constexpr float kFewShare = 0.25f;    // of what few makes of int2 and sign codes
+constexpr int64_t kTileCodes = 12;          // rows of a tile
+constexpr int64_t kTileColumns = 32;        // digits of queries in a tile
+constexpr int64_t kFewRows = 4;             // rows read side by side
+constexpr int64_t kFewQueries = 4;          // queries that few takes at most
+constexpr int64_t kFewLanes = 16;           // sums of every sixteenth group of four numbers
+constexpr int64_t kStreamBytes = 20 << 10;  // of digits that stay in the L1 cache beside a stream of rows
+constexpr float kFewShare = 0.25f;          // of what few makes of int2 and sign codes
 
 // Units that few takes at a time: a vector of codes, or two.
 constexpr int64_t chunk_units(Code code) { return code == Code::kI2 ? 2 : code == Code::kSign ? 4 : 1; }
+
+// Rows that few reads side by side. Fewer streams are faster where a query's digits need not be shared: they are at
+// hand, and their products take less time than the rows take to arrive.
+constexpr int64_t streams(Code code, int64_t units, int64_t queries, int digits) {
+  if (queries > 1 || units * kUnit * digits > kStreamBytes) return kFewRows;
+  return code == Code::kI8 ? 1 : code == Code::kI4 ? 2 : kFewRows;
+}
 
 struct IntegerKernels {
   // Codes of whole units to unsigned bytes, kUnit a unit.
