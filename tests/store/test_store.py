@@ -176,7 +176,7 @@ def test_a_reader_beside_a_writer_sees_whole_states(tmp_path):
     truth = rows_of(count)
     seen, faults = set(), []
     with GradientStore.create(tmp_path / "s", LAYERS, rows_per_shard=16) as store:
-        done = threading.Event()
+        done, looked = threading.Event(), threading.Event()
 
         def look():
             try:
@@ -187,14 +187,19 @@ def test_a_reader_beside_a_writer_sees_whole_states(tmp_path):
                     assert reader.ids == ids_of(length)
                     assert torch.equal(reader.read(0, length), truth[:length])
                     seen.add(length)
+                    looked.set()
             except BaseException as error:
                 faults.append(error)
+                looked.set()
 
         watcher = threading.Thread(target=look)
         watcher.start()
         for start in range(0, count, 3):
             store.append(*part_of(count, start, start + 3))
             store.flush()
+            if start % 15 == 0:  # however busy the machine is, the reader has its turns
+                looked.clear()
+                assert looked.wait(60)
         done.set()
         watcher.join()
     assert not faults
