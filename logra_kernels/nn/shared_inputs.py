@@ -6,8 +6,8 @@ q, k and v read one x, and so do gate and up. Which taps do is seen in a forward
 given one tensor, unchanged between them, are a group from then on. The first of a group that comes to a tensor
 projects it for all. The others take their columns where they are given that very tensor at that very version, and in
 every other case they project what they are given by themselves. Nothing here keeps x or a alive: a lives as long as a
-tap holds its columns. On the CPU these have the bits that the tap alone would give them; a GPU's tiles depend on the
-number of columns, so there the last bits may differ.
+tap holds its columns. These have the bits that the tap alone would give them: rows that were logged before a group was
+seen are those of a run that had seen it. Where that cannot be promised, nothing is shared.
 """
 
 import threading
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from logra_kernels.nn.adapters import Adapter, LinearAdapter
-from logra_kernels.ops import untransformed
+from logra_kernels.ops import columns_stand_alone, untransformed
 
 if TYPE_CHECKING:
     from logra_kernels.nn.hook import Probe
@@ -129,7 +129,7 @@ class SharedInputs:
         """
         if p_in is None or type(adapter) is not LinearAdapter or (x.is_cpu and not self.on_cpu):
             return None
-        if not untransformed(x) or x.is_inference():
+        if not untransformed(x) or x.is_inference() or not columns_stand_alone(x.device.type):
             return None
         group = self._groups.get(adapter)
         if group is None:

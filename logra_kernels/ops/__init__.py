@@ -6,7 +6,7 @@ from logra_kernels.ops.accumulate_gram import accumulate_gram
 from logra_kernels.ops.dequantize_rows import dequantize_rows
 from logra_kernels.ops.factor_rows import factor_rows
 from logra_kernels.ops.project_grad import AddProjectGrad, add_project_grad, kept_dtype, project_grad
-from logra_kernels.ops.project_rows import ProjectRows, project_rows, row_projector
+from logra_kernels.ops.project_rows import ProjectRows, columns_stand_alone, project_rows, row_projector
 from logra_kernels.ops.quantize_rows import quantize_rows
 from logra_kernels.ops.score_block import QUERY_FORMATS, score_block
 from logra_kernels.ops.score_factored import score_factored
@@ -27,6 +27,7 @@ __all__ = [
     "accumulator_dtype",
     "add_project_grad",
     "backends",
+    "columns_stand_alone",
     "dequantize_rows",
     "factor_rows",
     "factored_dim",

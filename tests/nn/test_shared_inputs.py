@@ -99,6 +99,14 @@ def test_other_shapes(case, made, shape):
             assert widths_of(case, made) == [RANK, RANK, 2 * RANK]
 
 
+def test_not_shared_where_the_bits_could_be_others(monkeypatch, made):
+    monkeypatch.setattr("logra_kernels.nn.shared_inputs.columns_stand_alone", lambda device: False)
+    case = Case("a hook")
+    with case.taps:
+        case.check(passes=3)
+        assert widths_of(case, made) == ALONE
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("projection_dtype", [None, torch.bfloat16])
 def test_biases_and_bf16_factors(path, projection_dtype, made):
@@ -348,7 +356,11 @@ def test_on_a_gpu():
     case = Case("in the graph")
     case.model.cuda()
     case.x, case.target = case.x.detach().cuda().requires_grad_(), case.target.cuda()
+    with lk.capture(case.model, SMALL, shared_inputs=False) as case.taps:
+        alone = case.rows()
     with lk.capture(case.model, SMALL) as case.taps:
+        assert all(torch.equal(case.rows(), alone) for _ in range(3))
+        assert case.taps.shared._groups
         case.check(passes=3, rtol=1e-3)
         side = torch.cuda.Stream()
 

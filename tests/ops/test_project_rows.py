@@ -103,6 +103,45 @@ def test_does_not_depend_on_the_batch(target):
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-6, atol=1e-6)
 
 
+WIDTHS = (16, 48, 64, 100, 24)
+
+
+def test_columns_have_the_bits_of_their_factor_alone(kernel, dtype):
+    """Whatever the factor is stacked with; fp64 as well."""
+    x, p = case(2, 70, 500, sum(WIDTHS), dtype, kernel.device)
+    if kernel == ("triton", "cpu"):
+        p = p.mul(64).round().div(64)  # NumPy's products hang on where a column lies, unless they are exact
+        x = x.mul(16).round().div(16)
+    whole = lk.project_rows(x, p, backend=kernel.backend)
+    for columns, part in zip(whole.split(WIDTHS, -1), p.split(WIDTHS), strict=True):
+        assert torch.equal(columns, lk.project_rows(x, part, backend=kernel.backend))
+        assert torch.equal(columns, lk.project_rows(x, part.clone(), backend=kernel.backend))
+
+
+def test_tiles_are_the_same_for_any_k(monkeypatch):
+    """On a GPU that decides which products are taken in which order."""
+    triton = pytest.importorskip("logra_kernels.ops.project_rows.triton")
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append(options)
+
+    monkeypatch.setattr(triton, "_project_rows_kernel", Kernel())
+    for k in (1, 16, 64, 200):
+        triton.launch(*case(2, 70, 500, k))
+    assert len(launched) == 4
+    assert all(options == launched[0] for options in launched)
+
+
+def test_nothing_is_promised_of_other_products(monkeypatch):
+    assert op.columns_stand_alone("cpu")
+    op.columns_stand_alone.cache_clear()
+    monkeypatch.setattr(op, "launcher", lambda *_: reference.project_rows)
+    assert not op.columns_stand_alone("cpu")
+    op.columns_stand_alone.cache_clear()
+
+
 def test_registration(device, dtype):
     torch.library.opcheck(op._op, (*case(3, 7, 16, 5, dtype, device), "auto"))
 

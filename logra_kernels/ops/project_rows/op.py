@@ -4,6 +4,7 @@ A[n,t] = P x[n,t]        [N, T, k], fp32 (fp64 for fp64 input)
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -49,6 +50,16 @@ def row_projector(x: Tensor, p: Tensor, dtype: torch.dtype | None = None) -> Pro
     """
     _check(x, p)
     return launcher("project_rows", "cpu", "auto", "prepare")(x, p, dtype) if is_native("project_rows") else None
+
+
+@cache
+def columns_stand_alone(device: str) -> bool:
+    """Whether a factor's columns have the same bits on a device type whatever the factor is stacked with.
+
+    The C++ kernels keep to that for factors of more than 8 rows; torch's products, which the reference is made of, may
+    be others for another k.
+    """
+    return launcher("project_rows", device, "auto").__module__ != "logra_kernels.ops.project_rows.reference"
 
 
 def _check(x: Tensor, p: Tensor) -> None:

@@ -1,4 +1,8 @@
-"""Triton kernel: rows times projection, one program for a tile of rows; x is read once for each 128 of k."""
+"""Triton kernel: rows times projection, a program for a tile of rows and columns.
+
+The tiles of a row's columns are neighbours, which find its x in L2. They are as wide for any k: a factor's columns have
+the same bits whatever it is stacked with.
+"""
 
 import torch
 import triton
@@ -9,8 +13,10 @@ from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._device import device_of
 from logra_kernels.ops._tile import OPTIONS, accumulator, block, dot_tile, fp32_precision, must_upcast
 
+BLOCK_K = 64
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["K"])
 def _project_rows_kernel(
     x, p, a,
     R, T, D, K, stride_xn, stride_xt, stride_xd, stride_pk, stride_pd,
@@ -18,8 +24,9 @@ def _project_rows_kernel(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, IN_P: tl.constexpr,
 ):  # fmt: skip
     """a[r,k] = sum_d x[n,t,d] p[k,d] for row r = n T + t"""
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    tiles = tl.cdiv(K, BLOCK_K)
+    r = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = (tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
     x_rows = x + (r // T) * stride_xn + (r % T) * stride_xt
     tile = dot_tile(
         x_rows, p + k * stride_pk, r < R, k < K, stride_xd, stride_pd, D, ACC, BLOCK_D, PRECISION, UPCAST, IN_P
@@ -34,11 +41,11 @@ def launch(x: Tensor, p: Tensor) -> Tensor:
     if not a.numel():
         return a
     wide = x.element_size() > 2
-    block_r, block_k = block(n * t, 64), block(k, 128)
+    block_r = block(n * t, 64)
     with device_of(x):
-        _project_rows_kernel[triton.cdiv(n * t, block_r), triton.cdiv(k, block_k)](
+        _project_rows_kernel[triton.cdiv(n * t, block_r) * triton.cdiv(k, BLOCK_K),](
             x, p, a, n * t, t, d, k, *x.stride(), *p.stride(),
-            ACC=accumulator(x.dtype), BLOCK_R=block_r, BLOCK_K=block_k, BLOCK_D=block(d, 32 if wide else 64),
+            ACC=accumulator(x.dtype), BLOCK_R=block_r, BLOCK_K=BLOCK_K, BLOCK_D=block(d, 32 if wide else 64),
             PRECISION=fp32_precision(), UPCAST=must_upcast(p.dtype, p.dtype), IN_P=x.dtype != p.dtype,
             num_warps=4, **OPTIONS,
         )  # fmt: skip
