@@ -156,7 +156,7 @@ def launch(rows: Tensor, layers: Layers, rank: int) -> Tensor:
     out = torch.empty((n, width), dtype=dtype, device=rows.device)
     if not out.numel():
         return out
-    most_out, most_in = (max(size[side] for size in layers) for side in (0, 1))
+    most_in = max(size[1] for size in layers)
     block_in = block(most_in, 1 << 20)
     wide = dtype == torch.float64  # of which shared memory holds fewer
     options = OPTIONS | {"num_stages": 1} if wide else OPTIONS
@@ -164,7 +164,8 @@ def launch(rows: Tensor, layers: Layers, rank: int) -> Tensor:
         _factor_rows_kernel[n, len(layers)](
             rows, layer_table(tuple(layers), rank, rows.device), _first(block_in, dtype, rows.device), out,
             *rows.stride(), width,
-            RANK=rank, ACC=accumulator(rows.dtype), BLOCK_OUT=block(most_out, 16 if wide or block_in > 128 else 64),
-            BLOCK_IN=block_in, ITERATIONS=ITERATIONS, SWEEPS=SWEEPS, WIDTH=WIDTH, num_warps=4, **options,
+            RANK=rank, ACC=accumulator(rows.dtype), BLOCK_OUT=16 if wide or block_in > 128 else 32,
+            BLOCK_IN=block_in, ITERATIONS=ITERATIONS, SWEEPS=SWEEPS, WIDTH=WIDTH,
+            num_warps=8, **options,  # fewer warps and more rows of G at a time spill registers
         )  # fmt: skip
     return out

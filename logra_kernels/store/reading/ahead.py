@@ -91,16 +91,17 @@ def on_device(blocks: Iterable[tuple[int, EncodedRows]], device: torch.device) -
         return
     copies = torch.cuda.Stream(device)
     used: deque[tuple[EncodedRows, EncodedRows, torch.cuda.Event]] = deque()
-    for first, rows in blocks:
-        while len(used) >= DEVICE_BLOCKS:
-            used[0][2].synchronize()  # only then may its memory, here and there, be used again
-            used.popleft()
-        pinned = rows.pinned()
-        with torch.cuda.stream(copies):
-            sent = pinned.to(device, non_blocking=True)
-            arrived = copies.record_event()
-        torch.cuda.current_stream(device).wait_event(arrived)
-        yield first, sent
-        used.append((pinned, sent, torch.cuda.current_stream(device).record_event()))
-    for _, _, done in used:
-        done.synchronize()
+    try:
+        for first, rows in blocks:
+            while len(used) >= DEVICE_BLOCKS:
+                used[0][2].synchronize()  # only then may its memory, here and there, be used again
+                used.popleft()
+            pinned = rows.pinned()
+            with torch.cuda.stream(copies):
+                sent = pinned.to(device, non_blocking=True)
+                arrived = copies.record_event()
+            torch.cuda.current_stream(device).wait_event(arrived)
+            yield first, sent
+            used.append((pinned, sent, torch.cuda.current_stream(device).record_event()))
+    finally:
+        torch.cuda.current_stream(device).synchronize()  # for the blocks in use, also where the caller breaks off
