@@ -116,7 +116,10 @@ class Hook:
                     f" {math.prod(shape)} positions; offsets must cut all flattened positions of the batch, and layers"
                     " with other positions must be excluded"
                 )
-            offsets = offsets.to(y.device)
+            if offsets.device != y.device:
+                offsets = offsets.to(y.device)
+                if not torch.compiler.is_compiling():
+                    self.taps.offsets = offsets  # for the layers to come: one tensor is checked once, not at each
         weights = self.taps.weights
         if weights is not None:
             shape = adapter.positions(x, y)

@@ -86,6 +86,19 @@ def test_against_autograd_and_probes_and_frozen_weights():
     assert_equal_rows(dict(zip(taps.probes, grads, strict=True)), projected_autograd(model, taps, losses))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_limits_on_the_host_are_checked_once_for_all_layers(monkeypatch):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5)).cuda()
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(self.device.type), tolist(self))[1])
+    with lk.capture(model, SMALL) as taps:
+        taps.reset(offsets=torch.tensor(CUTS))
+        model(torch.randn(2, 12, 6, device="cuda")).square().sum().backward()
+    assert len(taps.grads) == 3
+    assert reads == ["cpu", "cuda"]
+
+
 def test_a_layer_that_sees_flattened_positions():
     """Variable-length attention code often runs without a batch dimension."""
     model, (ids, target) = Net(), data()
