@@ -161,11 +161,10 @@ class MappedShard:
         """Whether it was verified and is in memory, or was so within `ASKED_EVERY`."""
         if not (self._verified and self._brought):
             return False
-        now = time.monotonic()
-        if now - self._seen > ASKED_EVERY:
+        if not asked_lately(self._seen):
             if not resident(self._pages):
                 return False
-            self._seen = now
+            self._seen = time.monotonic()
         return True
 
     def verify(self) -> None:
@@ -244,6 +243,11 @@ class MappedShard:
         for name, spec in self._specs.items():
             yield name, spec, offset
             offset += spec.nbytes
+
+
+def asked_lately(seen: float) -> bool:
+    """Whether what was in memory at a time is taken to be there still."""
+    return time.monotonic() - seen <= ASKED_EVERY
 
 
 def _read_all(jobs: Sequence[tuple[int, np.ndarray, int]]) -> None:

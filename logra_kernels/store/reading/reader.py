@@ -3,6 +3,8 @@
 S[q,n] = row_scale[n] sum_d queries[q,d] rows[n,d]
 """
 
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -23,7 +25,7 @@ from logra_kernels.store.ids import KnownIds
 from logra_kernels.store.reading.ahead import loaded, on_device
 from logra_kernels.store.reading.memory import outgrows_memory
 from logra_kernels.store.reading.scoring import Best, scores_of
-from logra_kernels.store.shard import MappedShard, Piece, damaged, missing, read_columns
+from logra_kernels.store.shard import MappedShard, Piece, asked_lately, damaged, missing, read_columns
 
 BLOCK_BYTES = 64 << 20
 FACTOR_BYTES = 16 << 20  # of factors as fp32, or of their scores, at a time
@@ -45,6 +47,7 @@ class Reader:
         self._tail: MappedShard | None = None
         self._tail_table: pa.Table | None = None
         self._at_once: RowBlocks | None = None  # every row, while the mapped shards are those it was made of
+        self._seen = -math.inf  # when all of it was last at hand
         self._shown: dict[int, Tensor] = {}  # start of a shard with deleted rows -> its lines that are shown
         self.manifest = load()
         while True:
@@ -129,10 +132,14 @@ class Reader:
 
     def _at_hand(self) -> bool:
         """Whether every shard is mapped, verified and in memory, so that nothing is waited for between them."""
+        if self._at_once is not None and asked_lately(self._seen):
+            return True
         mapped = [self._mapped.get(shard.rows.name) for shard in self.manifest.shards]
         if self._tail is not None:
             mapped[-1] = self._tail
-        return all(shard is not None and shard.at_hand for shard in mapped)
+        found = all(shard is not None and shard.at_hand for shard in mapped)
+        self._seen = time.monotonic() if found else -math.inf
+        return found
 
     def _every_row(self) -> RowBlocks:
         """Of a store that is at hand and shows all rows."""
