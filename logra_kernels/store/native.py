@@ -16,6 +16,8 @@ from logra_kernels.ops._native import DTYPE_CODE, matrix
 
 READERS = 8  # threads that bring a file in; more than there are cores, since each waits for the disk
 
+LONG = 1 << 19  # numbers; on 2 cores, 2^18 in rows of 4,096 are stored at 1.10 x the rate with both, 3 * 2^18 at 0.91 x
+
 _QUANTIZED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,10 +52,12 @@ def quantizes_rows(rows: Tensor) -> bool:
 
 def quantize_rows(rows: Tensor, form: RowFormat, codes: np.ndarray, scales: np.ndarray) -> bool:
     """Encode rows [n, D] into memory as `ops.quantize_rows` does; whether every block has a scale. Leaves the store's
-    writer a thread."""
+    writer a thread, unless the rows are so few that it has its turn between two calls."""
     library = _library()
     assert library is not None
-    half, threads = form.scale == "fp16", max(1, torch.get_num_threads() - 1)
+    half, threads = form.scale == "fp16", torch.get_num_threads()
+    if rows.numel() >= LONG:
+        threads = max(1, threads - 1)
     at = codes.ctypes.data, scales.ctypes.data
     return library.quantize_rows(matrix(rows), *at, *rows.shape, form.code, half, form.block, False, 0, 0, threads)
 
