@@ -303,7 +303,8 @@ class Run(Analysis):
             p.requires_grad_(False)
         self.taps.active = True
         try:
-            yield
+            with self.taps.watched():
+                yield
         finally:
             self.taps.active = False
             self.taps.reset()

@@ -1,7 +1,7 @@
 """capture(model): taps on the chosen layers, and the projected gradients they gather."""
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from logra_kernels.nn.direct import LinearHook
 from logra_kernels.nn.experts import TappedExperts
 from logra_kernels.nn.hook import Hook, Probe
 from logra_kernels.nn.layers import Layer, find_layers
+from logra_kernels.nn.outside import Watch, anything_compiled
 from logra_kernels.nn.shared_inputs import SharedInputs
 from logra_kernels.nn.tap import check_heard
 from logra_kernels.nn.tokens import TokenShares
@@ -63,10 +64,14 @@ class Taps:
         self.positions = 0  # where the offsets end
         self.sequence_length: int | None = None  # of each sample, where layers may flatten samples and positions
         self.samples: int | None = None  # of the batch, once it is known
+        self.begun_by: str | None = None  # the layer that told it
         self.mode: TokenShares | Covariances | None = None
-        self._layers = layers
+        self._model, self._layers = model, layers
         self._probes = {layer.name: Probe(layer, projection, projection_dtype) for layer in layers}
         self._handles: list = []
+        self._context: AbstractContextManager | None = None
+        self._watch: Watch | None = None
+        self._watched = False
 
     def attach(self) -> None:
         """Put the hooks on. They do nothing until `active` is set. Attach before torch.compile traces the model."""
@@ -134,7 +139,9 @@ class Taps:
         if offsets is not None:
             batch_size, self.positions = _check_offsets(offsets, batch_size)
         self.weights, self.offsets, self.samples = weights, offsets, batch_size
-        self.sequence_length = sequence_length
+        self.sequence_length, self.begun_by = sequence_length, None
+        if self._watch is not None and self._watch.seen:
+            self._watch.rest()
         for probe in self._probes.values():
             probe.leaf = None
             if batch_size is not None:
@@ -174,14 +181,35 @@ class Taps:
         finally:
             self.mode = None
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Raise LograError in a backward by a tapped weight that the model uses outside of its layers.
+
+        In a first batch only, since it costs Python's time on every torch function.
+        """
+        if self._watched or anything_compiled():
+            yield
+            return
+        self._watch = watch = Watch(self._model, self._layers)
+        try:
+            yield
+        finally:
+            watch.close()
+            self._watch = None
+        self._watched = True
+
     def __enter__(self) -> "Taps":
         self.attach()
         self.active = True
+        self._context = self.watched()
+        self._context.__enter__()
         return self
 
     def __exit__(self, *exc) -> None:
         self.active = False
         self.detach()
+        assert self._context is not None
+        self._context.__exit__(*exc)
 
     @property
     def layers(self) -> dict[str, tuple[int, int]]:
@@ -219,8 +247,9 @@ class Taps:
         found = {name: probe.leaf.grad for name, probe in self._probes.items() if probe.leaf is not None}
         heard = {name: grad for name, grad in found.items() if grad is not None}
         advice = (
-            "run forward and backward under the taps, compile the model after the taps are on, and exclude layers that"
-            " the loss does not reach"
+            "run forward and backward under the taps, compile the model after the taps are on, checkpoint with"
+            " use_reentrant=False, and exclude layers that the loss does not reach or that the model does not call,"
+            " as it uses their weights itself"
         )
         check_heard("capture", self._probes, heard, advice)
         return heard

@@ -23,7 +23,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.compiler import is_compiling
 
 from logra_kernels.nn.adapters import Adapter
-from logra_kernels.nn.hook import Hook, Probe
+from logra_kernels.nn.hook import Hook, MisfitError, Probe
 from logra_kernels.nn.tap import TWICE
 from logra_kernels.ops import (
     AddProjectGrad,
@@ -191,7 +191,7 @@ class LinearHook(Hook):
         self._made = _Prepared()  # replaced as a whole, and read once a call: there may be several threads
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
-        taps, x = self.taps, args[0] if args else kwargs["input"]
+        taps, x = self.taps, args[0] if args else kwargs.get("input")
         if (
             taps.active
             and not is_compiling()
@@ -206,7 +206,7 @@ class LinearHook(Hook):
             return None
         return super().__call__(module, args, kwargs, y)
 
-    def _tap(self, weight: Tensor | None, x: Tensor, y: Tensor) -> bool:
+    def _tap(self, weight: Tensor | None, x: Tensor | None, y: Tensor) -> bool:
         """Whether it could be done."""
         # in-place code writes to a view's base, and a gradient comes there past the view
         at = y._base if y._is_view() else y
@@ -215,6 +215,7 @@ class LinearHook(Hook):
             or at._backward_hooks is not None
             or weight is None
             or type(x) is not Tensor
+            or x.is_nested
             or not x.is_contiguous()
             or _saving_hooks(True) is not None
         ):
@@ -233,7 +234,10 @@ class LinearHook(Hook):
             return False
         leaf = probe.leaf
         if leaf is None or leaf.shape[0] != x.shape[0]:
-            leaf = self._leaf(x)
+            try:
+                leaf = self._leaf(x)
+            except MisfitError:
+                return False
             if len(leaf) != len(x):  # flattened
                 return False
         kept = x
@@ -252,10 +256,16 @@ class LinearHook(Hook):
         return True
 
     def _prepare(self, weight: Tensor, x: Tensor, y: Tensor) -> _Prepared:
-        self.adapter.check(self.name, x)
         made = _Prepared(weight, weight.requires_grad, weight.dtype, x.shape, self.probe.k)
-        if type(weight) is not nn.Parameter or not x.numel() or not x.dtype == y.dtype == weight.dtype:
+        if (
+            type(weight) is not nn.Parameter
+            or x.layout is not torch.strided
+            or not x.numel()
+            or not x.dtype == y.dtype == weight.dtype
+            or self.probe.device != y.device
+        ):
             return made
+        self.adapter.check(self.name, x)
         if accumulator_dtype(x.dtype) is not self.probe.dtype:
             return made  # a model in fp64 that was not when the taps were made
         kept = x.detach().reshape(len(x), -1, x.shape[-1])

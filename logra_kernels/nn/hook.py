@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from logra_kernels.nn.adapters import Adapter, check_forward, parallel
 from logra_kernels.nn.layers import Layer
-from logra_kernels.nn.tap import Tap
+from logra_kernels.nn.tap import Refused, Tap
 from logra_kernels.projection import Projection
 
 if TYPE_CHECKING:
@@ -71,12 +71,32 @@ class Probe:
         return self.leaf
 
 
+class MisfitError(ValueError):
+    """A layer was called with something else than the batch's samples."""
+
+
 def untapped(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
     """The hook in a copy of a model."""
 
 
 def _untapped() -> Callable[[nn.Module, tuple, dict, Tensor], None]:
     return untapped
+
+
+def _check_plain(name: str, *tensors: object) -> None:
+    """Raise ValueError for tensors that no tap is made for; those of subclasses (a DTensor) may be fine."""
+    for one in tensors:
+        if isinstance(one, Tensor) and (one.is_nested or one.layout is not torch.strided):
+            kind = "nested" if one.is_nested else str(one.layout).removeprefix("torch.")
+            raise ValueError(
+                f"capture: layer {name!r} got a {kind} tensor; pad it to [N, T, d], or give the rows of all samples and"
+                " their limits as offsets"
+            )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(
+            f"capture: layer {name!r} is called inside of torch.func (vmap, grad, jvp), which taps cannot be; call the"
+            " model itself, which gives every sample's gradient in one backward"
+        )
 
 
 class Hook:
@@ -92,13 +112,39 @@ class Hook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         if not self.taps.active or not torch.is_grad_enabled():
             return None
-        adapter = self.adapter
-        x = args[0] if args else kwargs[adapter.argument]
-        adapter.check(self.name, x)
-        leaf = self._leaf(x)
+        x = self._input(module, args, kwargs)
+        if torch.compiler.is_compiling():
+            self.adapter.check(self.name, x)
+            return self._tapped(module, x, y)
+        _check_plain(self.name, x, y)
+        self.adapter.check(self.name, x)
+        try:
+            return self._tapped(module, x, y)
+        except MisfitError as misfit:
+            armed = torch.zeros((), device=y.device, requires_grad=True)
+            return Refused.apply(y, armed, misfit)
+
+    def _input(self, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        x = args[0] if args else kwargs.get(self.adapter.argument)
+        if not isinstance(x, Tensor) and self.adapter.kind != "embedding":  # which says so itself
+            got = f"a {type(x).__name__}" if args else f"{', '.join(kwargs) or 'nothing'} by name"
+            raise ValueError(
+                f"capture: layer {self.name!r}, a {type(module).__name__}, got {got} where its kind,"
+                f" {self.adapter.kind!r}, takes a tensor {self.adapter.argument!r}; exclude it"
+            )
+        return x  # type: ignore[return-value]
+
+    def _tapped(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        adapter, leaf = self.adapter, self._leaf(x)
         if not self._known:
             check_forward(self.name, adapter, module, x, y)
             self._known = True
+        if self.probe.device != y.device:
+            raise ValueError(
+                f"capture: the weight of layer {self.name!r} was on {self.probe.device} when the taps were made, and"
+                f" its output is on {y.device}: move the model before, and exclude layers that are offloaded"
+            )
+        x = x.to(y.device)  # what accelerate moves, it moves inside of the layer
         if self.taps.offsets is None and len(leaf) != len(x):
             shape = len(leaf), self.taps.sequence_length
             return self._behind(adapter, y.unflatten(0, shape), x.unflatten(0, shape)).flatten(0, 1)
@@ -111,7 +157,7 @@ class Hook:
         if offsets is not None:
             shape = adapter.positions(x, y)
             if math.prod(shape) != self.taps.positions:
-                raise ValueError(
+                raise MisfitError(
                     f"capture: offsets end at {self.taps.positions} and layer {self.name!r} has {tuple(shape)} ="
                     f" {math.prod(shape)} positions; offsets must cut all flattened positions of the batch, and layers"
                     " with other positions must be excluded"
@@ -124,7 +170,7 @@ class Hook:
         if weights is not None:
             shape = adapter.positions(x, y)
             if (offsets is None and weights.shape[0] != shape[0]) or weights.numel() != math.prod(shape):
-                raise ValueError(
+                raise MisfitError(
                     f"capture: weights {tuple(weights.shape)} do not fit the {tuple(shape)} positions of layer"
                     f" {self.name!r}"
                 )
@@ -142,11 +188,12 @@ class Hook:
                     "capture: a compiled model needs its batch size beforehand: call taps.reset(batch_size)"
                 )
             if taps.samples is None:
-                taps.samples = x.shape[0]
+                taps.samples, taps.begun_by = x.shape[0], self.name
             leaf = self.probe.renew(taps.samples)
         if taps.offsets is None and leaf.shape[0] != x.shape[0] and not self._flattened(x):
-            raise ValueError(
-                f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun; call"
+            by = "" if taps.begun_by is None else f" by layer {taps.begun_by!r}"
+            raise MisfitError(
+                f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun{by}; call"
                 " taps.reset() between batches; exclude layers whose inputs are not [N, ...], or, where a model"
                 " flattens samples and positions, give sequence_length (or, packed, the samples' limits as offsets)"
             )

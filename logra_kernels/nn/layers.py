@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from logra_kernels.nn.adapters import DEFAULT_KINDS, KINDS, Adapter, adapt
+
+SEQUENCE_FIRST = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ def find_layers(
     if unknown:
         raise ValueError(f"capture: kinds {unknown} are unknown; they must be of {', '.join(KINDS)}")
     model = getattr(model, "_orig_mod", model)
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ValueError(f"capture: {lazy[0]!r} is yet without a shape: run the model on one batch before")
     found = tappable(model, kinds, bias)
     if not found:
         raise ValueError(f"capture: {type(model).__name__} has no layer of the kinds {', '.join(kinds)}")
@@ -61,11 +67,29 @@ def find_layers(
     chosen = {name for name in chosen if not any(fnmatchcase(name, pattern) for pattern in exclude or ())}
     if not chosen:
         raise ValueError("capture: the filters leave no layer")
+    modules = dict(model.named_modules())
+    for name in [name for name in found if name in chosen]:
+        _check(name, modules, *found[name])
     weights = {name: adapter.parameters(module)[0] for name, (module, adapter) in found.items() if name in chosen}
     tied: dict[tuple[int, str], list[str]] = {}
     for name, weight in weights.items():
         tied.setdefault((id(weight), found[name][1].part), []).append(name)
     return [Layer(names[0], weights[names[0]], _holders(names, found)) for names in tied.values()]
+
+
+def _check(name: str, modules: Mapping[str, nn.Module], module: nn.Module, adapter: Adapter) -> None:
+    """Raise ValueError for a layer that would give an error later, or rows of something else than samples."""
+    weight = adapter.parameters(module)[0]
+    if weight.is_complex():
+        raise ValueError(f"capture: the weight of layer {name!r} is {weight.dtype}; it must be real: exclude the layer")
+    path = name.split(".")
+    for above in (".".join(path[:i]) for i in range(len(path))):
+        block = modules.get(above)
+        if isinstance(block, SEQUENCE_FIRST) and not block.self_attn.batch_first:
+            raise ValueError(
+                f"capture: layer {name!r} is in {above!r}, a {type(block).__name__} that takes [T, N, d]: make it with"
+                " batch_first=True, or exclude it"
+            )
 
 
 def _holders(

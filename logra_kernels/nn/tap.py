@@ -26,6 +26,26 @@ def alias(y: Tensor) -> Tensor:
     return y.detach()
 
 
+class Refused(torch.autograd.Function):
+    """y passes; a gradient that comes back raises `error`, since no tap could tell whose it is.
+
+    So a layer may be called with something else than the samples (its weight's norm by way of the identity) where no
+    gradient goes through.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, armed: Tensor, error: Exception) -> Tensor:
+        ctx.error = error
+        ctx.set_materialize_grads(False)
+        return alias(y)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor | None):
+        if dy is not None:
+            raise ctx.error
+        return None, None, None
+
+
 def check_heard(who: str, layers: Iterable[str], heard: Collection[str], advice: str) -> None:
     """Raise LograError unless every layer received a gradient."""
     names = list(layers)

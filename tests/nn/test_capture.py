@@ -330,10 +330,10 @@ def test_misuse_is_an_error_that_says_what_to_do():
             _ = taps.grads
         loss_of(model, x, target).backward()
         with pytest.raises(ValueError, match="sees 2 samples where 3 were begun"):
-            model(x[:2])
+            model(x[:2]).sum().backward()
         taps.reset(weights=torch.ones(3, 6))
         with pytest.raises(ValueError, match="weights .3, 6. do not fit"):
-            model(x)
+            model(x).sum().backward()
         taps.reset()
         with pytest.raises(ValueError, match="samples first"):
             model(x[0, 0])

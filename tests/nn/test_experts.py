@@ -240,7 +240,7 @@ def test_a_shared_expert_that_sees_flattened_tokens_needs_the_samples_limits(lim
     exact = exact_rows(model, lk.capture(model, SMALL, kinds=["linear", "expert"]), per_sample(model, ids))
     with lk.capture(model, SMALL, kinds=["linear", "expert"]) as taps:
         with pytest.raises(ValueError, match=r"sees 21 samples where 3 were begun.*give sequence_length"):
-            lm_loss(model, ids)
+            lm_loss(model, ids).backward()
         taps.reset(**limits)
         lm_loss(model, ids).backward()
     assert "model.layers.0.mlp.shared_expert.up_proj" in taps.layers

@@ -74,10 +74,10 @@ def test_what_is_refused():
     model, x = Net(), data()
     with lk.capture(model, SMALL) as taps:
         with pytest.raises(ValueError, match=r"'down' sees 15 samples where 3 were begun.*give sequence_length"):
-            loss_of(model, x)
+            loss_of(model, x).backward()
         taps.reset(3, sequence_length=4)
         with pytest.raises(ValueError, match="'down' sees 15 samples"):
-            loss_of(model, x)
+            loss_of(model, x).backward()
         with pytest.raises(ValueError, match="sequence_length 5 without batch_size"):
             taps.reset(sequence_length=5)
         with pytest.raises(ValueError, match="sequence_length 5 beside offsets"):
@@ -96,7 +96,7 @@ def test_frames_of_a_convolution_are_no_positions():
     with lk.capture(Frames(), SMALL) as taps:
         taps.reset(2, sequence_length=3)
         with pytest.raises(ValueError, match="'conv' sees 6 samples where 2"):
-            taps._layers[0].holders[0][0](torch.randn(6, 3, 4, 4))
+            taps._layers[0].holders[0][0](torch.randn(6, 3, 4, 4)).sum().backward()
 
 
 def test_a_whole_run(tmp_path):

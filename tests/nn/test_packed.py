@@ -176,7 +176,7 @@ def test_bad_offsets_are_named(offsets, message):
     model, (ids, _) = Net(), data()
     with lk.capture(model, SMALL, include=["up"]) as taps, pytest.raises(ValueError, match=message):
         taps.reset(offsets=offsets)
-        model(ids)
+        model(ids).sum().backward()
 
 
 def test_offsets_that_do_not_fit_samples_or_weights_are_named():
@@ -186,4 +186,4 @@ def test_offsets_that_do_not_fit_samples_or_weights_are_named():
             taps.reset(4, offsets=torch.tensor(CUTS))
         taps.reset(weights=torch.ones(5, 3), offsets=torch.tensor(CUTS))
         with pytest.raises(ValueError, match=r"weights \(5, 3\) do not fit the \(2, 12\) positions"):
-            model(ids)
+            model(ids).sum().backward()
