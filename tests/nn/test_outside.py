@@ -18,6 +18,13 @@ SMALL = lk.Projection(rank=4)
 N, WIDTH = 3, 8
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 class Net(nn.Module):
     """Calls its layers, and uses the weight of the first by itself as well."""
 
@@ -189,7 +196,6 @@ def test_compiled_models_are_not_compiled_twice(tmp_path):
     with run.log(["a", "b", "c"]):
         assert _get_current_function_mode() is None
         loss_of(compiled, x).backward()
-    torch._dynamo.reset()
 
 
 def test_compiled_inside():
@@ -204,4 +210,3 @@ def test_compiled_inside():
             taps.reset(N)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
     assert_equal_rows(got, exact_of(model, taps, x))
-    torch._dynamo.reset()
