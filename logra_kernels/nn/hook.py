@@ -121,7 +121,7 @@ class Hook:
         try:
             return self._tapped(module, x, y)
         except MisfitError as misfit:
-            armed = torch.zeros((), device=y.device, requires_grad=True)
+            armed = torch.zeros((), dtype=torch.float32, device=y.device, requires_grad=True)
             return Refused.apply(y, armed, misfit)
 
     def _input(self, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:

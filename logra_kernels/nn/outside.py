@@ -97,7 +97,7 @@ class OutsideUses(TorchFunctionMode):
         if found is None:
             return value
         name, weight = found
-        armed = torch.zeros((), device=weight.device, requires_grad=True)
+        armed = torch.zeros((), dtype=torch.float32, device=weight.device, requires_grad=True)
         of = func.__self__ if func.__name__ == "__get__" else func
         return _Elsewhere.apply(weight, armed, name, of.__name__)
 
