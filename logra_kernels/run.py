@@ -20,6 +20,9 @@ from logra_kernels.session import (
     Settings,
     SkippedRows,
     Solved,
+    mode_problems,
+    unscaled,
+    zero_layers,
 )
 from logra_kernels.store import GradientStore, sidecars_of
 
@@ -156,6 +159,7 @@ class Run(Analysis):
         offsets: Tensor | None = None,
         *,
         sequence_length: int | None = None,
+        loss_scale: float = 1.0,
         nonfinite: str = "raise",
     ) -> Iterator[None]:
         """Store the projected gradients of a batch of training rows: forward and `loss.backward()` go inside.
@@ -167,6 +171,7 @@ class Run(Analysis):
             offsets: Where token rows are packed with documents, their limits in the flattened positions, [N+1] int64,
                 as in `Taps.reset`; every document is a row of the store.
             sequence_length: T, where the model flattens samples and positions for some layers, as in `Taps.reset`.
+            loss_scale: What the loss was multiplied with, as `GradScaler.get_scale()`; rows are divided by it.
             nonfinite: What to do with samples whose gradient is NaN or infinite: "raise", and store nothing of the
                 batch, or "skip": store the others, and record their ids (`Run.skipped`) with a warning that says how
                 many. A rerun takes skipped rows for committed ones.
@@ -183,7 +188,9 @@ class Run(Analysis):
         self._observation.decide()
         with self._tapped(len(ids), weights, offsets, sequence_length):
             yield
-            rows = self.taps.rows()
+            rows = unscaled(self.taps.rows(), loss_scale)
+            for problem in () if self._writing else zero_layers(self.taps):
+                warnings.warn(f"log: {problem}", stacklevel=3)
         store = self._writer()
         if store.whitening is not None:
             rows = store.whitening.apply(rows)
@@ -206,12 +213,13 @@ class Run(Analysis):
         offsets: Tensor | None = None,
         *,
         sequence_length: int | None = None,
+        loss_scale: float = 1.0,
     ) -> Iterator[Query]:
         """Gather the projected gradients of queries: forward and `loss.backward()` go inside.
 
         Args:
             ids: One string a sample.
-            weights, offsets, sequence_length: As in `log`.
+            weights, offsets, sequence_length, loss_scale: As in `log`.
 
         Raises:
             ValueError: `offsets` do not fit the ids or the batch.
@@ -221,7 +229,7 @@ class Run(Analysis):
         self._observation.decide()
         with self._tapped(len(query.ids), weights, offsets, sequence_length):
             yield query
-            rows = self.taps.rows().float().cpu()
+            rows = unscaled(self.taps.rows(), loss_scale).float().cpu()
         bad = [i for i, row in zip(query.ids, rows, strict=True) if not row.isfinite().all()]
         if bad:
             raise LograError(f"query {bad[0]!r}: its gradient is NaN or infinite; check the model's loss on it")
@@ -295,8 +303,8 @@ class Run(Analysis):
         offsets: Tensor | None = None,
         sequence_length: int | None = None,
     ) -> Iterator[None]:
-        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in self.model.modules()):
-            warnings.warn("Run: dropout is on, so gradients are random; call model.eval() first", stacklevel=4)
+        for problem in mode_problems(self.model):
+            warnings.warn(f"Run: {problem}", stacklevel=4)
         self.taps.reset(samples, weights, offsets, sequence_length)
         learning = [p for p in self.model.parameters() if p.requires_grad] if self._freeze else []
         for p in learning:

@@ -275,7 +275,9 @@ def capture(
     """Tap a model's layers: inside the `with`, each sample's projected gradient ends in `taps.grads`.
 
     The layers, the loss and the weights' own gradients are untouched; weights may be frozen. The loss must be a sum
-    over samples (a batch mean would divide every gradient by the batch size).
+    over samples (a batch mean would divide every gradient by the batch size). A weight that is computed from others (a
+    parametrization, weight norm, a pruning mask) counts as the layer multiplies with it. Weights of modules of other
+    kinds, as nn.MultiheadAttention's, LSTMs' or PEFT's vectors, have no part in the rows.
 
     Args:
         model: Any module; its inputs must hold the samples in dimension 0 of every tapped layer, unless

@@ -1,6 +1,7 @@
 from logra_kernels.session.analysis import Analysis
 from logra_kernels.session.ensemble import Ensemble, ensemble, member_scores, tracin
 from logra_kernels.session.fisher_sums import FisherSums
+from logra_kernels.session.modes import mode_problems, unscaled, zero_layers
 from logra_kernels.session.observation import Observation
 from logra_kernels.session.query import Query
 from logra_kernels.session.sensitivity import Sensitivity
@@ -24,5 +25,8 @@ __all__ = [
     "Verification",
     "ensemble",
     "member_scores",
+    "mode_problems",
     "tracin",
+    "unscaled",
+    "zero_layers",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from logra_kernels.nn import Taps
+from logra_kernels.session.modes import mode_problems, some
 
 Loss = Callable[[slice], Tensor]
 Grads = dict[str, Tensor]  # layer -> [N, k_out, k_in] fp64
@@ -64,7 +65,7 @@ def verify(
     if samples < 2:
         raise ValueError(f"verify: samples is {samples}; it takes at least 2 to see whether they are mixed")
     taps.reset(samples, offsets=offsets)  # raises for offsets that are none
-    problems, notes = _modes(model), []
+    problems, notes = mode_problems(model), []
     error = None
     with _unchanged(model, taps):
         try:
@@ -100,30 +101,6 @@ def _unchanged(model: nn.Module, taps: Taps) -> Iterator[None]:
             for name, value in model.named_buffers():
                 if name in kept and kept[name].shape == value.shape:
                     value.copy_(kept[name])
-
-
-def _modes(model: nn.Module) -> list[str]:
-    """Problems that the modules themselves show."""
-    problems = []
-    modules = list(model.named_modules())
-    dropout = [n for n, m in modules if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training]
-    if dropout:
-        problems.append(f"dropout is on ({_some(dropout)}), so gradients are random: call model.eval() before logging")
-    mixing = [
-        n
-        for n, m in modules
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
-    ]
-    if mixing:
-        problems.append(
-            f"batch norm uses the batch's own statistics ({_some(mixing)}), so every sample's gradient depends on its"
-            " batch-mates: call model.eval() before logging, or use a norm without running statistics"
-        )
-    return problems
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(repr(n) for n in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _call(loss: Loss, part: slice) -> Tensor:
@@ -229,7 +206,7 @@ def _captured(taps: Taps, loss: Loss, samples: int, offsets: Tensor | None) -> t
     if not silent:
         return found, []
     return found, [
-        f"the loss sends no gradient to {len(silent)} layers ({_some(silent)}): exclude them; if the model is compiled,"
+        f"the loss sends no gradient to {len(silent)} layers ({some(silent)}): exclude them; if the model is compiled,"
         " compile it after the run is made"
     ]
 

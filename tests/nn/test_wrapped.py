@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracle import assert_equal_rows, projected_autograd
 from torch import nn
+from torch.nn.utils import prune
 
 import logra_kernels as lk
 from logra_kernels.nn import model_fingerprint
@@ -35,9 +36,9 @@ def per_sample(model, x, target):
 # --- PEFT ---
 
 
-def lora(model: nn.Module):
+def lora(model: nn.Module, **settings):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["up", "down"])
+    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["up", "down"], **settings)
     model = peft.get_peft_model(model, config)
     for name, p in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would leave lora_A without a gradient
@@ -54,6 +55,31 @@ def test_lora_adapters_and_their_frozen_base_layers():
     assert list(taps.layers)[:3] == [f"{up}.base_layer", f"{up}.lora_A.default", f"{up}.lora_B.default"]
     assert len(taps.layers) == 7
     assert_equal_rows(taps.grads, projected_autograd(model, taps, per_sample(model, x, target)))
+
+
+@pytest.mark.parametrize("include", [None, ["*.lora_*"]])
+def test_dora_takes_a_weights_norm_by_way_of_the_identity(include):
+    model, (x, target) = lora(Net(), use_dora=True), data()
+    taps = lk.capture(model, SMALL, include=include)
+    taps.reset(3)
+    with taps:
+        loss_of(model, x, target).backward()
+    assert_equal_rows(taps.grads, projected_autograd(model, taps, per_sample(model, x, target)), rtol=1e-4)
+
+
+def test_weights_that_are_computed_count_as_they_are_multiplied_with():
+    """As weight norm, pruning and all parametrizations have it."""
+    model, (x, target) = Net(), data()
+    nn.utils.parametrizations.weight_norm(model.up)
+    prune.random_unstructured(model.down, "weight", 0.5)
+    with lk.capture(model, SMALL) as taps:
+        loss_of(model, x, target).backward()
+    plain = Net()
+    with torch.no_grad():
+        for name in ("up", "down", "head"):
+            plain.get_submodule(name).weight.copy_(model.get_submodule(name).weight)
+            plain.get_submodule(name).bias.copy_(model.get_submodule(name).bias)
+    assert_equal_rows(taps.grads, projected_autograd(plain, taps, per_sample(plain, x, target)), rtol=1e-4)
 
 
 def test_lora_alone_in_a_run(tmp_path):
