@@ -241,6 +241,9 @@ def test_blocks_described_once_serve_many_searches(form, spread, q):
 def test_what_does_not_fit_blocks_raises():
     rows = torch.randn(9, 200)
     blocks = RowBlocks([rows[:4], rows[4:]])
+    ops.TopK(torch.randn(3, 200), 2, 9).add_all(blocks, None)  # what fitted once is not checked again
+    with pytest.raises(ValueError, match="k is 0; it must be at least 1"):
+        ops.TopK(torch.randn(3, 200), 0, 9).add_all(blocks, None)
     with pytest.raises(ValueError, match=r"row_scale \(4,\) torch.float32 must be \[9\]"):
         ops.TopK(torch.randn(3, 200), 2, 9).add_all(blocks, torch.ones(4))
     with pytest.raises(ValueError, match="row_scale"):

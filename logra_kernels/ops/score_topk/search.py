@@ -26,8 +26,7 @@ class RowBlocks:
         self._blocks = [numbers_of("score_topk", rows, None) for rows in blocks]
         self._count = sum(len(rows) for rows in self._blocks)
         self._native: Any = None
-        self._fitting: tuple | None = None  # what queries were like that fitted, and their digits
-        self._digits = 0
+        self._fitted: tuple[tuple, int] | None = None  # what queries were like that fitted, and their digits
 
     def __len__(self) -> int:
         return self._count
@@ -41,12 +40,11 @@ class RowBlocks:
         Raises:
             ValueError: As in `score_topk`.
         """
-        asked = queries.shape, queries.dtype, queries.device, query_format
-        if asked != self._fitting or k < 1:
+        asked, fitted = (queries.shape, queries.dtype, queries.device, query_format), self._fitted
+        if fitted is None or fitted[0] != asked or k < 1:
             numbers_of("score_topk", self._blocks[0], query_format)
-            for rows in self._blocks:
-                self._digits = check_topk(queries, rows, k, None, query_format)
-            self._fitting = asked
+            digits = [check_topk(queries, rows, k, None, query_format) for rows in self._blocks]
+            self._fitted = fitted = asked, digits[0]
         if row_scale is not None:
             check_tensors("score_topk", queries=queries, row_scale=row_scale)
             if row_scale.shape != (self._count,) or row_scale.dtype != torch.float32:
@@ -54,7 +52,7 @@ class RowBlocks:
                     f"score_topk: row_scale {tuple(row_scale.shape)} {row_scale.dtype} must be [{self._count}]"
                     f" {torch.float32}"
                 )
-        return self._digits
+        return fitted[1]
 
     def native(self) -> Any:
         """As the C++ launchers take them."""
