@@ -191,7 +191,7 @@ class Hook:
                 taps.samples, taps.begun_by = x.shape[0], self.name
             leaf = self.probe.renew(taps.samples)
         if taps.offsets is None and leaf.shape[0] != x.shape[0] and not self._flattened(x):
-            by = "" if taps.begun_by is None else f" by layer {taps.begun_by!r}"
+            by = "" if taps.begun_by is None else f" by layer {taps.begun_by!r}, as reset(batch_size) was not called"
             raise MisfitError(
                 f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun{by}; call"
                 " taps.reset() between batches; exclude layers whose inputs are not [N, ...], or, where a model"

@@ -71,7 +71,10 @@ def test_with_weights_or_limits_of_positions(settings):
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
-        (broadcast, r"'last' sees 3 samples where 1 were begun by layer 'first'"),
+        (
+            broadcast,
+            r"'last' sees 3 samples where 1 were begun by layer 'first', as reset\(batch_size\) was not called; ",
+        ),
         (twice_as_many, r"'first' sees 6 samples where 3 were begun by layer 'first'"),
     ],
 )
