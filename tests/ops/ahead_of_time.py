@@ -100,6 +100,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable]:
         "score_topk": lambda: score_topk(queries, rows, 5, scale, True),
         "factor_rows": lambda: factor_rows(zeros(dtype, 3, 6144), layers, 2),
         "score_factored": lambda: score_factored(zeros(dtype, 8, 6144), zeros(dtype, 64, 544), layers, 2),
+        "score_factored, rank 8": lambda: score_factored(zeros(dtype, 64, 6144), zeros(dtype, 64, 2176), layers, 8),
     }
 
 

@@ -56,13 +56,15 @@ def launch(queries: Tensor, factors: Tensor, layers: Layers, rank: int) -> Tenso
     if not scores.numel():
         return scores
     block_q, block_n, acc = block(q, 64), block(n, 64), accumulator(factors.dtype)
+    stages = OPTIONS["num_stages"] if rank * factors.element_size() <= 8 else 1  # of which shared memory has room
     with device_of(factors):
         _score_factored_kernel[triton.cdiv(n, block_n), triton.cdiv(q, block_q)](
             queries, factors, layer_table(tuple(layers), rank, factors.device), scores,
             q, n, len(layers), *queries.stride(), *factors.stride(),
             RANK=rank, ACC=acc, OPERAND=acc if INTERPRETED else _OPERANDS.get(queries.dtype, acc),
             BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=32, PRECISION=fp32_precision(),
-            num_warps=4, **OPTIONS,
+            num_warps=4 if queries.element_size() == 2 else 8,  # four would spill registers
+            **(OPTIONS | {"num_stages": stages}),
         )  # fmt: skip
     return scores
 
