@@ -102,6 +102,7 @@ def layer_scores(
     factor: Factor | None = None,
 ) -> dict[str, Tensor]:
     """Each layer's part of the scores of chosen rows: layer name -> [Q, k] fp32, for `indices` [Q, k]."""
+    device, indices, solved = solved.device, indices.cpu(), solved.cpu()
     scale, shift = adjustment(mode, statistics, len(store))
     wanted, where = indices.unique(return_inverse=True)
     rows = torch.cat([store.read(i, i + 1) for i in wanted.tolist()])
@@ -110,7 +111,7 @@ def layer_scores(
     for name, part in store.slices.items():
         value = torch.einsum("qd,qkd->qk", solved[:, part].float(), rows[:, part][where])
         value = value if own is None else value - 0.5 * own[:, part].sum(1).float()[where]
-        found[name] = value if scale is None else value * scale[indices]
+        found[name] = (value if scale is None else value * scale[indices]).to(device)
     return found
 
 

@@ -50,14 +50,14 @@ class Analysis(ABC):
     def _asked(
         self, query: Query, mode: str, damping: float | Damping | None
     ) -> tuple[Factor, Tensor, dict[str, Tensor]]:
-        """The factor, the query after its solve [Q, D], the statistics that the mode needs."""
+        """The factor, the query after its solve [Q, D] on its device, the statistics that the mode needs."""
         if mode not in influence.MODES:
             raise ValueError(f"influence: mode is {mode!r}; it must be one of {', '.join(influence.MODES)}")
         store = self.commit()
         query.check(store.dim)
         factor = self._solved.factor(store, damping)
         own = self._solved.statistics(store, influence.NEEDS[mode], damping)
-        return factor, factor.solve_toward_stored(query.rows), own
+        return factor, factor.solve_toward_stored(query.rows.cpu()).to(query.rows.device), own
 
     def self_influence(self, damping: float | Damping | None = None) -> Tensor:
         """g^T (H + lambda I)^-1 g of every stored row, [N] fp32."""
@@ -234,7 +234,10 @@ class Analysis(ABC):
             LograError: A layer received no gradient.
         """
         factor, _, _ = self._asked(query, "dot", damping)
-        with self._tapped(None, weights, None, sequence_length), self.taps.tokens(factor.solve(query.rows)) as tokens:
+        with (
+            self._tapped(None, weights, None, sequence_length),
+            self.taps.tokens(factor.solve(query.rows.cpu())) as tokens,
+        ):
             yield tokens
             tokens.check()
 

@@ -9,7 +9,10 @@ from torch import Tensor
 
 @dataclass
 class Query:
-    """Projected gradients of queries: `rows` [Q, D] fp32 once the `with` is left, one for each id."""
+    """Projected gradients of queries: `rows` [Q, D] fp32 once the `with` is left, one for each id.
+
+    Stored rows are scored where they are: on the CPU, or on a GPU that they were moved `to`.
+    """
 
     ids: list[str]
     rows: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float32, device="cpu"))
@@ -18,6 +21,10 @@ class Query:
     def cat(cls, queries: "Sequence[Query]") -> "Query":
         """Several batches of queries as one."""
         return cls([i for query in queries for i in query.ids], torch.cat([query.rows for query in queries]))
+
+    def to(self, device: torch.device | str) -> "Query":
+        """The same queries on another device; stored rows then stream to it, which pays where queries are many."""
+        return Query(self.ids, self.rows.to(device))
 
     def check(self, dim: int) -> None:
         """Raise ValueError unless there is one finite row of `dim` numbers for each id."""

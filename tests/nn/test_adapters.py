@@ -9,6 +9,7 @@ from torch import nn
 
 import logra_kernels as lk
 
+pytestmark = pytest.mark.usefixtures("each_device")
 SMALL = lk.Projection(rank=4)
 
 
@@ -26,7 +27,7 @@ def as_matrix(layer: nn.Module, grads: dict[str, torch.Tensor], bias: bool) -> t
 
 
 def check(model, x, *, kinds, bias=False, projection=SMALL, include=None, rtol=1e-5, weights=None):
-    model = model.train()
+    model = model.to(torch.get_default_device()).train()
     with torch.no_grad():
         target = torch.randn_like(model(x).double())
 
@@ -98,6 +99,7 @@ def test_convolutions(name, kind):
 @pytest.mark.parametrize("name", ["2d", "2d groups", "2d depthwise", "2d pointwise"])
 def test_a_convolution_of_no_samples(name):
     conv, shape = CONVOLUTIONS[name]
+    conv = conv.to(torch.get_default_device())
     with lk.capture(nn.Sequential(conv), lk.Projection(rank=3)) as taps:
         conv(torch.randn(0, *shape)).sum().backward()
     assert taps.grads["0"].shape == (0, *taps.layers["0"])
@@ -107,7 +109,7 @@ def test_a_convolution_of_no_samples(name):
 @pytest.mark.parametrize("name", ["2d stride dilation", "2d groups", "2d depthwise", "2d pointwise stride"])
 def test_convolutions_in_other_dtypes_and_under_autocast(name, dtype):
     layer, shape = CONVOLUTIONS[name]
-    conv, x = copy.deepcopy(layer), torch.randn(3, *shape)
+    conv, x = copy.deepcopy(layer).to(torch.get_default_device()), torch.randn(3, *shape)
     with lk.capture(nn.Sequential(conv), lk.Projection(rank=3)) as taps:
         conv(x).tanh().double().square().sum().backward()
         exact = taps.grads["0"].clone()

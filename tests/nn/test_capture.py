@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import logra_kernels as lk
 from logra_kernels.errors import LograError
 
+pytestmark = pytest.mark.usefixtures("each_device")
 SMALL = lk.Projection(rank=4)
 
 

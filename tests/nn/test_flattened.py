@@ -7,6 +7,7 @@ from torch import nn
 
 import logra_kernels as lk
 
+pytestmark = pytest.mark.usefixtures("each_device")
 SMALL = lk.Projection(rank=4)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import logra_kernels as lk
 
+pytestmark = pytest.mark.usefixtures("each_device")
 SMALL = lk.Projection(rank=4)
 CUTS = [0, 5, 5, 9, 16, 24]  # over 2 token rows of 12; the second is empty, the fourth runs on into the second row
 ALL = ["linear", "conv", "embedding", "norm"]
@@ -157,7 +158,7 @@ def test_token_shares_of_a_document_add_up_to_its_score():
             token_loss(model, ids, target).sum().backward()
     flat = tokens.shares.flatten(1)
     sums = torch.stack([flat[:, a:b].sum(1) for a, b in pairwise(CUTS)], dim=1)
-    torch.testing.assert_close(sums, m @ rows.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(sums, (m @ rows.T).cpu(), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(

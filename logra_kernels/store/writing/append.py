@@ -65,7 +65,8 @@ class Appender:
             if skip:
                 rows, names, lines = rows[skip:], names[skip:], lines_between(lines, skip, len(names))
             add_ids(self.known, names)
-            self._submit(manifest, rows.detach() if rows.requires_grad else rows, names, lines)
+            rows = rows.detach() if rows.requires_grad else rows
+            self._submit(manifest, rows if rows.is_cpu or rows.is_cuda else rows.cpu(), names, lines)
             if isinstance(lines, pa.Table):
                 self._schema = lines.schema
             return len(names)
