@@ -65,9 +65,8 @@ class Settings:
             rank_c = store.rank_c if rank_c is None else rank_c
         if block is not None or dtype not in (None, kept.name):
             kept = RowFormat.of(dtype or kept.name, block)
-        return cls(
-            include, exclude, kinds or DEFAULT_KINDS, bool(bias), projection, projection_dtype, kept, rank_c
-        )  # fmt: skip
+        kinds = kinds or DEFAULT_KINDS
+        return cls(include, exclude, kinds, bool(bias), projection, projection_dtype, kept, rank_c)
 
     @property
     def meta(self) -> dict[str, object]:

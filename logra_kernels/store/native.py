@@ -16,7 +16,7 @@ from logra_kernels.ops._native import DTYPE_CODE, matrix
 
 READERS = 8  # threads that bring a file in; more than there are cores, since each waits for the disk
 
-LONG = 1 << 19  # numbers; on 2 cores, 2^18 in rows of 4,096 are stored at 1.10 x the rate with both, 3 * 2^18 at 0.91 x
+LONG = 1 << 19  # numbers of an append that leaves the writer a thread
 
 _QUANTIZED = (torch.float32, torch.bfloat16, torch.float16)
 

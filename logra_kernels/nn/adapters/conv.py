@@ -14,9 +14,9 @@ class ConvAdapter(Adapter):
     """y = conv(x, W), groups side by side: dW = sum over groups and output positions of dy[g,t] (x) patch[g,t].
 
     The patches are never laid out: P_in seen as k_in filters is itself a convolution of x, with the layer's own stride,
-    padding and dilation (1.5 to 14 x as fast as F.unfold and a product, whose patches are as many times x as the kernel
-    has places). Groups are samples to it, as they share their filters, and where the kernel has one place, x's own rows
-    are projected. dW is [C_out, C_in/groups * kernel]; P_out acts on all C_out rows, so a group has its columns.
+    padding and dilation. (Patches are as many times x as the kernel has places.) Groups are samples to it, as they
+    share their filters, and where the kernel has one place, x's own rows are projected. dW is
+    [C_out, C_in/groups * kernel]; P_out acts on all C_out rows, so a group has its columns.
     """
 
     kind = "conv"
