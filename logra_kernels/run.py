@@ -146,6 +146,14 @@ class Run(Analysis):
         """Whether the projection is still to be learned: `observe` must see a batch before the first row is logged."""
         return self._observation.learning
 
+    def learn_projection(self, rank: int = 64) -> Projection:
+        """PCA of what a run with `Projection(kind="identity")` has observed, for another run of the model.
+
+        Raises:
+            LograError: Nothing was observed, or it was projected.
+        """
+        return self._observation.learn(rank)
+
     def committed(self, ids: Sequence[str]) -> bool:
         """Whether all these rows are safely in the store or were skipped, so that a rerun may pass over their batch."""
         return self._store is not None and all(self._store.committed(i) for i in set(ids) - self._skipped.among(ids))
@@ -161,6 +169,7 @@ class Run(Analysis):
         sequence_length: int | None = None,
         loss_scale: float = 1.0,
         nonfinite: str = "raise",
+        observe: bool = False,
     ) -> Iterator[None]:
         """Store the projected gradients of a batch of training rows: forward and `loss.backward()` go inside.
 
@@ -175,6 +184,7 @@ class Run(Analysis):
             nonfinite: What to do with samples whose gradient is NaN or infinite: "raise", and store nothing of the
                 batch, or "skip": store the others, and record their ids (`Run.skipped`) with a warning that says how
                 many. A rerun takes skipped rows for committed ones.
+            observe: Let the same backward gather the covariances that `observe` does, at the projection as it is.
 
         Raises:
             ValueError: `offsets` do not fit the ids or the batch; an unknown `nonfinite`.
@@ -186,7 +196,7 @@ class Run(Analysis):
             raise ValueError(f"log: nonfinite is {nonfinite!r}; it must be 'raise' or 'skip'")
         ids = [str(i) for i in ids]
         self._observation.decide()
-        with self._tapped(len(ids), weights, offsets, sequence_length):
+        with self._tapped(len(ids), weights, offsets, sequence_length), self._observation.beside(observe):
             yield
             rows = unscaled(self.taps.rows(), loss_scale)
             for problem in () if self._writing else zero_layers(self.taps):

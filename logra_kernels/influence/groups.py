@@ -82,6 +82,52 @@ def group_scores(
     return found
 
 
+def separate_scores(
+    solved: Tensor,
+    rows: Tensor,
+    factor: Factor,
+    groups: Mapping[str, Sequence[slice]],
+    mode: str = "dot",
+) -> dict[str, Tensor]:
+    """Rows in memory scored by each group of layers as if it were the whole model, group -> [Q, N] fp32.
+
+    Unlike the parts of `group_scores` these do not add up: groups may share layers, and what "relatif" divides by is
+    the group's own self-influence.
+
+    Args:
+        solved: The queries after the curvature's solve, [Q, D].
+        rows: [N, D].
+        factor: The curvature.
+        groups: Name -> its layers' columns.
+        mode: "dot", "relatif" or "l2".
+
+    Raises:
+        ValueError: Sizes do not fit, another mode, or NaN in the queries.
+    """
+    check_solved(solved, rows.shape[1])
+    own = None if mode == "dot" else _own(rows, factor)
+    found = {}
+    for group, parts in groups.items():
+        spans = _spans(list(parts))
+        value = torch.zeros(len(solved), len(rows), device=solved.device, dtype=torch.float32)
+        for span in spans:
+            value += score_block(solved[:, span], rows[:, span])
+        mine = None if own is None else torch.stack([own[:, span].sum(1) for span in spans]).sum(0).float()
+        scale, shift = adjustment(mode, {} if mine is None else {"self_influence": mine}, len(rows))
+        value = value if scale is None else value * scale
+        found[group] = value if shift is None else value + shift
+    return found
+
+
+def separate_self_influence(rows: Tensor, factor: Factor, groups: Mapping[str, Sequence[slice]]) -> dict[str, Tensor]:
+    """g^T (H + lambda I)^-1 g of rows in memory by each group of layers as `separate_scores` has them, group -> [N]
+    fp32."""
+    own = _own(rows, factor)
+    return {
+        group: torch.stack([own[:, part].sum(1) for part in parts]).sum(0).float() for group, parts in groups.items()
+    }
+
+
 def _spans(parts: list[slice]) -> list[slice]:
     """The same columns with neighbours joined."""
     joined: list[slice] = []

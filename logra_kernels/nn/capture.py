@@ -66,6 +66,7 @@ class Taps:
         self.samples: int | None = None  # of the batch, once it is known
         self.begun_by: str | None = None  # the layer that told it
         self.mode: TokenShares | Covariances | None = None
+        self.beside = False  # whether gradients are gathered beside what the mode gathers
         self._model, self._layers = model, layers
         self._probes = {layer.name: Probe(layer, projection, projection_dtype) for layer in layers}
         self._handles: list = []
@@ -165,21 +166,29 @@ class Taps:
 
     @contextmanager
     def covariances(
-        self, into: Covariances | None = None, whole: Collection[str] = (), sharing: str = "expand", rank: int = 64
+        self,
+        into: Covariances | None = None,
+        whole: Collection[str] = (),
+        sharing: str = "expand",
+        rank: int = 64,
+        *,
+        beside: bool = False,
     ) -> Iterator[Covariances]:
         """Gather, instead of gradients, the covariances over positions (for KFAC and PCA); eager models only.
 
         Args:
-            into: Earlier ones to go on adding to; the other arguments are then theirs.
+            into: Earlier ones to go on adding to; the next three arguments are then theirs.
             whole: The sides, of "in" and "out", that are not projected.
             sharing: How positions count that share a weight, "expand" or "reduce".
             rank: How many of their leading directions will be wanted.
+            beside: Gather the gradients as well.
         """
         self.mode = covariances = into or Covariances(self.layers, whole, sharing, rank)
+        self.beside = beside
         try:
             yield covariances
         finally:
-            self.mode = None
+            self.mode, self.beside = None, False
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -35,7 +35,10 @@ class Probe:
         dtype = self._beside(self._weight_dtype)
         self.p_in, self.p_out = (None if p is None else p.to(self.device, dtype) for p in factors)
         self._cast.clear()
-        self.k = projection.width(layer.d_out, "out"), projection.width(layer.d_in, "in")
+        self.k = (
+            layer.d_out if self.p_out is None else len(self.p_out),
+            layer.d_in if self.p_in is None else len(self.p_in),
+        )
 
     def _beside(self, dtype: torch.dtype) -> torch.dtype:
         """A factor's dtype where it meets numbers of `dtype`: what was asked for, where that changes their width."""
@@ -209,7 +212,9 @@ class Hook:
         # ids and norms are projected beside dy
         p_in, p_out = self.probe.factors(x.dtype if adapter.projects_x else y.dtype, y.dtype)
         if self.taps.mode is not None:
-            return self.taps.mode.tap(self.name, adapter, y, x, p_in, p_out, weights)
+            y = self.taps.mode.tap(self.name, adapter, y, x, p_in, p_out, weights)
+            if not self.taps.beside:
+                return y
         shared = None if torch.compiler.is_compiling() else self.taps.shared
         kept = None if shared is None else shared.project(adapter, self.probe, x, p_in)
         return Tap.apply(y, x, self.probe.leaf, p_in, p_out, weights, offsets, adapter, kept)

@@ -31,7 +31,7 @@ class Projection:
             P_in, kind of P_out).
         seed: Another seed gives independent random factors.
         nonzeros: Entries of every column of an "sjlt" factor.
-        learned: The factors of "pca" sides, once they are known.
+        learned: The factors of "pca" sides, once they are known; of at most `rank` rows.
 
     Raises:
         ValueError: Unknown kind, rank < 1, or nonzeros not in 1 .. rank.
@@ -81,7 +81,7 @@ class Projection:
         return replace(self, kind=(p_in, p_out))
 
     def width(self, dim: int, side: str) -> int:
-        """k for a side of `dim` features."""
+        """k for a side of `dim` features; a learned factor may have fewer rows."""
         return dim if self.kinds[side] == "identity" else min(self.rank, dim)
 
     def factor(self, name: str, side: str, dim: int, device: torch.device | str = "cpu") -> Tensor | None:
@@ -108,7 +108,7 @@ class Projection:
                 " `with run.observe():` before the first row is logged"
             )
         found = self.learned.get((name, side))
-        if found is None or found.shape != (self.width(dim, side), dim):
+        if found is None or found.shape[1] != dim or len(found) > self.width(dim, side):
             has = "none" if found is None else str(tuple(found.shape))
             raise LograError(
                 f"Projection: the factors were learned for other layers: {name!r} needs P_{side}"

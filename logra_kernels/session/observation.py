@@ -1,7 +1,7 @@
 """What a run learns from a sample of its data: the factors of a PCA projection, and the covariances of KFAC."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from logra_kernels.curvature import keep_covariances
 from logra_kernels.errors import LograError
@@ -25,8 +25,12 @@ class Observation:
         self._seen: Covariances | None = None
 
     @contextmanager
-    def batch(self, sharing: str) -> Iterator[None]:
+    def batch(self, sharing: str, *, beside: bool = False) -> Iterator[None]:
         """Forward and backward of a batch go inside; they count once they succeed.
+
+        Args:
+            sharing: As in `Run.observe`.
+            beside: Let them give the gradients as well, once the projection is decided.
 
         Raises:
             LograError: A layer received no gradient, the covariances are NaN or infinite, or `sharing` changed.
@@ -37,11 +41,15 @@ class Observation:
                 " use one of them for all"
             )
         whole = () if not self._open else ("in", "out") if self._wanted is None else self._wanted.learns
-        with self._taps.covariances(self._seen, whole, sharing, self._taps.projection.rank) as seen:
+        with self._taps.covariances(self._seen, whole, sharing, self._taps.projection.rank, beside=beside) as seen:
             yield
             seen.samples += self._taps.samples or 0
         _ = seen.layers
         self._seen = seen
+
+    def beside(self, wanted: bool) -> AbstractContextManager[None]:
+        """`batch` of the positions whose gradients are gathered, if `wanted`; else nothing."""
+        return self.batch("expand", beside=True) if wanted else nullcontext()
 
     def decide(self) -> None:
         """Fix the factors, because gradients are about to be projected; a second call does nothing.
@@ -62,6 +70,23 @@ class Observation:
     def _spectra(self) -> dict[tuple[str, str], SideSpectrum] | None:
         """(layer name, side) -> what was learned of it; None where nothing was observed."""
         return None if self._seen is None else self._seen.spectra()
+
+    def learn(self, rank: int) -> Projection:
+        """The PCA projection of what was observed with no projection, for another run of the model.
+
+        Raises:
+            LograError: Nothing was observed, or it was projected.
+        """
+        if self._seen is None:
+            raise LograError("observe: nothing was observed that a projection could be learned from")
+        if any(p is not None for factors in self._taps.factors.values() for p in factors):
+            raise LograError('observe: these batches were projected; observe with Projection(kind="identity")')
+        sides = {
+            (name, side): SideSpectrum.of(moment, min(rank, moment.dim))
+            for name, sums in self._seen.layers.items()
+            for side, moment in (("in", sums.right), ("out", sums.left))
+        }
+        return Projection(rank, "pca").learn(sides)
 
     @property
     def learning(self) -> bool:

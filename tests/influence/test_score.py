@@ -249,3 +249,27 @@ def test_bad_input_names_what_and_what_to_do(case):
     own = influence.row_statistics(store, factor, ["self_influence"])
     with pytest.raises(ValueError, match="mode 'l2' need the factorised curvature"):
         influence.group_scores(store, solved, None, "l2", own)
+
+
+@pytest.mark.parametrize("mode", ["dot", "relatif", "l2"])
+def test_groups_as_if_each_were_the_whole_model(case, mode):
+    store, rows, queries = case
+    factor = RawFisher.of(store).factorize()
+    parts = {name: [store.slices[name]] for name in LAYERS}
+    groups = {"a": parts["a.up"] + parts["a.down"], "up": parts["a.up"] + parts["b.up"], "b.up": parts["b.up"]}
+    got = influence.separate_scores(factor.solve(queries), rows.float(), factor, groups, mode)
+    own = influence.separate_self_influence(rows.float(), factor, groups)
+    h = inverse(rows)
+    for group, columns in groups.items():
+        inside = torch.zeros(rows.shape[1], dtype=torch.float64)
+        for part in columns:
+            inside[part] = 1
+        dot, self_influence = (
+            (queries.double() * inside) @ h @ rows.T,
+            torch.einsum("nd,de,ne->n", rows * inside, h, rows * inside),
+        )
+        exact = {"dot": dot, "relatif": dot / self_influence.sqrt(), "l2": dot - self_influence / 2}[mode]
+        close(got[group], exact, rtol=1e-5)
+        close(own[group], self_influence, rtol=1e-5)
+    with pytest.raises(ValueError, match="needs solved_norm"):
+        influence.separate_scores(factor.solve(queries), rows.float(), factor, groups, "theta-relatif")

@@ -8,6 +8,7 @@ from torch import nn
 
 import logra_kernels as lk
 from logra_kernels.errors import LograError, StoreError, StoreMismatch
+from logra_kernels.projection import Learned
 
 N, T, K = 24, 5, 3
 IDS = [f"row{i}" for i in range(N)]
@@ -189,6 +190,61 @@ def test_kfac_comes_from_the_same_pass(tmp_path, sharing):
             exact = exact + query.rows[:, part].double() @ torch.linalg.solve(h, rows[:, part].T)
             at += len(h)
     torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_backward_gives_rows_and_covariances(tmp_path, frozen):
+    model, x, y = make_case()
+    model.requires_grad_(not frozen)
+    weights = (torch.rand(N, T) < 0.7).float()
+    weights[:, 0] = 1
+    two, one = (lk.Run(tmp_path / name, model, projection=lk.Projection(rank=K), curvature="kfac") for name in "ab")
+    for part in (slice(0, 10), slice(10, N)):
+        with two.observe(weights=weights[part]):
+            loss_of(model, x[part], y[part]).backward()
+        with two.log(IDS[part], weights=weights[part]):
+            loss_of(model, x[part], y[part]).backward()
+        with one.log(IDS[part], weights=weights[part], observe=True):
+            loss_of(model, x[part], y[part]).backward()
+    torch.testing.assert_close(one.commit().read(0, N), two.commit().read(0, N), rtol=1e-5, atol=1e-5)
+    asked = one.stored(IDS[:3])
+    torch.testing.assert_close(one.scores(asked), two.scores(asked), rtol=1e-4, atol=1e-4)
+    with one.query(["q"]) as query:
+        loss_of(model, x[:1], y[:1]).backward()
+    assert query.rows.norm() > 0
+    torch.testing.assert_close(one.scores(asked), two.scores(asked), rtol=1e-4, atol=1e-4)  # a query is not observed
+
+
+def test_a_projection_that_another_run_has_observed_for(tmp_path):
+    model, x, y = make_case()
+    with lk.Run(tmp_path / "unused", model, projection=lk.Projection(kind="identity")) as whole:
+        with pytest.raises(LograError, match="nothing was observed"):
+            whole.learn_projection(K)
+        observe(whole, model, x, y)
+        learned = whole.learn_projection(K)
+    with lk.Run(tmp_path / "s", model, projection=PCA) as run:
+        observe(run, model, x, y)
+        log(run, model, x, y)
+        with pytest.raises(LograError, match="were projected"):
+            run.learn_projection(K)
+        for key, factor in run.taps.projection.learned.items():
+            torch.testing.assert_close(learned.learned[key], factor)
+        assert learned.learned.spread == pytest.approx(run.taps.projection.learned.spread)
+    assert not lk.GradientStore.exists(tmp_path / "unused")
+
+
+def test_factors_of_fewer_rows_than_the_rank(tmp_path):
+    model, x, y = make_case()
+    sides = {("0", "in"): 9, ("0", "out"): 8, ("2", "in"): 8, ("2", "out"): 2}
+    factors = {key: torch.randn(min(5, 2 if key[0] == "2" else 5), dim) for key, dim in sides.items()}
+    projection = lk.Projection(rank=5, kind="pca", learned=Learned(factors, {}))
+    with lk.Run(tmp_path / "s", model, projection=projection) as run:
+        assert run.taps.layers == {"0": (5, 5), "2": (2, 2)}
+        log(run, model, x, y)
+    with lk.Run(tmp_path / "s", model) as again:
+        assert again.store.layers == {"0": (5, 5), "2": (2, 2)}
+    with pytest.raises(LograError, match="learned for other layers"):
+        lk.capture(model, lk.Projection(rank=4, kind="pca", learned=Learned(factors, {})))
 
 
 def test_reduce_means_inputs_and_sums_gradients_over_counted_positions():
