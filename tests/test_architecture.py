@@ -57,6 +57,27 @@ def test_imports_go_down(path):
         assert HEIGHT[target] < HEIGHT[room], f"{room} (floor {HEIGHT[room]}) imports {name} (floor {HEIGHT[target]})"
 
 
+def files_below(path: Path) -> set[Path]:
+    """The files that a file imports; a package's face counts as its __init__.py."""
+    found = set()
+    for name in imported(path):
+        for module in (name, name.rpartition(".")[0]):
+            place = ROOT.joinpath(*module.split("."))
+            file = next((f for f in (place.with_suffix(".py"), place / "__init__.py") if f.is_file()), None)
+            if file is not None:
+                found.add(file)
+                break
+    return found - {path}
+
+
+def test_no_file_imports_what_imports_it():
+    below = {path: files_below(path) for path in FILES if path.parent != PACKAGE or path.stem != "__init__"}
+    while free := [path for path, files in below.items() if not files & below.keys()]:
+        for path in free:
+            del below[path]
+    assert not below, f"these import each other in a circle: {sorted(str(p.relative_to(ROOT)) for p in below)}"
+
+
 @pytest.mark.parametrize("op", sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "op.py").exists()))
 def test_implementations_do_not_import_each_other(op):
     for implementation in IMPLEMENTATIONS:

@@ -11,10 +11,12 @@ from logra_kernels.nn.adapters import DEFAULT_KINDS, Adapter, ExpertAdapter
 from logra_kernels.nn.covariance import Covariances
 from logra_kernels.nn.direct import LinearHook
 from logra_kernels.nn.experts import TappedExperts
-from logra_kernels.nn.hook import Hook, Probe
+from logra_kernels.nn.hook import Hook
 from logra_kernels.nn.layers import Layer, find_layers
 from logra_kernels.nn.outside import Watch, anything_compiled
+from logra_kernels.nn.probe import Probe
 from logra_kernels.nn.shared_inputs import SharedInputs
+from logra_kernels.nn.state import TapState
 from logra_kernels.nn.tap import check_heard
 from logra_kernels.nn.tokens import TokenShares
 from logra_kernels.projection import Projection
@@ -40,7 +42,7 @@ def _check_offsets(offsets: Tensor, batch_size: int | None) -> tuple[int, int]:
     return documents, cuts[-1]
 
 
-class Taps:
+class Taps(TapState):
     """Taps on a model's layers. Made by `capture`; the gradients stay readable after the taps are gone.
 
     Gradients add up over forward passes, as `.grad` does, until `reset`.
@@ -55,18 +57,8 @@ class Taps:
         in_graph: bool,
         shared_inputs: bool | None = None,
     ) -> None:
+        super().__init__(in_graph, None if shared_inputs is False else SharedInputs(on_cpu=shared_inputs is True))
         self.projection = projection
-        self.shared = None if shared_inputs is False else SharedInputs(on_cpu=shared_inputs is True)
-        self.in_graph = in_graph
-        self.active = False
-        self.weights: Tensor | None = None
-        self.offsets: Tensor | None = None
-        self.positions = 0  # where the offsets end
-        self.sequence_length: int | None = None  # of each sample, where layers may flatten samples and positions
-        self.samples: int | None = None  # of the batch, once it is known
-        self.begun_by: str | None = None  # the layer that told it
-        self.mode: TokenShares | Covariances | None = None
-        self.beside = False  # whether gradients are gathered beside what the mode gathers
         self._model, self._layers = model, layers
         self._probes = {layer.name: Probe(layer, projection, projection_dtype) for layer in layers}
         self._handles: list = []

@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.compiler import is_compiling
 
 from logra_kernels.nn.adapters import Adapter
-from logra_kernels.nn.hook import Hook, MisfitError, Probe
+from logra_kernels.nn.hook import Hook, MisfitError
+from logra_kernels.nn.probe import Probe
+from logra_kernels.nn.state import TapState
 from logra_kernels.nn.tap import TWICE
 from logra_kernels.ops import (
     AddProjectGrad,
@@ -34,9 +35,6 @@ from logra_kernels.ops import (
     plain,
     row_projector,
 )
-
-if TYPE_CHECKING:
-    from logra_kernels.nn.capture import Taps
 
 _executes = torch._C._will_engine_execute_node
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
@@ -186,7 +184,7 @@ class LinearHook(Hook):
     packed, as checkpointing does, what is kept here would not be.
     """
 
-    def __init__(self, name: str, adapter: Adapter, probe: Probe, taps: "Taps") -> None:
+    def __init__(self, name: str, adapter: Adapter, probe: Probe, taps: TapState) -> None:
         super().__init__(name, adapter, probe, taps)
         self._made = _Prepared()  # replaced as a whole, and read once a call: there may be several threads
 

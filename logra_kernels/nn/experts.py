@@ -10,15 +10,14 @@ Every expert's rows are tapped as a linear layer's, with the limits of each samp
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from logra_kernels.nn.capture import Taps
-    from logra_kernels.nn.hook import Hook
+from logra_kernels.nn.hook import Hook
+from logra_kernels.nn.state import TapState
 
 
 class _Unrouted(torch.autograd.Function):
@@ -47,7 +46,7 @@ class TappedExperts:
         hooks: "<stack>.<expert>" -> the hook of each tapped one.
     """
 
-    def __init__(self, module: nn.Module, hooks: "dict[str, Hook]", taps: "Taps") -> None:
+    def __init__(self, module: nn.Module, hooks: dict[str, Hook], taps: TapState) -> None:
         self._module: Any = module
         self._hooks, self._taps = hooks, taps
         self._forward = module.forward

@@ -13,23 +13,20 @@ seen are those of a run that had seen it. Where that cannot be promised, nothing
 import threading
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from logra_kernels.nn.adapters import Adapter, LinearAdapter
+from logra_kernels.nn.probe import Probe
 from logra_kernels.ops import columns_stand_alone, untransformed
-
-if TYPE_CHECKING:
-    from logra_kernels.nn.hook import Probe
 
 MOST_FAILURES = 3  # groups of a tap that fell apart, before it stays alone
 _FEW = 8  # rows of a factor, up to which C++ multiplies in another order: a tap's bits must not hang on others
 _SEEN_AT_ONCE = 4  # tensors that taps of a group may be given between its first and its last one
 
-_Factors = dict[Adapter, tuple["Probe", Tensor]]
+_Factors = dict[Adapter, tuple[Probe, Tensor]]
 
 _saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
@@ -119,7 +116,7 @@ class SharedInputs:
         self._groups: dict[Adapter, _Group] = {}
         self._failures: dict[Adapter, int] = {}
 
-    def project(self, adapter: Adapter, probe: "Probe", x: Tensor, p_in: Tensor | None) -> Tensor | None:
+    def project(self, adapter: Adapter, probe: Probe, x: Tensor, p_in: Tensor | None) -> Tensor | None:
         """What `adapter.keep(x, p_in)` gives, [N, T, k_in], as columns of a projection that this tap shares.
 
         Eager code only.
@@ -145,7 +142,7 @@ class SharedInputs:
             return None
         return a[..., group.columns[probe]]
 
-    def _noted(self, adapter: Adapter, probe: "Probe", x: Tensor, p_in: Tensor) -> _Group | None:
+    def _noted(self, adapter: Adapter, probe: Probe, x: Tensor, p_in: Tensor) -> _Group | None:
         """Note that a tap outside of groups was given x; its group where what was noted before makes one."""
         came_again = False
         for seen in self._seen:

@@ -11,16 +11,17 @@ from logra_kernels.errors import StoreError
 from logra_kernels.store.durable import TEMPORARY, remove_files, sync_directory
 from logra_kernels.store.format import ORIGIN, WHITENING, Manifest, read_manifest, write_manifest, write_origin
 from logra_kernels.store.life.compact import remove_retired
+from logra_kernels.store.life.export import export
 from logra_kernels.store.lock import ReaderLease, WriterLock
 from logra_kernels.store.reading.reader import Reader
-from logra_kernels.store.reading.stored import StoredRows
+from logra_kernels.store.reading.searched import SearchedRows
 from logra_kernels.store.sidecar import write_sidecar
 from logra_kernels.store.whitening import Whitening
 from logra_kernels.store.writing.append import Appender
 from logra_kernels.store.writing.create import check_free, new_manifest, remove_leftovers, store_exists
 
 
-class GradientStore(StoredRows):
+class GradientStore(SearchedRows):
     """A directory of rows. Made by `create` and `open`; a context manager.
 
     Opened for reading it shows the rows that were committed at that moment. Opened for appending it is the one writer,
@@ -257,6 +258,19 @@ class GradientStore(StoredRows):
         if self._appender is None:
             return name in self._reader.known
         return self._appender.is_committed(name)
+
+    def export(self, path: str | os.PathLike, format: str = "npy") -> Path:
+        """Write all rows, their ids and columns for other tools.
+
+        Args:
+            path: A new directory.
+            format: "npy" (rows.npy fp32 and columns.parquet), "faiss" (index.faiss, inner product) or "datasets"
+                (Hugging Face; column "gradient").
+
+        Raises:
+            StoreError: An unknown format, its package is missing, something is at the path, or the disk refuses.
+        """
+        return export(self, path, format)
 
     def _load(self) -> Manifest:
         return self._appender.writer.manifest if self._appender is not None else read_manifest(self._directory)

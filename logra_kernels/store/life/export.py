@@ -11,7 +11,7 @@ import importlib
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,15 +19,13 @@ import pyarrow as pa
 from logra_kernels.errors import StoreError
 from logra_kernels.store.columns import to_parquet
 from logra_kernels.store.durable import TEMPORARY, sync, sync_directory
+from logra_kernels.store.reading.stored import StoredRows
 from logra_kernels.store.tensorfile import as_bytes
-
-if TYPE_CHECKING:
-    from logra_kernels.store.reading.stored import StoredRows
 
 GRADIENT = "gradient"
 
 
-def export(store: "StoredRows", path: str | os.PathLike, format: str) -> Path:
+def export(store: StoredRows, path: str | os.PathLike, format: str) -> Path:
     """Write all rows of a store to a new directory in a format of `FORMATS`.
 
     Raises:
@@ -57,7 +55,7 @@ def export(store: "StoredRows", path: str | os.PathLike, format: str) -> Path:
     return target
 
 
-def _to_npy(store: "StoredRows", directory: Path) -> None:
+def _to_npy(store: StoredRows, directory: Path) -> None:
     shape = (len(store), store.dim)
     with open(directory / "rows.npy", "wb") as out:  # not a mapping: on a full disk that would end the process
         np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
@@ -66,7 +64,7 @@ def _to_npy(store: "StoredRows", directory: Path) -> None:
     (directory / "columns.parquet").write_bytes(to_parquet(store.table))
 
 
-def _to_faiss(store: "StoredRows", directory: Path) -> None:
+def _to_faiss(store: StoredRows, directory: Path) -> None:
     faiss = _needed("faiss", "faiss-cpu")
     index = faiss.IndexFlatIP(store.dim)
     for _, rows in store.blocks():
@@ -78,7 +76,7 @@ def _to_faiss(store: "StoredRows", directory: Path) -> None:
     (directory / "columns.parquet").write_bytes(to_parquet(store.table))
 
 
-def _to_datasets(store: "StoredRows", directory: Path) -> None:
+def _to_datasets(store: StoredRows, directory: Path) -> None:
     datasets = _needed("datasets", "datasets")
     if GRADIENT in store.table.column_names:
         raise StoreError(f"export: the store has a column {GRADIENT!r} of its own; export to npy instead")

@@ -10,7 +10,6 @@ row: of a shard that was not verified as a whole, a shortlisted row is.
 """
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,12 +18,11 @@ from logra_kernels.errors import StoreError
 from logra_kernels.ops import EncodedRows, RowFormat, quantize_rows, score_topk
 from logra_kernels.store.durable import digest
 from logra_kernels.store.encoding import decode, row_sums
+from logra_kernels.store.facts import Facts
 from logra_kernels.store.format import SIDECARS
 from logra_kernels.store.reading.reader import Reader
+from logra_kernels.store.reading.stored import StoredRows
 from logra_kernels.store.tensorfile import as_bytes
-
-if TYPE_CHECKING:
-    from logra_kernels.store.reading.stored import StoredRows
 
 SIDECAR = "index"
 DIMS, LEAST_FACTOR = 2048, 4  # numbers in a short row, unless that is more than a quarter of the row
@@ -90,7 +88,7 @@ class Spread:
 
 
 def build(
-    store: "StoredRows",
+    store: StoredRows,
     dims: int | None,
     dtype: str,
     seed: int,
@@ -126,7 +124,7 @@ def build(
     return info
 
 
-def load(store: "StoredRows") -> CoarseIndex:
+def load(store: Facts) -> CoarseIndex:
     """
     Raises:
         StoreError: There is none for the rows as they are, it is damaged, or this torch draws other random numbers.
@@ -167,7 +165,7 @@ def search(
     return reader.topk_among(rows, index.sums, queries, k, row_scale, largest)
 
 
-def _short_rows(store: "StoredRows", spread: Spread, form: RowFormat, dims: int) -> tuple[EncodedRows, Tensor]:
+def _short_rows(store: StoredRows, spread: Spread, form: RowFormat, dims: int) -> tuple[EncodedRows, Tensor]:
     codes = torch.empty(len(store), form.code_width(dims), dtype=form.code_dtype, device="cpu")
     scales = (
         torch.empty(len(store), form.scale_width(dims), dtype=form.scale_dtype, device="cpu") if form.scaled else None
@@ -188,7 +186,7 @@ def _short_rows(store: "StoredRows", spread: Spread, form: RowFormat, dims: int)
 
 
 def _recall(
-    store: "StoredRows", index: CoarseIndex, queries: Tensor, k: int, row_scale: Tensor | None
+    store: StoredRows, index: CoarseIndex, queries: Tensor, k: int, row_scale: Tensor | None
 ) -> dict[int, float]:
     """Share of the exact k best among shortlists of k, 2k, 4k, ... rows, up to a quarter of the store."""
     exact = store.topk(queries, k, row_scale)[1].cpu()
