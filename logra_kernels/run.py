@@ -203,7 +203,7 @@ class Run(Analysis):
                 warnings.warn(f"log: {problem}", stacklevel=3)
         store = self._writer()
         if store.whitening is not None:
-            rows = store.whitening.apply(rows)
+            rows = store.whitening.apply_new(rows)
         if nonfinite == "skip":
             rows, ids, columns = self._skipped.leave_out(store.path, rows, ids, columns)
         new = store.append(rows, ids, columns, skip_committed=True)

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_facts(store: GradientStore) -> None:
-    from logra_kernels.store import quantization_loss, read_skipped
+    from logra_kernels.store import known_zero_layers, quantization_loss, read_skipped
 
     shards, per_shard = store.manifest.shards, store.manifest.rows_per_shard
     print(f"store           {store.path}")
@@ -65,8 +65,9 @@ def _print_facts(store: GradientStore) -> None:
             f" {index.queries} queries {share:.1%} were among {index.shortlist:,}"
         )
     print(f"layers          {len(store.layers)}")
+    zero = known_zero_layers(store) or ()
     for name, (k_out, k_in) in list(store.layers.items())[:SHOWN_LAYERS]:
-        print(f"  {k_out:>4} x {k_in:<4}  {name}")
+        print(f"  {k_out:>4} x {k_in:<4}  {name}{'   all zero' if name in zero else ''}")
     if len(store.layers) > SHOWN_LAYERS:
         print(f"  ... and {len(store.layers) - SHOWN_LAYERS} more")
 

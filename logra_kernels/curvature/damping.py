@@ -60,16 +60,7 @@ class Damping:
         return f"{self.relative:g} x each layer's mean eigenvalue"
 
     def value(self, layer: str, mean_eigenvalue: float) -> float:
-        """lambda for a layer whose block has this mean eigenvalue.
-
-        Raises:
-            LograError: The block is zero: all its gradients are.
-        """
-        if mean_eigenvalue == 0.0:
-            raise LograError(
-                f"curvature: all stored gradients of layer {layer!r} are zero; exclude it, or, where a coarse"
-                " format has rounded them to zero, keep rows in a finer one"
-            )
+        """lambda for a layer whose block has this mean eigenvalue."""
         if self.absolute is not None:
             return self.absolute
         if self.whole is not None:

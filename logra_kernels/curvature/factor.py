@@ -12,6 +12,7 @@ from torch import Tensor
 
 from logra_kernels.curvature.blocks import Columns, width_of
 from logra_kernels.curvature.solver import Solver
+from logra_kernels.errors import LograError
 from logra_kernels.store import GradientStore
 
 
@@ -47,7 +48,11 @@ class Factor:
             )
 
     def solve(self, rows: Tensor) -> Tensor:
-        """(H + lambda I)^-1 applied to every row; [Q, D] -> [Q, D] fp32."""
+        """(H + lambda I)^-1 applied to every row; [Q, D] -> [Q, D] fp32.
+
+        Raises:
+            LograError: A layer's gradients are so small that the result overflows.
+        """
         return self._each(rows, lambda solver, part: solver.power(part, -1))
 
     def solve_toward_stored(self, rows: Tensor) -> Tensor:
@@ -72,7 +77,19 @@ class Factor:
         found = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
         for columns, part, solver in self._split(rows):
             found[:, columns] = apply(solver, part).float()
+        if not bool(found.isfinite().all()):
+            self._explain(rows, found)
         return found
+
+    def _explain(self, rows: Tensor, found: Tensor) -> None:
+        """Raise LograError if a finite row was solved to infinity."""
+        for name, columns in self._columns.items():
+            bad = ~found[:, columns].isfinite().all(1)
+            if bool((bad & rows[:, columns].isfinite().all(1)).any()):
+                raise LograError(
+                    f"curvature: with lambda {self.damping[name]:g} the solve for layer {name!r} overflows fp32: its"
+                    " gradients are too small; use a larger damping, or log with the loss times a constant"
+                )
 
     def _split(self, rows: Tensor) -> Iterator[tuple[Columns, Tensor, Solver]]:
         if rows.dim() != 2 or rows.shape[1] != self._dim:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from logra_kernels.curvature.blocks import width_of
-from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.solver import CholeskySolver, Solver, SpectralSolver
 from logra_kernels.curvature.statistics import thin_rows
 from logra_kernels.curvature.summed import SummedCurvature
@@ -46,12 +45,18 @@ class RawFisher(SummedCurvature):
         missing = {name: part for name, part in cls.columns(store.layers).items() if name not in blocks}
         return cls(store.layers, len(store), blocks, thin_rows(store, missing, None if blocks else progress))
 
-    def solver(self, block: str, damping: Damping) -> Solver:
+    def least(self, block: str) -> float:
+        return torch.finfo(self.dtype).tiny if block in self.blocks else 0.0
+
+    def diagonal(self, block: str) -> Tensor:
         if block in self.blocks:
-            h = self.blocks[block]
-            return CholeskySolver(block, h, self.added(block, damping, h.diagonal()))
+            return self.blocks[block].diagonal()
+        return self.thin[block].double().square().sum(0) / self.rows
+
+    def damped(self, block: str, added: float) -> Solver:
+        if block in self.blocks:
+            return CholeskySolver(block, self.blocks[block], added)
         rows = self.thin[block].double() / self.rows**0.5
-        added = self.added(block, damping, rows.square().sum(0))
         values, left = torch.linalg.eigh(rows @ rows.T)
         kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
         vectors = rows.T @ (left[:, kept] / values[kept].sqrt())

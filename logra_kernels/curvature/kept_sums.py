@@ -16,6 +16,7 @@ from logra_kernels.store import GradientStore, Share
 
 _BYTES = 64 << 20
 MOST_REMOVED = 0.1  # of the rows; beyond, the rounding of what was taken out again is not worth keeping
+LEAST_LEFT = 0.5  # of a trace, for the same reason
 
 
 def load(store: GradientStore, name: str, sums: RowSums) -> bool:

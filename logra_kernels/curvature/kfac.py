@@ -16,6 +16,7 @@ import xxhash
 from torch import Tensor
 
 from logra_kernels.curvature.kronecker import KeptRotated, corrected_values
+from logra_kernels.curvature.statistics import unobserved
 from logra_kernels.curvature.sums import Progress
 from logra_kernels.errors import LograError
 from logra_kernels.store import GradientStore, keep_observed, observed
@@ -70,11 +71,14 @@ class KFAC(KeptRotated):
         for name in store.layers:
             positions, samples = kept[f"{name}/count"].tolist()
             (s_out, u_out), (s_in, u_in) = (
-                torch.linalg.eigh(kept[f"{name}/{side}"].double() / positions) for side in ("out", "in")
+                torch.linalg.eigh(kept[f"{name}/{side}"].double() / max(positions, 1)) for side in ("out", "in")
             )
             bases[name] = u_out, u_in
             values[name] = s_out.clamp_min(0)[:, None] * s_in.clamp_min(0)[None, :] * (positions / samples)
         return cls(store.layers, len(store), bases, values)
+
+    def unmeasured(self, layer: str) -> str:
+        return unobserved(layer, "observe")
 
 
 class EKFAC(KFAC):

@@ -15,7 +15,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.solver import KroneckerSolver, Solver
 from logra_kernels.curvature.statistics import Curvature, KeptCurvature, blocks_of
 from logra_kernels.curvature.summed import SummedCurvature
@@ -45,9 +44,11 @@ class Rotated(Curvature):
         self.bases = {name: (_copy(u_out), _copy(u_in)) for name, (u_out, u_in) in bases.items()}
         self.values = values
 
-    def solver(self, block: str, damping: Damping) -> Solver:
-        values = self.values[block]
-        return KroneckerSolver(block, *self.bases[block], values, damping.value(block, float(values.mean())))
+    def diagonal(self, block: str) -> Tensor:
+        return self.values[block].flatten()
+
+    def damped(self, block: str, added: float) -> Solver:
+        return KroneckerSolver(block, *self.bases[block], self.values[block], added)
 
 
 class KeptRotated(Rotated, KeptCurvature):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from logra_kernels.curvature.blocks import width_of
-from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.solver import Solver, SpectralSolver
 from logra_kernels.curvature.statistics import KeptCurvature, blocks_of
 from logra_kernels.curvature.sums import Progress
@@ -100,7 +99,9 @@ class LowRank(KeptCurvature):
             kept[f"{name}/diagonal"] = self.diagonals[name]
         return kept
 
-    def solver(self, block: str, damping: Damping) -> Solver:
-        added = self.added(block, damping, self.diagonals[block])
+    def diagonal(self, block: str) -> Tensor:
+        return self.diagonals[block]
+
+    def damped(self, block: str, added: float) -> Solver:
         vectors = self.vectors[block]
         return SpectralSolver(block, vectors, self.values[block], added, spanning=vectors.shape[1] >= self.rows)

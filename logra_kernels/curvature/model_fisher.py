@@ -13,9 +13,8 @@ import xxhash
 from torch import Tensor
 
 from logra_kernels.curvature.blocks import width_of
-from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.solver import CholeskySolver, Solver, Spanned
-from logra_kernels.curvature.statistics import Curvature, thin_rows
+from logra_kernels.curvature.statistics import Curvature, thin_rows, unobserved
 from logra_kernels.curvature.sums import GramSums, Progress, RowSums
 from logra_kernels.errors import LograError
 from logra_kernels.store import GradientStore, keep_observed, observed
@@ -78,9 +77,17 @@ class ModelFisher(Curvature):
         blocks = {name: sums[name] / count for name in columns}
         return cls(store.layers, len(store), blocks, thin_rows(store, wide))
 
-    def solver(self, block: str, damping: Damping) -> Solver:
-        h = self.blocks[block]
-        solver = CholeskySolver(block, h, self.added(block, damping, h.diagonal()))
+    def least(self, block: str) -> float:
+        return torch.finfo(self.dtype).tiny
+
+    def diagonal(self, block: str) -> Tensor:
+        return self.blocks[block].diagonal()
+
+    def unmeasured(self, layer: str) -> str:
+        return unobserved(layer, "observe_fisher")
+
+    def damped(self, block: str, added: float) -> Solver:
+        solver = CholeskySolver(block, self.blocks[block], added)
         return Spanned(solver, self.thin[block]) if block in self.thin else solver
 
 

@@ -11,7 +11,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.fisher import RawFisher
 from logra_kernels.curvature.kronecker import Kronecker
 from logra_kernels.curvature.solver import CholeskySolver, KroneckerSolver, SideBySide, Solver, SpectralSolver
@@ -73,17 +72,22 @@ class Shrunk(Curvature):
         fisher = RawFisher.joining(cls.together).downdate(before, after, gone)
         return Kronecker.downdate(before, after, gone) and fisher
 
-    def solver(self, block: str, damping: Damping) -> Solver:
-        targets = [
+    def _targets(self, block: str) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+        return [
             (layer, *self.kronecker.bases[layer], (1 - ALPHA) * self.kronecker.values[layer])
             for layer in self.members[block]
         ]
+
+    def diagonal(self, block: str) -> Tensor:
+        target = torch.cat([_diagonal(*own[1:]) for own in self._targets(block)])
+        return target + ALPHA * self.fisher.diagonal(block).double()
+
+    def damped(self, block: str, added: float) -> Solver:
+        targets = self._targets(block)
         if block in self.fisher.blocks:
             h = ALPHA * self.fisher.blocks[block].double() + torch.block_diag(*[_dense(*own[1:]) for own in targets])
-            return CholeskySolver(block, h, self.added(block, damping, h.diagonal()))
+            return CholeskySolver(block, h, added)
         rows = self.fisher.thin[block].double() * (ALPHA / self.rows) ** 0.5
-        diagonal = torch.cat([_diagonal(*own[1:]) for own in targets]) + rows.square().sum(0)
-        added = self.added(block, damping, diagonal)
         outer = SideBySide([KroneckerSolver(*own, added) for own in targets])
         return PreconditionedSolver(block, outer, rows.T)
 

@@ -5,7 +5,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.solver import Solver, SpectralSolver
 from logra_kernels.curvature.statistics import Curvature
 from logra_kernels.curvature.summed import SummedCurvature
@@ -22,8 +21,11 @@ class Identity(Curvature):
     def found(cls, store: GradientStore, progress: Progress | None) -> Self:
         return cls(store.layers, len(store))
 
-    def solver(self, block: str, damping: Damping) -> Solver:
-        return SpectralSolver(block, None, torch.ones(sum(self.widths(block)), dtype=torch.float32, device="cpu"), 0.0)
+    def diagonal(self, block: str) -> Tensor:
+        return torch.ones(sum(self.widths(block)), dtype=torch.float32, device="cpu")
+
+    def damped(self, block: str, added: float) -> Solver:
+        return SpectralSolver(block, None, self.diagonal(block), 0.0)
 
 
 class Diagonal(SummedCurvature):
@@ -47,6 +49,8 @@ class Diagonal(SummedCurvature):
     def of_sums(cls, store: GradientStore, sums: dict[str, Tensor], progress: Progress | None) -> Self:
         return cls(store.layers, len(store), {name: total / len(store) for name, total in sums.items()})
 
-    def solver(self, block: str, damping: Damping) -> Solver:
-        values = self.squares[block]
-        return SpectralSolver(block, None, values, self.added(block, damping, values))
+    def diagonal(self, block: str) -> Tensor:
+        return self.squares[block]
+
+    def damped(self, block: str, added: float) -> Solver:
+        return SpectralSolver(block, None, self.squares[block], added)

@@ -178,6 +178,46 @@ class SideBySide(Solver):
         return own[0] if len(own) == 1 else torch.cat(own, dim=1)
 
 
+class ZeroSolver(Solver):
+    """For a block whose stored rows are all zero: whatever a query has there, its products with them are 0."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.damping = width, 0.0
+
+    def power(self, rows: Tensor, exponent: float) -> Tensor:
+        return torch.zeros_like(rows)
+
+
+class Without(Solver):
+    """Another solver of a block some of whose layers have no gradients: there it gives zeros.
+
+    Args:
+        inner: That solves; its H is zero in the rows and columns of these layers.
+        kept: Of each layer, whether it has gradients.
+        widths: Of the layers.
+    """
+
+    def __init__(self, inner: Solver, kept: Sequence[bool], widths: Sequence[int]) -> None:
+        self._inner, self.width, self.damping = inner, inner.width, inner.damping
+        self._kept = torch.tensor(kept, device="cpu").repeat_interleave(torch.tensor(widths, device="cpu"))
+
+    def settle(self, exact: bool) -> None:
+        self._inner.settle(exact)
+        self.dtype = self._inner.dtype
+
+    def power(self, rows: Tensor, exponent: float) -> Tensor:
+        return self._masked(self._inner.power(self._masked(rows), exponent))
+
+    def toward_stored(self, rows: Tensor) -> Tensor:
+        return self._masked(self._inner.toward_stored(self._masked(rows)))
+
+    def quadratic(self, rows: Tensor) -> Tensor:
+        return self._inner.quadratic(self._masked(rows))
+
+    def _masked(self, rows: Tensor) -> Tensor:
+        return torch.where(self._kept, rows, 0.0)
+
+
 class Spanned(Solver):
     """Another solver that knows the span of the stored rows, which its own H need not have.
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from logra_kernels.curvature.blocks import Columns, Groups, columns_of, members_of
 from logra_kernels.curvature.damping import Damping
 from logra_kernels.curvature.factor import Factor
-from logra_kernels.curvature.solver import Solver
+from logra_kernels.curvature.solver import Solver, Without, ZeroSolver
 from logra_kernels.curvature.sums import Progress
 from logra_kernels.errors import LograError
-from logra_kernels.store import GradientStore, Share, spread_of
+from logra_kernels.store import GradientStore, Share, spread_of, zero_layers
 
 
 class Curvature(ABC):
@@ -29,6 +29,9 @@ class Curvature(ABC):
         layers: Layer name -> (k_out, k_in), in the order of the rows' columns.
         members: Block name -> its layers; a layer by itself is a block of its own name.
         rows: How many rows it was taken over.
+        means: Layer name -> its mean eigenvalue.
+        zero: The layers whose stored rows are all exactly zero (an expert that no token came to): they have no part in
+            any score, so queries are solved to zero there, and they do not enter a block's damping.
         spread: See `Damping.whole`; of the layers whose projection was learned.
         hash: Of everything it was computed from.
         content: `content_hash` of the store.
@@ -43,6 +46,8 @@ class Curvature(ABC):
         self.layers = layers
         self.members = members_of(list(layers), self.together)
         self.rows = rows
+        self.means: dict[str, float] = {}
+        self.zero: frozenset[str] = frozenset()
         self.spread: dict[str, float] = {}
         self.hash = ""
         self.content = ""
@@ -56,11 +61,13 @@ class Curvature(ABC):
             progress: Called with the number of rows of each block done.
 
         Raises:
-            LograError: The store is empty, or lacks what this kind needs besides rows.
+            LograError: The store is empty, or lacks what this kind needs besides rows; or a layer has gradients whose
+                squares are too small to be summed, or none of those that were observed.
         """
         if len(store) == 0:
             raise LograError(f"curvature: the store {store.path} has no rows; log some first")
         found = cls.found(store, progress)
+        found._measure_layers(store)
         found.spread = spread_of(store)
         found.hash, found.content = cls.key(store), store.content_hash
         return found
@@ -107,23 +114,62 @@ class Curvature(ABC):
         """What `of` gives, of a store that has rows."""
 
     @abstractmethod
+    def diagonal(self, block: str) -> Tensor:
+        """H's diagonal, [d], in any basis that keeps the block's layers apart."""
+
+    @abstractmethod
+    def damped(self, block: str, added: float) -> Solver:
+        """The solver of H + `added` I of a block."""
+
+    def least(self, block: str) -> float:
+        """The smallest mean eigenvalue that a layer of the block can have without losing digits."""
+        return 0.0
+
     def solver(self, block: str, damping: Damping) -> Solver:
-        """One block's solver."""
+        """One block's solver.
+
+        Raises:
+            LograError: H + lambda I is singular.
+        """
+        layers, widths = self.members[block], self.widths(block)
+        if self.zero.issuperset(layers):
+            return ZeroSolver(sum(widths))
+        solver = self.damped(block, self.added(block, damping))
+        if self.zero.isdisjoint(layers):
+            return solver
+        return Without(solver, [layer not in self.zero for layer in layers], widths)
+
+    def _measure_layers(self, store: GradientStore) -> None:
+        """Fill `means` and `zero`; a pass over the rows is made only where a layer's mean eigenvalue is all but 0."""
+        doubtful = []
+        for block, layers in self.members.items():
+            parts = self.diagonal(block).double().split(self.widths(block))
+            for layer, part in zip(layers, parts, strict=True):
+                self.means[layer] = float(part.mean())
+                if not self.means[layer] > self.least(block):
+                    doubtful.append(layer)
+        self.zero = frozenset(doubtful) & zero_layers(store) if doubtful else frozenset()
+        bad = next((layer for layer in doubtful if layer not in self.zero), None)
+        if bad is not None:
+            raise LograError(self.unmeasured(bad))
+
+    def unmeasured(self, layer: str) -> str:
+        """What is wrong with a layer whose rows are not all zero and whose curvature is."""
+        return (
+            f"curvature: the gradients of layer {layer!r} are so small that their squares vanish in fp32; use curvature"
+            " 'raw-fp64', 'kronecker' or 'lowrank', or log with the loss times a constant"
+        )
 
     def widths(self, block: str) -> list[int]:
         """How many columns each of a block's layers has."""
         return [k_out * k_in for k_out, k_in in (self.layers[name] for name in self.members[block])]
 
-    def added(self, block: str, damping: Damping, diagonal: Tensor) -> float:
-        """lambda of a block with this diagonal, [d]: the mean over its columns of what each layer's own would be.
-
-        Raises:
-            LograError: All gradients of a layer are zero.
-        """
-        widths = self.widths(block)
-        parts = diagonal.double().split(widths)
-        own = [damping.value(layer, float(part.mean())) for layer, part in zip(self.members[block], parts, strict=True)]
-        return sum(value * width for value, width in zip(own, widths, strict=True)) / sum(widths)
+    def added(self, block: str, damping: Damping) -> float:
+        """lambda of a block: the mean over its columns of what each layer's own would be, of layers with gradients."""
+        widths = dict(zip(self.members[block], self.widths(block), strict=True))
+        own = {layer: width for layer, width in widths.items() if layer not in self.zero}
+        total = sum(damping.value(layer, self.means[layer]) * width for layer, width in own.items())
+        return total / sum(own.values())
 
     @classmethod
     def downdate(cls, before: GradientStore, after: GradientStore, gone: Sequence[int]) -> bool:
@@ -144,7 +190,7 @@ class Curvature(ABC):
             exact: Solve in fp64 throughout; else wide dense blocks may in fp32, see `curvature.solver`.
 
         Raises:
-            LograError: A layer's gradients are all zero, or H + lambda I is singular, or the damping is negative.
+            LograError: H + lambda I is singular, or the damping is negative.
         """
         chosen = Damping.of(damping, self.spread)
         solvers = {block: self.solver(block, chosen) for block in self.members}
@@ -203,3 +249,11 @@ def thin_rows(
             if progress is not None:
                 progress(len(rows))
     return {name: torch.cat(rows) for name, rows in parts.items()}
+
+
+def unobserved(layer: str, method: str) -> str:
+    """What is wrong where the curvature is of gradients that were observed, and of this layer none, or only zeros."""
+    return (
+        f"curvature: the gradients of layer {layer!r} that were observed are zero, or vanish in fp32, and stored ones"
+        f" are not; run batches that reach the layer inside `with run.{method}():`"
+    )

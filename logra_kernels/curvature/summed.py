@@ -74,16 +74,19 @@ class SummedCurvature(Curvature):
     @classmethod
     def downdate(cls, before: GradientStore, after: GradientStore, gone: Sequence[int]) -> bool:
         """As `Curvature.downdate`. It errs by the rounding of the sums it is taken from, so it is done as long as less
-        than a tenth of the rows has gone since they were summed: then it stays within 1.2 times the rounding of fresh
-        sums."""
+        than a tenth of the rows has gone since they were summed, and no block loses half of its trace at once: then it
+        stays within about twice the rounding of fresh sums, 1.2 times where rows are of a size."""
         sums = cls.empty(before, len(after))
         if not len(after) or not sums.shapes or not kept_sums.load(before, f"sums-{cls.kind}", sums):
             return False
         summed = [i for i in gone if i < sums.whole]
         if sums.removed + len(summed) > kept_sums.MOST_REMOVED * sums.whole:
             return False
+        traces = sums.traces()
         for i in summed:
             sums.remove(before.read(i, i + 1).to(before.manifest.torch_dtype))
+        if any(left < kept_sums.LEAST_LEFT * traces[name] for name, left in sums.traces().items()):
+            return False
         kept_sums.advance(after, sums, None)
         cls.keep(after, sums)
         return True

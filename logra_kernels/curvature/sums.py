@@ -99,6 +99,11 @@ class RowSums(ABC):
         self._whole -= len(rows)
         self.removed += len(rows)
 
+    def traces(self) -> dict[str, float]:
+        """Name -> the trace of its sum, or its total where it is a diagonal."""
+        diagonals = {name: total.diagonal() if total.dim() == 2 else total for name, total in self.sums.items()}
+        return {name: float(diagonal.double().sum()) for name, diagonal in diagonals.items()}
+
     def _zeros(self, device: torch.device) -> dict[str, Tensor]:
         return {name: torch.zeros(shape, dtype=self.dtype, device=device) for name, shape in self.shapes.items()}
 

@@ -66,7 +66,8 @@ def adjustment(mode: str, statistics: Mapping[str, Tensor] | None, count: int) -
     if mode == "l2":
         return None, value * -0.5
     root = value if mode == "theta-relatif" else value.sqrt()
-    return torch.where(value > 0, root.reciprocal(), 0.0), None
+    inverse = root.reciprocal()
+    return torch.where((value > 0) & inverse.isfinite(), inverse, 0.0), None  # infinite: below fp32's normal numbers
 
 
 def check_solved(solved: Tensor, dim: int) -> None:

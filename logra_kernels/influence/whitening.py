@@ -17,7 +17,7 @@ def whitening_of(curvature: Curvature, damping: float | Damping | None = None) -
         damping: As in `Curvature.factorize`.
 
     Raises:
-        LograError: As there, or a block of the curvature has several layers.
+        LograError: As there, or a block of the curvature has several layers, or a layer's gradients are too small.
     """
     joined = [block for block, layers in curvature.members.items() if layers != [block]]
     if joined:
@@ -28,6 +28,9 @@ def whitening_of(curvature: Curvature, damping: float | Damping | None = None) -
         layer: solver.power(torch.eye(solver.width, dtype=solver.dtype, device="cpu"), -0.5).float().contiguous()
         for layer, solver in solvers.items()
     }
+    small = next((layer for layer, one in maps.items() if not bool(one.isfinite().all())), None)
+    if small is not None:
+        raise LograError(f"whitening: the gradients of layer {small!r} are so small that its map overflows fp32")
     factor = Factor(solvers, columns_of(curvature.layers, curvature.members), f"{curvature.kind} {curvature.hash}")
     return Whitening(maps, {"curvature": curvature.kind, "damping": str(chosen), "factor": factor.hash})
 

@@ -120,6 +120,7 @@ class Covariances:
         self._names = list(layers)
         self.whole, self.sharing, self.rank = tuple(whole), sharing, rank
         self._sums: dict[str, LayerCovariance] = {}
+        self._unreached: set[str] = set()
         self.samples = 0
 
     def tap(
@@ -141,6 +142,18 @@ class Covariances:
                 " 'expand', or exclude the layer"
             )
         p_in, p_out = (None if side in self.whole else p for side, p in (("in", p_in), ("out", p_out)))
+        sums = self._of(name, adapter, y, p_in, p_out)
+        probe = torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
+        return CovarianceTap.apply(y, x, probe, p_in, p_out, weights, adapter, sums, self.sharing)
+
+    def unreached(self, name: str, adapter: Adapter, like: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> None:
+        """The layer was called with no position at all, as an expert that no token came to; `like` gives its dtype."""
+        self._unreached.add(name)
+        self._of(name, adapter, like, p_in, p_out)
+
+    def _of(
+        self, name: str, adapter: Adapter, y: Tensor, p_in: Tensor | None, p_out: Tensor | None
+    ) -> "LayerCovariance":
         if name not in self._sums:
             dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
             right, left = (
@@ -150,8 +163,7 @@ class Covariances:
                 for side, dim, p in (("in", adapter.d_in, p_in), ("out", adapter.d_out, p_out))
             )
             self._sums[name] = LayerCovariance(right, left)
-        probe = torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
-        return CovarianceTap.apply(y, x, probe, p_in, p_out, weights, adapter, self._sums[name], self.sharing)
+        return self._sums[name]
 
     @property
     def layers(self) -> dict[str, LayerCovariance]:
@@ -160,7 +172,7 @@ class Covariances:
         Raises:
             LograError: A layer saw no backward, or its sums are not finite.
         """
-        heard = [name for name, sums in self._sums.items() if sums.positions]
+        heard = [name for name, sums in self._sums.items() if sums.positions or name in self._unreached]
         check_heard("covariances", self._names, heard, "run forward and backward of the model inside")
         for name, sums in self._sums.items():
             if not (sums.right.isfinite() and sums.left.isfinite()):
@@ -191,7 +203,7 @@ class Covariances:
     def projected(self, spectra: Mapping[tuple[str, str], SideSpectrum]) -> "Covariances":
         """The same covariances in the coordinates that `spectra` chose, where they are diagonal; to be added to."""
         found = Covariances(self._names, sharing=self.sharing)
-        found.samples = self.samples
+        found.samples, found._unreached = self.samples, set(self._unreached)
         for name, sums in self.layers.items():
             sides = [("in", sums.right), ("out", sums.left)]
             for at, (side, whole) in enumerate(sides):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from logra_kernels.nn.covariance import Covariances
 from logra_kernels.nn.hook import Hook
 from logra_kernels.nn.state import TapState
 
@@ -89,7 +90,7 @@ class TappedExperts:
         parts, unrouted = [], []
         for e, rows in enumerate(token[: sum(counts)].split(counts)):
             if not len(rows):
-                unrouted += [h.probe.leaf for h in (self._hooks.get(f"{s}.{e}") for s in self._stacks) if h is not None]
+                unrouted += [h for h in (self._hooks.get(f"{s}.{e}") for s in self._stacks) if h is not None]
                 continue
             offsets = torch.searchsorted(sample_of[rows], self._limits(hidden.device))
             w = None if position_weights is None else position_weights[rows]
@@ -101,7 +102,12 @@ class TappedExperts:
             out = module.post_expert_norm(out)
         out = out * weights.flatten()[order[: len(out)], None]
         mixed = torch.zeros_like(hidden).index_add(0, token[: len(out)], out.to(hidden.dtype))
-        return _Unrouted.apply(mixed, *unrouted) if unrouted and taps.mode is None else mixed
+        if isinstance(taps.mode, Covariances):
+            for h in unrouted:
+                taps.mode.unreached(h.name, h.adapter, mixed, *h.probe.factors(mixed.dtype, mixed.dtype))
+        if not unrouted or (taps.mode is not None and not taps.beside):
+            return mixed
+        return _Unrouted.apply(mixed, *(h.probe.leaf for h in unrouted))
 
     @property
     def _stacks(self) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.ops import accumulate_gram
+from logra_kernels.projection.normal import normals
 
 
 class Moment(ABC):
@@ -69,6 +70,9 @@ class SecondMoment(Moment):
         return float(self.matrix.diagonal().double().sum())
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        if not self.trace():  # no row reached the layer: any directions are as good, spread over all features
+            drawn = torch.stack([normals(f"moment/{i}", self.dim, torch.device("cpu")) for i in range(k)])
+            return torch.linalg.qr(drawn.T).Q.T, torch.zeros(k, dtype=torch.float64, device="cpu")
         values, vectors = torch.linalg.eigh(self.matrix.double().cpu())
         order = torch.arange(self.dim - 1, self.dim - 1 - k, -1, device="cpu")
         return vectors.T[order], values[order].clamp_min(0)

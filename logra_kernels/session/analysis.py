@@ -88,7 +88,7 @@ class Analysis(ABC):
 
         Raises:
             ValueError: The query does not fit the store or holds NaN; an unknown mode; a mask of another size.
-            LograError: The curvature is singular at this damping, or a layer's gradients are all zero.
+            LograError: The curvature is singular at this damping, or a layer's gradients are too small for it.
         """
         _, solved, own = self._asked(query, mode, damping)
         return influence.scores(self.store, solved, mode, own, rows=rows)

@@ -1,11 +1,13 @@
 """H of a run's rows, solved with at a damping, and what each stored row has under it: computed once, and held."""
 
+import warnings
 from collections.abc import Collection
 
 from torch import Tensor
 
 from logra_kernels import influence
 from logra_kernels.curvature import Curvature, Damping, Factor, Progress
+from logra_kernels.session.modes import some
 from logra_kernels.store import GradientStore
 
 
@@ -36,7 +38,7 @@ class Solved:
         """(H + lambda I)^-1 of the store's committed rows.
 
         Raises:
-            LograError: The curvature is singular at this damping, or a layer's gradients are all zero.
+            LograError: The curvature is singular at this damping, or a layer's gradients are too small for it.
         """
         damping = self.damping if damping is None else damping
         if damping not in self._factors:
@@ -46,6 +48,13 @@ class Solved:
                 return whitened
             if self._curvature is None:
                 self._curvature = self.kind.of(store, progress)
+                zero = sorted(self._curvature.zero)
+                if zero:
+                    warnings.warn(
+                        f"curvature: all stored gradients of {len(zero)} layers are zero ({some(zero)}), so they have"
+                        " no part in any score: did no row reach them, or are they detached from the loss?",
+                        stacklevel=3,
+                    )
             for other in [kept for kept in self._factors if kept != self.damping]:
                 del self._factors[other]  # a factor is as large as the curvature: the default's and one more are held
             self._factors[damping] = self._curvature.factorize(damping)

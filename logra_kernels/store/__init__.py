@@ -10,6 +10,7 @@ from logra_kernels.store.reading.memory import process_bytes
 from logra_kernels.store.reading.reader import factored_bytes
 from logra_kernels.store.reading.scoring import scores_of
 from logra_kernels.store.reading.share import Share, gather_from_ranks, sum_over_ranks
+from logra_kernels.store.reading.zero import known_zero_layers, zero_layers
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
 from logra_kernels.store.whitening import Whitening
@@ -28,6 +29,7 @@ __all__ = [
     "gather_from_ranks",
     "held_bytes",
     "keep_observed",
+    "known_zero_layers",
     "merge",
     "observed",
     "process_bytes",
@@ -41,4 +43,5 @@ __all__ = [
     "spread_of",
     "sum_over_ranks",
     "writing_bytes",
+    "zero_layers",
 ]

@@ -43,7 +43,30 @@ class Whitening:
 
     @cached_property
     def _inverses(self) -> dict[str, Tensor]:
-        return {name: torch.linalg.inv(tensor.double()).float() for name, tensor in self.maps.items()}
+        return {
+            name: torch.linalg.inv(tensor.double()).float() if bool(tensor.any()) else tensor
+            for name, tensor in self.maps.items()
+        }
+
+    @property
+    def zero(self) -> list[str]:
+        """Layers that had no gradient in any row when the map was made, and are whitened to zero."""
+        return [name for name, tensor in self.maps.items() if not bool(tensor.any())]
+
+    def apply_new(self, rows: Tensor) -> Tensor:
+        """`apply` for rows that are to be stored.
+
+        Raises:
+            StoreError: They have a gradient in a layer that is whitened to zero.
+        """
+        parts = rows.split([len(tensor) for tensor in self.maps.values()], dim=1)
+        for name, part in zip(self.maps, parts, strict=True):
+            if name in self.zero and bool(part.any()):
+                raise StoreError(
+                    f"whitening: no row had a gradient in layer {name!r} when the store was whitened, and new rows"
+                    " have; log them into a store of raw rows, and whiten that anew"
+                )
+        return self.apply(rows)
 
     def apply(self, rows: Tensor) -> Tensor:
         """w of raw rows, [N, D] -> [N, D] fp32 on their device."""

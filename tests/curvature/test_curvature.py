@@ -104,15 +104,6 @@ def test_a_kronecker_product_is_found_exactly(tmp_path):
         torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FROM_ROWS if kind != "identity"])
-def test_a_layer_without_gradients_is_named(tmp_path, kind):
-    rows = torch.randn(37, 22)
-    rows[:, 12:] = 0
-    store, _ = make_store(tmp_path / "s", rows=rows)
-    with pytest.raises(LograError, match="gradients of layer 'b' are zero; exclude it"):
-        CURVATURES[kind].of(store).factorize()
-
-
 @pytest.mark.parametrize("kind", ["raw", "diagonal", "kronecker", "corrected-kronecker", "shrunk"])
 def test_singular_without_damping_is_an_error(tmp_path, kind):
     rows = torch.randn(37, 22)
