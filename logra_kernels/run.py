@@ -371,10 +371,9 @@ class Run(Analysis):
         """
         before = self.commit()
         ids = ids if isinstance(ids, str) else list(ids)  # they are gone through twice
-        wanted = set(ids)
-        gone = [i for i, name in enumerate(before.ids) if name in wanted]
         with GradientStore.open(self.path, mode="append") as writer:
             deleted = writer.delete(ids)
+        gone = sorted(number for number in before.numbers_of(list(set(ids))).tolist() if number >= 0)
         self._store = GradientStore.open(self.path)
         for kind in {*CURVATURES.values(), self._solved.kind}:
             kind.downdate(before, self._store, gone)

@@ -4,7 +4,53 @@
 namespace py = pybind11;
 using namespace lgk;
 
+namespace {
+
+// `count` rows for which the scorer's scores are wanted, at a stride between queries that holds them.
+void check_block(const score_block::Scorer& scorer, int64_t count, int64_t stride, int n_threads) {
+  const char* op = "score_block";
+  check_sizes(op, {count, scorer.d()});
+  check_sizes(op, {scorer.queries(), stride});
+  LGK_CHECK(count <= stride, "score_block: the scores of " + std::to_string(count) + " rows do not fit a stride of " +
+                                 std::to_string(stride));
+  check_threads(op, n_threads);
+}
+
+}  // namespace
+
 void bind_score_block(py::module_& m) {
+  py::class_<score_block::Scorer>(m, "Scorer")
+      .def(py::init([](const Matrix& query_tensor, int64_t n_queries, int64_t d) {
+             check_sizes("score_block", {n_queries, d});
+             const Rows queries = rows_of("score_block", query_tensor);
+             LGK_CHECK(queries.dtype != Dtype::kF64, "score_block: queries of a scorer are fp32, bf16 or fp16");
+             return std::make_unique<score_block::Scorer>(queries, n_queries, d);
+           }),
+           py::arg("queries"), py::arg("n_queries"), py::arg("d"))
+      .def(
+          "score",
+          [](score_block::Scorer& scorer, const Matrix& row_tensor, int64_t count, Address out, int64_t stride,
+             int n_threads) {
+            check_block(scorer, count, stride, n_threads);
+            const Rows rows = rows_of("score_block", row_tensor);
+            LGK_CHECK(rows.dtype != Dtype::kF64, "score_block: rows of a scorer are fp32, bf16 or fp16");
+            py::gil_scoped_release unlocked;
+            scorer.score(rows, count, reinterpret_cast<float*>(out), stride, n_threads);
+          },
+          py::arg("rows"), py::arg("count"), py::arg("out"), py::arg("stride"), py::arg("n_threads"))
+      .def(
+          "score_encoded",
+          [](score_block::Scorer& scorer, const Encoded& row_tensor, int64_t count, Address out, int64_t stride,
+             int digits, int n_threads) {
+            check_block(scorer, count, stride, n_threads);
+            check_digits("score_block", digits);
+            const EncodedRows rows = encoded_of("score_block", row_tensor);
+            py::gil_scoped_release unlocked;
+            scorer.score(rows, count, reinterpret_cast<float*>(out), stride, digits, n_threads);
+          },
+          py::arg("rows"), py::arg("count"), py::arg("out"), py::arg("stride"), py::arg("digits"),
+          py::arg("n_threads"));
+
   m.def(
       "score_block",
       [](const Matrix& query_tensor, const Matrix& row_tensor, Address out, int64_t n_queries, int64_t n_rows,

@@ -52,7 +52,6 @@ class _There:
 
     def __init__(self, store: GradientStore):
         self._store = store
-        self._row_of = {name: row for row, name in enumerate(store.ids)}
         self._seen = 0
 
     def compare(self, rows: Tensor, ids: list[str]) -> None:
@@ -60,13 +59,14 @@ class _There:
         Raises:
             LograError: A row is there with other numbers.
         """
-        lines = [line for line, name in enumerate(ids) if name in self._row_of]
-        if not lines:
+        numbers = self._store.numbers_of(ids)
+        lines = (numbers >= 0).nonzero().flatten()
+        if not len(lines):
             return
         self._seen += len(lines)
-        numbers = [self._row_of[ids[line]] for line in lines]
-        first, stop = min(numbers), max(numbers) + 1
-        kept = self._store.read(first, stop)[[number - first for number in numbers]]
+        numbers = numbers[lines]
+        first = int(numbers.min())
+        kept = self._store.read(first, int(numbers.max()) + 1)[numbers - first]
         if not torch.equal(self._store.as_stored(rows[lines]), kept):
             raise self._of_another("numbers")
 
@@ -75,7 +75,7 @@ class _There:
         Raises:
             LograError: Rows are there that did not come.
         """
-        if self._seen < len(self._row_of):
+        if self._seen < len(self._store):
             raise self._of_another("rows")
 
     def _of_another(self, what: str) -> LograError:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from logra_kernels.demo.corpus import Passage
@@ -105,8 +104,7 @@ def ask(run: Run, model: nn.Module, asked: causal_lm.Batch, passages: Sequence[P
         causal_lm.loss_sum(model, asked).backward()
     # A query counts by its mean loss, as in the proof; by its summed loss the longest would outweigh the others.
     tokens = (asked.labels != causal_lm.IGNORED).sum(dim=1, keepdim=True)
-    place = {name: row for row, name in enumerate(run.store.ids)}
-    order = torch.tensor([place[passage.id] for passage in passages], device="cpu")
+    order = run.store.numbers_of([passage.id for passage in passages])
     return Found(
         ranking=run.scores(query, mode="relatif")[:, order],
         influence=run.scores(query, mode="dot")[:, order] / tokens,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.influence.statistics import check_mask, needed
-from logra_kernels.store import GradientStore, gather_from_ranks, scores_of
+from logra_kernels.store import GradientStore, RowScorer, gather_from_ranks
 
 MODES = ("dot", "relatif", "theta-relatif", "l2")
 NEEDS = {"dot": (), "relatif": ("self_influence",), "theta-relatif": ("solved_norm",), "l2": ("self_influence",)}
@@ -193,13 +193,14 @@ def _ranked(
     _check(store, solved, k, rows)
     device, scores = solved.device, solved.new_zeros(len(solved), 0)
     best = [(scores, torch.zeros_like(scores, dtype=torch.int64)) for _ in ends]
+    scorer = RowScorer(store.manifest, solved, query_format)
     for start, block in store.encoded_blocks(block_bytes(store, len(solved))):
         part = slice(start, start + len(block))
         index = (
             torch.arange(part.start, part.stop, device="cpu") if rows is None else rows[part].nonzero()[:, 0] + start
         )
         mine = (block if rows is None else block[rows[part]]).to(device)
-        found = scores_of(store.manifest, solved, mine, query_format)
+        found = scorer.score(mine)
         found = found if scale is None else found * scale[index].to(device)
         found = found if shift is None else found + shift[index].to(device)
         for i, largest in enumerate(ends):

@@ -8,7 +8,7 @@ from logra_kernels.ops.factor_rows import factor_rows
 from logra_kernels.ops.project_grad import AddProjectGrad, add_project_grad, kept_dtype, project_grad
 from logra_kernels.ops.project_rows import ProjectRows, columns_stand_alone, project_rows, row_projector
 from logra_kernels.ops.quantize_rows import quantize_rows
-from logra_kernels.ops.score_block import QUERY_FORMATS, score_block
+from logra_kernels.ops.score_block import QUERY_FORMATS, Scorer, score_block
 from logra_kernels.ops.score_factored import score_factored
 from logra_kernels.ops.score_topk import TopK, score_topk
 
@@ -22,6 +22,7 @@ __all__ = [
     "FallbackWarning",
     "ProjectRows",
     "RowFormat",
+    "Scorer",
     "TopK",
     "accumulate_gram",
     "accumulator_dtype",

@@ -199,11 +199,12 @@ class Analysis(ABC):
         Raises:
             LograError: No such row.
         """
-        place = {row: i for i, row in enumerate(self.commit().ids)}
-        absent = [i for i in ids if i not in place]
+        ids = list(ids)
+        numbers = self.commit().numbers_of(ids).tolist()
+        absent = [name for name, number in zip(ids, numbers, strict=True) if number < 0]
         if absent:
             raise LograError(f"the store {self.store.path} has no row {absent[0]!r}; see store.ids")
-        parts = [self.store.read(place[i], place[i] + 1) for i in ids]
+        parts = [self.store.read(number, number + 1) for number in numbers]
         rows = torch.cat(parts) if parts else torch.empty(0, self.store.dim, dtype=torch.float32, device="cpu")
         return Query(list(ids), rows if self.store.whitening is None else self.store.whitening.undo(rows))
 

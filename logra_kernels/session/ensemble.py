@@ -121,11 +121,11 @@ def _aligned(name: str, members: Members) -> Iterator[tuple[Analysis, Query, Ten
             raise LograError(
                 f"{name}: the queries of {run.store.path} are {query.ids}, not {first[1].ids}; ask the same"
             )
-        place = {row: i for i, row in enumerate(run.commit().ids)}
-        differ = set(place) ^ set(ids)
-        if differ:
+        order = run.commit().numbers_of(ids)
+        if len(run.store) != len(ids) or bool((order < 0).any()):
+            differ = set(run.store.ids) ^ set(ids)
             raise LograError(
                 f"{name}: {first[0].store.path} and {run.store.path} hold different rows: {len(differ)} ids are in one"
                 f" only, {min(differ)!r} for one; log the same rows in both"
             )
-        yield run, query, torch.tensor([place[row] for row in ids], dtype=torch.int64, device="cpu")
+        yield run, query, order

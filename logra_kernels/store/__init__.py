@@ -8,7 +8,7 @@ from logra_kernels.store.reading.ahead import held_bytes
 from logra_kernels.store.reading.coarse import IndexInfo
 from logra_kernels.store.reading.memory import process_bytes
 from logra_kernels.store.reading.reader import factored_bytes
-from logra_kernels.store.reading.scoring import scores_of
+from logra_kernels.store.reading.scoring import RowScorer
 from logra_kernels.store.reading.share import Share, gather_from_ranks, sum_over_ranks
 from logra_kernels.store.reading.zero import known_zero_layers, zero_layers
 from logra_kernels.store.skipped import add_skipped, read_skipped
@@ -20,6 +20,7 @@ from logra_kernels.store.writing.writer import writing_bytes
 __all__ = [
     "GradientStore",
     "IndexInfo",
+    "RowScorer",
     "Share",
     "Whitening",
     "add_skipped",
@@ -37,7 +38,6 @@ __all__ = [
     "quantization_loss",
     "quantize",
     "read_skipped",
-    "scores_of",
     "shard_bytes",
     "sidecars_of",
     "spread_of",

@@ -4,6 +4,7 @@ from ops.views import VIEWS, far_apart
 from tolerance import assert_as_good_as_naive
 
 import logra_kernels as lk
+from logra_kernels import ops
 from logra_kernels.ops.score_block import op, reference
 
 SHAPES = [(1, 1, 16), (3, 37, 40), (70, 65, 131), (1, 200, 33), (17, 9, 1), (2, 3, 700)]  # Q N D
@@ -120,3 +121,45 @@ def test_bad_input_raises():
 def test_unavailable_backend_raises():
     with pytest.raises(RuntimeError, match="score_block: backend 'cublas' is not available here"):
         lk.score_block(*case(3, 20, 24), backend="cublas")
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16", "fp16", "int8", "int4", "sign"])
+@pytest.mark.parametrize("query_format", [None, "int8", "fp32"])
+@pytest.mark.parametrize("q", [1, 7, 70, 300])
+def test_blocks_that_come_one_by_one_give_the_bits_of_a_call_each(form, query_format, q):
+    rows = lk.quantize_rows(torch.randn(500, 300), form)
+    if query_format is not None and not rows.format.scaled:
+        with pytest.raises(ValueError, match="is for rows with scales"):
+            ops.Scorer(torch.randn(q, 300), query_format).score(rows)
+        return
+    numbers = rows if rows.format.scaled else rows.codes
+    queries = torch.randn(q, 300).to(torch.float32 if rows.format.scaled else numbers.dtype)
+    scorer = ops.Scorer(queries, query_format)
+    out = torch.full((q, 510), torch.nan)
+    for start, stop in ((0, 7), (7, 8), (8, 8), (8, 300), (300, 500)):
+        scorer.score(numbers[start:stop], out[:, start:stop])
+        alone = lk.score_block(queries, numbers[start:stop], query_format=query_format)
+        assert torch.equal(out[:, start:stop], alone)
+        assert torch.equal(scorer.score(rows[start:stop]), alone)
+    assert out[:, 500:].isnan().all()
+    spread = torch.full((500, q), torch.nan).T
+    scorer.score(numbers, spread)
+    assert torch.equal(spread, lk.score_block(queries, numbers, query_format=query_format))
+
+
+def test_what_does_not_fit_a_scorer_raises():
+    queries, rows = torch.randn(3, 200), torch.randn(9, 200)
+    scorer = ops.Scorer(queries)
+    scorer.score(lk.quantize_rows(rows, "int8"))
+    with pytest.raises(ValueError, match="the rows of a scorer must all have one format"):
+        scorer.score(lk.quantize_rows(rows, "int4"))
+    with pytest.raises(ValueError, match=r"queries \(3, 200\) and rows \(9, 199\)"):
+        scorer.score(rows[:, 1:])
+    assert ops.Scorer(queries.double()).score(rows.double()).dtype == torch.float64
+    with pytest.raises(ValueError, match="queries are torch.float32; for torch.float64 rows"):
+        scorer.score(rows.double())
+
+
+def test_a_scorer_on_another_device_or_backend(target):
+    queries, rows = case(5, 50, 16, device=target.device)
+    torch.testing.assert_close(ops.Scorer(queries).score(rows), lk.score_block(queries, rows, backend=target.backend))

@@ -9,6 +9,7 @@ from logra_kernels import influence
 from logra_kernels.curvature import Damping
 from logra_kernels.errors import LograError
 from logra_kernels.session.sensitivity import spearman
+from logra_kernels.store import GradientStore
 
 
 @pytest.fixture
@@ -158,3 +159,17 @@ def test_bad_questions_name_what_and_what_to_do(case):
     with pytest.raises(LograError, match="must not be negative"):
         run.scores(query, damping=-1.0)
     assert run.scores(ask(run, 2)).shape == (2, N)
+
+
+def test_rows_are_found_without_a_list_of_all_ids(tmp_path, monkeypatch):
+    run, query = make_run(tmp_path / "s", projection=lk.Projection(rank=3))
+    rows = run.store.read(0, N)
+    monkeypatch.setattr(GradientStore, "ids", property(lambda self: pytest.fail("a list of all ids")))
+    with run:
+        assert torch.equal(run.stored(["row7", "row0", "row7"]).rows, rows[[7, 0, 7]])
+        run.finalize()
+        assert run.delete(iter(["row3", "row12"])) == 2
+        assert torch.equal(run.stored(["row4"]).rows, rows[4:5])
+        with pytest.raises(LograError, match="has no row 'row3'"):
+            run.stored(["row3"])
+        assert run.topk(query, 3).ids

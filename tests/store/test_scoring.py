@@ -4,7 +4,9 @@ import pytest
 import torch
 from store.samples import DIM, LAYERS, ids_of, rows_of
 
+from logra_kernels import ops
 from logra_kernels.errors import StoreError
+from logra_kernels.ops import score_block
 from logra_kernels.store import GradientStore
 
 COUNT = 37
@@ -122,3 +124,29 @@ def test_what_is_appended_between_two_queries_is_found(tmp_path):
             store.flush()
             for _ in range(3):  # the later ones find all shards at hand
                 assert torch.equal(store.topk(queries, 6)[1], ordered(queries @ rows[:stop].T, 6, True))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_queries_are_laid_out_once_for_a_pass(tmp_path, dtype, monkeypatch):
+    rows = torch.randn(90, 300)
+    with GradientStore.create(tmp_path / "s", {"a": (10, 30)}, dtype, rows_per_shard=8) as writer:
+        writer.append(rows, [str(i) for i in range(90)])
+    store, queries, scale = GradientStore.open(tmp_path / "s"), torch.randn(20, 300), torch.rand(90)
+    made = []
+    laid_out = ops.Scorer.__init__
+    monkeypatch.setattr(ops.Scorer, "__init__", lambda self, *args: (made.append(self), laid_out(self, *args))[1])
+    got = store.score(queries, scale)
+    assert len(made) == 1
+    blocks = [encoded for _, encoded in store.encoded_blocks()]
+    assert torch.equal(got, torch.cat([score_block(queries, block) for block in blocks], dim=1) * scale)
+
+
+def test_rows_are_found_by_their_ids(tmp_path):
+    with GradientStore.create(tmp_path / "s", {"a": (2, 3)}, rows_per_shard=4) as writer:
+        writer.append(torch.randn(10, 6), [f"r{i}" for i in range(10)])
+        writer.delete(["r2", "r7"])
+    store = GradientStore.open(tmp_path / "s")
+    assert store.numbers_of(["r9", "r0", "r2", "no such", "r3"]).tolist() == [7, 0, -1, -1, 2]
+    assert store.numbers_of([]).tolist() == []
+    with pytest.raises(StoreError, match="ids must be a list of str"):
+        store.numbers_of([3])

@@ -24,7 +24,7 @@ from logra_kernels.store.format import Manifest, read_manifest
 from logra_kernels.store.ids import KnownIds
 from logra_kernels.store.reading.ahead import loaded, on_device
 from logra_kernels.store.reading.memory import outgrows_memory
-from logra_kernels.store.reading.scoring import Best, scores_of
+from logra_kernels.store.reading.scoring import Best, RowScorer
 from logra_kernels.store.shard import MappedShard, Piece, asked_lately, damaged, missing, read_columns
 
 BLOCK_BYTES = 64 << 20
@@ -287,11 +287,10 @@ class Reader:
         """[Q, N] fp32 on the queries' device."""
         queries, row_scale = self.check(queries, row_scale, query_format)
         out = queries.new_zeros((queries.shape[0], self.manifest.rows), dtype=torch.float32)
+        scorer = RowScorer(self.manifest, queries, query_format)
         for first, rows in on_device(self._blocks_to_score(len(queries), max_bytes), queries.device):
-            part = slice(first, first + len(rows))
-            scores = scores_of(self.manifest, queries, rows, query_format)
-            out[:, part] = scores if row_scale is None else scores * row_scale[part]
-        return out
+            scorer.score(rows, out[:, first : first + len(rows)])
+        return out if row_scale is None else out.mul_(row_scale)
 
     def topk(
         self,

@@ -6,22 +6,41 @@ Rows that are kept as factors are not rebuilt for it.
 import torch
 from torch import Tensor
 
-from logra_kernels.ops import EncodedRows, TopK, score_block, score_factored
+from logra_kernels.ops import EncodedRows, Scorer, TopK, score_factored
 from logra_kernels.ops.score_topk import Ranked, RowBlocks, merge, nothing
 from logra_kernels.store.format import Manifest
 
 
-def scores_of(manifest: Manifest, queries: Tensor, rows: EncodedRows, query_format: str | None = None) -> Tensor:
-    """[Q, n]; `query_format` as in `score_block`.
+class RowScorer:
+    """Queries against any number of blocks of a store's rows.
+
+    Args:
+        queries: [Q, D]; they must not change meanwhile.
+        query_format: As in `score_block`.
 
     Raises:
-        ValueError: A query_format for rows that have no scales or are kept as factors.
+        ValueError: A query_format for rows that are kept as factors.
     """
-    if manifest.rank is None:
-        return score_block(queries, rows, query_format=query_format)
-    if query_format is not None:
-        raise ValueError(f"query_format {query_format!r} is for dense rows with scales; leave it out for factors")
-    return score_factored(queries, rows, manifest.sizes, manifest.rank)
+
+    def __init__(self, manifest: Manifest, queries: Tensor, query_format: str | None = None) -> None:
+        self._manifest, self._queries = manifest, queries
+        self._dense = None
+        if manifest.rank is None:
+            self._dense = Scorer(queries, query_format)
+        elif query_format is not None:
+            raise ValueError(f"query_format {query_format!r} is for dense rows with scales; leave it out for factors")
+
+    def score(self, rows: EncodedRows, out: Tensor | None = None) -> Tensor:
+        """[Q, n] fp32, written to `out` where it is given.
+
+        Raises:
+            ValueError: A query_format for rows that have no scales.
+        """
+        if self._dense is not None:
+            return self._dense.score(rows, out)
+        assert self._manifest.rank is not None
+        found = score_factored(self._queries, rows, self._manifest.sizes, self._manifest.rank)
+        return found if out is None else out.copy_(found)
 
 
 class Best:
@@ -34,20 +53,22 @@ class Best:
     def __init__(
         self, manifest: Manifest, queries: Tensor, k: int, count: int, largest: bool, query_format: str | None = None
     ):
-        self._manifest, self._queries, self._k, self._largest = manifest, queries, k, largest
-        self._query_format = query_format
+        self._queries, self._k, self._largest = queries, k, largest
         self._rows = 0
-        self._dense = None
+        self._dense = self._factored = None
         self._found: Ranked | None = None
         if manifest.rank is None:
             self._dense = TopK(queries, k, count, largest=largest, query_format=query_format)
+        else:
+            self._factored = RowScorer(manifest, queries, query_format)
 
     def add(self, *blocks: tuple[EncodedRows, Tensor | None]) -> None:
         """The next blocks: rows and their factors [n]."""
         if self._dense is not None:
             return self._dense.add(*blocks)
+        assert self._factored is not None
         for rows, scale in blocks:
-            scores = scores_of(self._manifest, self._queries, rows, self._query_format)
+            scores = self._factored.score(rows)
             values, index = self._of_scores(scores if scale is None else scores * scale)
             self._found = merge(self._found, (values, index + self._rows), self._k, self._largest)
             self._rows += len(rows)

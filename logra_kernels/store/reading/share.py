@@ -14,7 +14,7 @@ from torch import Tensor
 
 from logra_kernels.ops import EncodedRows
 from logra_kernels.store.reading.reader import BLOCK_BYTES
-from logra_kernels.store.reading.scoring import Best, scores_of
+from logra_kernels.store.reading.scoring import Best, RowScorer
 from logra_kernels.store.store import GradientStore
 
 
@@ -57,8 +57,9 @@ class Share(GradientStore):
         query_format: str | None = None,
     ) -> Tensor:
         out = queries.new_zeros((len(queries), len(self)), dtype=torch.float32)
+        scorer = RowScorer(self.manifest, queries, query_format)
         for first, rows in self.encoded_blocks(max_bytes):
-            out[:, first : first + len(rows)] = scores_of(self.manifest, queries, rows.to(queries.device), query_format)
+            scorer.score(rows.to(queries.device), out[:, first : first + len(rows)])
         sum_over_ranks(self, [out])
         return out if row_scale is None else out.mul_(row_scale.to(out.device))
 

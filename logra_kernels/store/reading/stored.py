@@ -1,9 +1,10 @@
 """What a store is asked of its rows: ids and columns, blocks, scores, the best of them."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from logra_kernels.ops import EncodedRows
@@ -35,6 +36,14 @@ class StoredRows(Facts):
     def ids_of(self, indices: Tensor) -> list[str]:
         """The ids of chosen rows, [k] int64, without making a list of all."""
         return self.table.column("id").take(pa.array(indices.tolist(), pa.int64())).to_pylist()
+
+    def numbers_of(self, ids: Sequence[str]) -> Tensor:
+        """The numbers of the committed rows with these ids, [n] int64; -1 for an id that no row has.
+
+        Raises:
+            StoreError: They are no strings.
+        """
+        return torch.from_numpy(self._current().known.numbers(list(ids)))
 
     @property
     def columns(self) -> dict[str, list]:
