@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from logra_kernels.errors import LograError
+from logra_kernels.integrations.next_token import summed_nll
 
 IGNORED = -100
 """Label of a position whose token is not predicted, as in Hugging Face models."""
@@ -154,29 +155,25 @@ def losses(model: nn.Module, batch: Batch, *, nonfinite: str = "raise") -> tuple
         nonfinite: "keep" leaves losses that are NaN or infinite to who asks.
 
     Returns:
-        (nll [N] fp32, number of predicted tokens [N] int64).
+        (nll [N] fp32, fp64 of an fp64 model, number of predicted tokens [N] int64).
 
     Raises:
         LograError: A sample's loss is NaN or infinite, unless that is kept.
     """
     # No cache: it would only hold memory during the backward pass.
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    labels = batch.labels[:, 1:]
-    predicted = labels != IGNORED
-    # Only the predicted positions are raised to fp32: the vocabulary makes these the largest tensors of the model.
-    each = nn.functional.cross_entropy(output.logits[:, :-1][predicted].float(), labels[predicted], reduction="none")
-    nll = torch.zeros(labels.shape, dtype=each.dtype, device=each.device).masked_scatter(predicted, each).sum(dim=1)
+    nll = summed_nll(output.logits, batch.labels, IGNORED)
     finite = torch.isfinite(nll.detach())
     if nonfinite == "raise" and not bool(finite.all()):
         bad = int((~finite).nonzero()[0, 0])
         name = batch.ids[bad] if batch.ids else f"number {bad + 1} of the batch"
         kind = "NaN" if bool(nll.detach()[bad].isnan()) else "infinite"
         raise LograError(f"the model's loss is {kind} on row {name}; check the weights, the dtype and that row")
-    return nll, predicted.sum(dim=1)
+    return nll, (batch.labels[:, 1:] != IGNORED).sum(dim=1)
 
 
 def loss_sum(model: nn.Module, batch: Batch, *, nonfinite: str = "raise") -> Tensor:
-    """Sum of the next-token negative log-likelihood over samples and positions, a scalar in fp32.
+    """Sum of the next-token negative log-likelihood over samples and positions, a scalar.
 
     A sum and not a mean: a mean would rescale every sample's gradient by its batch.
 
