@@ -112,7 +112,8 @@ struct FewProduct : Codes {
     float found[kFewRows * kFewQueries];
     const int64_t width = b.width, vectors = kFewRows * width;
     kernels.sum_lanes(scratch + (group * steps + step) * vectors * kFewLanes, vectors, found);
-    for (int64_t i = 0; i < kFewRows && row_of(step, i, steps) < rows; ++i) {
+    for (int64_t i = 0; i < kFewRows; ++i) {
+      if (row_of(step, i, steps) >= rows) continue;  // the next one may be of a stream that is not at its end
       float* to = c.data + (row + row_of(step, i, steps)) * c.row_stride + group * width * c.column_stride;
       const int64_t count = std::min(width, plan.queries - group * width);
       for (int64_t q = 0; q < count; ++q) to[q * c.column_stride] = found[i * width + q];

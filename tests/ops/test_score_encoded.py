@@ -196,3 +196,20 @@ def test_bad_input_raises():
         lk.score_block(queries, torch.randn(20, 200), query_format="int8")
     with pytest.raises(ValueError, match=r"row_scale \(19,\) torch.float32 must be \[20\] torch.float32"):
         lk.score_topk(queries, rows, 3, torch.ones(19))
+
+
+@pytest.mark.parametrize("q", [1, 2, 3, 4])
+@pytest.mark.parametrize("d", [64, 448, 1152])
+def test_any_number_of_rows(name, q, d):
+    """The last rows of a few streams through them are as many as there are left."""
+    queries = torch.randn(q, d)
+    for n in range(1, 36):
+        rows = lk.quantize_rows(torch.randn(n, d), name)
+        exact = queries.double() @ lk.dequantize_rows(rows).double().T
+        junk = torch.full((q, n), torch.nan)
+        del junk  # the memory that the scores are likely to get
+        for query_format in (None, "int8"):
+            got = lk.score_block(queries, rows, query_format=query_format).double()
+            torch.testing.assert_close(got, exact, rtol=0, atol=0.03 * d**0.5)
+        index = lk.score_topk(queries, rows, n)[1]
+        assert sorted(index[0].tolist()) == list(range(n))
