@@ -5,6 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from logra_kernels.curvature.factor import Factor
 from logra_kernels.curvature.solver import Solver, SpectralSolver
 from logra_kernels.curvature.statistics import Curvature
 from logra_kernels.curvature.summed import SummedCurvature
@@ -20,6 +21,13 @@ class Identity(Curvature):
     @classmethod
     def found(cls, store: GradientStore, progress: Progress | None) -> Self:
         return cls(store.layers, len(store))
+
+    @classmethod
+    def without_rows(cls, layers: dict[str, tuple[int, int]]) -> Factor:
+        """The factor of rows of these layers, name -> (k_out, k_in), wherever they are."""
+        found = cls(layers, 0)
+        found.means = dict.fromkeys(layers, 1.0)
+        return found.factorize()
 
     def diagonal(self, block: str) -> Tensor:
         return torch.ones(sum(self.widths(block)), dtype=torch.float32, device="cpu")
