@@ -113,6 +113,7 @@ class Taps(TapState):
         Args:
             batch_size: N. Needed beforehand only where torch.compile traces the model; else the first forward tells.
             weights: A factor for each position, [N, T] (a padding mask, say); positions of weight 0 are left out.
+                Of bool, layers that see one position a sample (behind a pooling) are left as they are.
             offsets: Where token rows [B, T] are packed with documents: [N+1] int64 (cu_seqlens), document n being the
                 positions offsets[n] .. offsets[n+1]-1 of the B * T flattened ones, of which every one belongs to a
                 document (padding to the one before it, with weight 0 where the loss does not leave it out already).

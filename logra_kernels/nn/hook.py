@@ -110,12 +110,16 @@ class Hook:
         weights = self.taps.weights
         if weights is not None:
             shape = adapter.positions(x, y)
-            if (offsets is None and weights.shape[0] != shape[0]) or weights.numel() != math.prod(shape):
+            fits = (offsets is not None or weights.shape[0] == shape[0]) and weights.numel() == math.prod(shape)
+            if not fits and weights.dtype == torch.bool and shape == weights.shape[:1] and offsets is None:
+                weights = None  # a mask has nothing to say of one position a sample
+            elif not fits:
                 raise MisfitError(
                     f"capture: weights {tuple(weights.shape)} do not fit the {tuple(shape)} positions of layer"
                     f" {self.name!r}"
                 )
-            weights = weights.to(y.device, probe.dtype).reshape(shape[0], -1)
+            else:
+                weights = weights.to(y.device, probe.dtype).reshape(shape[0], -1)
         if hasattr(x, "device_mesh"):
             adapter, x = parallel(self.name, adapter, x, y)
         return self.tap(adapter, y, x, weights, offsets)

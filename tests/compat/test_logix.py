@@ -280,6 +280,38 @@ def test_covariances_leave_masked_positions_out(tmp_path):
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_mask_beside_a_pooled_layer(tmp_path):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.head = nn.Linear(7, 6), nn.Linear(6, 5)
+
+        def forward(self, x, mask):
+            return self.head((torch.tanh(self.token(x)) * mask[..., None]).sum(1))
+
+    model, (x, y), mask = Pooled().eval(), data_of(positions=(4,)), torch.ones(N, 4, dtype=torch.int64)
+    mask[::2, 2:] = 0
+    run = session(tmp_path)
+    run.watch(model)
+    for _ in logix.LogIXScheduler(run, lora="pca", hessian="kfac", save="grad"):
+        with run(data_id=range(N), mask=mask):
+            nn.functional.cross_entropy(model(x, mask), y[:, 0], reduction="sum").backward()
+        run.finalize()
+    log = merge_logs(list(run.build_log_dataloader()))
+    own = run.compute_self_influence(log, damping=0.1)["influence"].double()
+    hidden = (torch.tanh(model.token(x)) * mask[..., None]).sum(1).detach()
+    out = model.head(hidden)
+    (dy,) = torch.autograd.grad(nn.functional.cross_entropy(out, y[:, 0], reduction="sum"), out)
+    p_in, p_out = (p.double() for p in run.session.taps.factors["head"])
+    a, b = hidden.double() @ p_in.T, dy.double() @ p_out.T
+    kron = torch.kron(b.T @ b / N, a.T @ a / N) + 0.1 * torch.eye(16, dtype=torch.float64)
+    g = log[1]["head"]["grad"].double().flatten(1)
+    exact = torch.einsum("nd,nd->n", g, torch.linalg.solve(kron, g.T).T)
+    part = run.compute_self_influence(log, damping=0.1, influence_groups=["head"])["influence"]["head"]
+    torch.testing.assert_close(part.double(), exact, rtol=1e-4, atol=1e-5)
+    assert (own > exact).all()
+
+
 def test_the_next_session_goes_on(tmp_path):
     model, (x, y) = model_of(), data_of()
     wanted = {}

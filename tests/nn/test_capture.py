@@ -138,6 +138,37 @@ def test_masked_positions_do_not_count_even_where_they_are_nan():
     assert_equal_rows(taps.grads, exact)
 
 
+def test_a_mask_leaves_layers_without_positions_as_they_are():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.head = nn.Linear(12, 16), nn.Linear(16, 5)
+
+        def forward(self, x, mask):
+            return self.head((torch.tanh(self.token(x)) * mask[..., None]).sum(1))
+
+    model, (x, _) = Pooled(), data()
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[0, 4:], mask[2, :3] = False, False
+    losses = [lambda i=i: model(x[i : i + 1], mask[i : i + 1]).square().sum() for i in range(3)]
+    with lk.capture(model, SMALL) as taps:
+        exact = projected_autograd(model, taps, losses)
+        taps.reset(weights=mask)
+        model(torch.where(mask[..., None], x, 1e9), mask).square().sum().backward()
+        assert_equal_rows(taps.grads, exact)
+        with taps.covariances() as found:
+            taps.reset(weights=mask)
+            model(x, mask).square().sum().backward()
+        assert [sums.positions for sums in found.layers.values()] == [int(mask.sum()), 3]
+        taps.reset(weights=mask.float())
+        with pytest.raises(ValueError, match=r"weights \(3, 7\) do not fit the \(3,\) positions of layer 'head'"):
+            model(x, mask).square().sum().backward()
+    with lk.capture(model.head, SMALL) as taps:  # a mask that fits is one
+        taps.reset(weights=torch.tensor([[True], [False], [True]]))
+        model.head(torch.randn(3, 16)).square().sum().backward()
+    assert taps.grads[""].flatten(1).norm(dim=1).gt(0).tolist() == [True, False, True]
+
+
 def test_weights_scale_positions():
     model, (x, target) = nn.Linear(12, 5), data()
     weights = torch.rand(3, 7)

@@ -260,7 +260,7 @@ class LogIX:
             self._drop()
             raise LograError("logix: a batch was begun inside of another; end it first")
         self._ids, self._log = names, None
-        mask = None if mask is None or bool(mask.bool().all()) else mask
+        mask = None if mask is None or bool(mask.bool().all()) else mask.bool()
         batch = ExitStack()
         batch.enter_context(self._logging(names, mask, save))
         self._batch = batch
