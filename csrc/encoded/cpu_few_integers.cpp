@@ -141,15 +141,6 @@ struct FewProduct : Codes {
                   sums + g * steps * kFewRows * b.width * kFewLanes, unit > 0);
     }
   }
-
-  // Of whole units, copied only where they do not lie so.
-  const float* scales_of(int64_t row, int64_t unit, int64_t units, float* copy) const {
-    if (a.encoding.block == kUnit && !a.encoding.half_scales) {
-      return static_cast<const float*>(a.scales) + row * a.scale_stride + unit;
-    }
-    copy_scales(row, kUnit, unit, units, copy);
-    return copy;
-  }
 };
 
 int64_t rows_of_task(const Codes& codes, int n_threads) {
@@ -174,7 +165,7 @@ struct FewQueries : IntegerQueries {
 
 std::unique_ptr<IntegerQueries> pack_few_integers(const Plan& plan, const Rows& b, int n_threads) {
   auto queries = std::make_unique<FewQueries>(plan);
-  if (!pack_spans(queries->columns, b, n_threads)) return nullptr;
+  if (!place_spans(queries->columns, b, n_threads)) return nullptr;
   return queries;
 }
 

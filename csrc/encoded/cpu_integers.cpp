@@ -161,19 +161,23 @@ constexpr double kLargest[kMostDigits + 1] = {0, 127, 127 * 256};  // whole numb
 
 }  // namespace
 
+const float* span_numbers(const Plan& plan, const Rows& b, int64_t query, int64_t s, float* x) {
+  const int64_t start = s * plan.span, n = std::min(plan.span, plan.depth - start);
+  if (b.dtype == Dtype::kF32 && b.column_stride == 1 && !b.rounded && n == plan.span) {
+    const float* from = static_cast<const float*>(b.data) + b.offset(query) + start;
+    for (int64_t i = 0; i < n; i += kCacheLine / 4) __builtin_prefetch(from + n + i);  // of the next span
+    return from;
+  }
+  lgk::kernels<float>().pack_rows(b, query, 1, start, n, x, kMostSpan);
+  std::fill(x + n, x + round_up(n, kUnit), 0.0f);
+  return x;
+}
+
 bool pack_span(const Plan& plan, const Rows& b, int64_t query, int64_t s, float* x, Span& to) {
   const IntegerKernels& kernels = *integer_kernels();
-  const int64_t start = s * plan.span, n = std::min(plan.span, plan.depth - start);
-  to.units = ceil_div(n, kUnit);
-  const float* from = x;
-  if (b.dtype == Dtype::kF32 && b.column_stride == 1 && !b.rounded && n == plan.span) {
-    from = static_cast<const float*>(b.data) + b.offset(query) + start;
-    for (int64_t i = 0; i < n; i += kCacheLine / 4) __builtin_prefetch(from + n + i);  // of the next span
-  } else {
-    lgk::kernels<float>().pack_rows(b, query, 1, start, n, x, kMostSpan);
-    std::fill(x + n, x + to.units * kUnit, 0.0f);
-  }
-  const float most = kernels.largest(from, n);
+  const float* from = span_numbers(plan, b, query, s, x);
+  to.units = plan.units_of(s);
+  const float most = kernels.largest(from, to.units * kUnit);
   const float unit = static_cast<float>(most / kLargest[plan.digits]);
   const bool some = unit >= std::numeric_limits<float>::min() && std::isfinite(most);
   to.unit = some ? unit : 0.0f;
@@ -185,7 +189,7 @@ bool pack_span(const Plan& plan, const Rows& b, int64_t query, int64_t s, float*
 
 std::unique_ptr<IntegerQueries> pack_many_integers(const Plan& plan, const Rows& b, int n_threads) {
   auto queries = std::make_unique<ManyQueries>(plan);
-  if (!pack_spans(queries->tiles, b, n_threads)) return nullptr;
+  if (!place_spans(queries->tiles, b, n_threads)) return nullptr;
   return queries;
 }
 

@@ -5,6 +5,7 @@
 #include "common/kernels.h"
 #include "encoded/integers.h"
 #include "encoded/kernels.h"
+#include "encoded/signs.h"
 
 namespace lgk {
 
@@ -12,6 +13,7 @@ extern const EncodedKernels kEncodedBase;
 #if LGK_HAS_X86_SETS
 extern const EncodedKernels kEncodedV3, kEncodedV4;
 extern const IntegerKernels kIntegersV4Vnni;
+extern const SignKernels kSignsV4Vbmi;
 extern const decltype(EncodedKernels::few_f8) kFewF8V4Vbmi;
 #endif
 
@@ -46,6 +48,15 @@ const IntegerKernels* integer_kernels() {
 #if LGK_HAS_X86_SETS
   static const bool have = beyond_v4();
   return have && __builtin_cpu_supports("avx512vnni") ? &kIntegersV4Vnni : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
+const SignKernels* sign_kernels() {
+#if LGK_HAS_X86_SETS
+  static const bool have = __builtin_cpu_supports("avx512vbmi");
+  return have && integer_kernels() != nullptr ? &kSignsV4Vbmi : nullptr;
 #else
   return nullptr;
 #endif

@@ -49,8 +49,9 @@ EncodedQueries::EncodedQueries(const Rows& b, int64_t n, int64_t depth, const En
   for (int64_t g = 0; integers && g < static_cast<int64_t>(groups_.size()); ++g) {
     const Plan plan = {encoding.code, depth, std::min(kAtOnce, n - g * kAtOnce), digits, span};
     const int threads = threads_for(kPacking * plan.queries * depth, n_threads);
-    groups_[g] =
-        (plan.queries <= kFewColumns ? pack_few_integers : pack_many_integers)(plan, b.from(g * kAtOnce), threads);
+    const bool few = plan.queries <= kFewColumns;
+    const auto pack = !few ? pack_many_integers : tables_pay(plan) ? pack_few_signs : pack_few_integers;
+    groups_[g] = pack(plan, b.from(g * kAtOnce), threads);
   }
   const auto laid_out = [](const auto& group) { return group != nullptr; };
   if (digits != 1 || std::all_of(groups_.begin(), groups_.end(), laid_out)) return;

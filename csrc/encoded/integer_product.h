@@ -24,6 +24,7 @@ struct Plan {
   int64_t units() const { return ceil_div(depth, kUnit); }
   int64_t span_units() const { return span / kUnit; }
   int64_t spans() const { return ceil_div(depth, span); }
+  int64_t units_of(int64_t s) const { return std::min(span_units(), units() - s * span_units()); }
 };
 
 // One span of a query in fixed point.
@@ -34,7 +35,10 @@ struct Span {
   int32_t sums[kMostSpan / kUnit][kMostDigits];
 };
 
-// Packs one span of a query; false if it holds NaN or Inf. x: kMostSpan numbers for each row of a row tile.
+// A span of a query in fp32, with zeros to whole units; x: room for kMostSpan numbers for each row of a row tile.
+const float* span_numbers(const Plan& plan, const Rows& b, int64_t query, int64_t s, float* x);
+
+// Packs one span of a query; false if it holds NaN or Inf.
 bool pack_span(const Plan& plan, const Rows& b, int64_t query, int64_t s, float* x, Span& to);
 
 // What both ways need of the rows.
@@ -69,6 +73,17 @@ struct Codes {
     for (int64_t i = count - 1; i >= 0; --i) to[i] = floats[((first + i) >> shift) - (first >> shift)];
   }
 
+  // Scales of whole units, copied only where they do not lie so.
+  bool scales_lie_whole() const { return a.encoding.block == kUnit && !a.encoding.half_scales; }
+  const float* whole_scales(int64_t row, int64_t unit) const {
+    return static_cast<const float*>(a.scales) + row * a.scale_stride + unit;
+  }
+  const float* scales_of(int64_t row, int64_t unit, int64_t units, float* copy) const {
+    if (scales_lie_whole()) return whole_scales(row, unit);
+    copy_scales(row, kUnit, unit, units, copy);
+    return copy;
+  }
+
   // A row's codes from `unit` on, no more than kUnit bytes, filled up so that they can be read whole.
   void copy_last(int64_t row, int64_t unit, uint8_t* to) const {
     std::memset(to, 0, kUnit);
@@ -76,10 +91,9 @@ struct Codes {
   }
 };
 
-// Packs the queries; false if one holds NaN or Inf.
-template <class Packed>
-bool pack_spans(const Packed& packed, const Rows& b, int n_threads) {
-  const Plan& plan = packed.plan;
+// pack(query, span, numbers of scratch) for every span of the queries; false if one of them is.
+template <class Pack>
+bool pack_spans(const Plan& plan, const Pack& pack, int n_threads) {
   const int64_t size = round_up(lgk::kernels<float>().row_tile * kMostSpan + kMostSpan, kCacheLine);
   const Buffer<float> scratch(size * n_threads);
   std::atomic<bool> finite{true};
@@ -87,12 +101,22 @@ bool pack_spans(const Packed& packed, const Rows& b, int n_threads) {
 #pragma omp parallel for schedule(static) num_threads(n_threads)
   for (int64_t s = 0; s < plan.spans(); ++s) {
     for (int64_t q = 0; q < plan.queries; ++q) {
-      Span span;
-      if (!pack_span(plan, b, q, s, scratch.data() + size * omp_get_thread_num(), span)) finite = false;
-      packed.place(q, s, span);
+      if (!pack(q, s, scratch.data() + size * omp_get_thread_num())) finite = false;
     }
   }
   return finite;
+}
+
+// Places the digits of every span of b's queries; false if one holds NaN or Inf.
+template <class Packed>
+bool place_spans(const Packed& packed, const Rows& b, int n_threads) {
+  const auto pack = [&](int64_t query, int64_t s, float* x) {
+    Span span;
+    const bool finite = pack_span(packed.plan, b, query, s, x, span);
+    packed.place(query, s, span);
+    return finite;
+  };
+  return pack_spans(packed.plan, pack, n_threads);
 }
 
 // Multiplies rows by the packed queries, in tasks of at most `task` rows that differ by one tile.
@@ -117,5 +141,10 @@ struct IntegerQueries {
 // Null if a query holds NaN or Inf.
 std::unique_ptr<IntegerQueries> pack_few_integers(const Plan& plan, const Rows& b, int n_threads);
 std::unique_ptr<IntegerQueries> pack_many_integers(const Plan& plan, const Rows& b, int n_threads);
+std::unique_ptr<IntegerQueries> pack_few_signs(const Plan& plan, const Rows& b, int n_threads);
+
+// Whether few queries are faster on sign codes by tables of sums. The tables of one query must fit the cache: they are
+// four times its digits, and otherwise rows are read in pieces, from which memory gives less.
+bool tables_pay(const Plan& plan);
 
 }  // namespace lgk

@@ -81,6 +81,23 @@ def test_few_and_many_queries_of_long_rows(name):
     check("cpp", *case(4, 5, 8192, name, 1024, "fp16"))
 
 
+@pytest.mark.parametrize(("block", "scale"), [(128, "fp32"), (512, "fp32"), (128, "fp16")])
+def test_few_queries_of_signs(block, scale):
+    """Rows that fill no vector, units of several runs, and queries of which one number outweighs its neighbours."""
+    for q, n, d in ((1, 33, 128 * 250 + 40), (2, 70, 128 * 140 + 4), (5, 301, 128 * 50)):
+        queries, rows = case(q, n, d, "sign", block, scale)
+        queries[:, ::61] *= 1000
+        check("cpp", queries, rows)
+
+
+def test_few_queries_that_are_not_finite(name):
+    queries, rows = case(3, 40, 700, name)
+    queries[1, 300] = float("inf")
+    got = lk.score_block(queries, rows, backend="cpp")
+    assert not got[1].isfinite().any()
+    assert got[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != _C.isa()])
 def test_every_instruction_set(isa):
     script = """
