@@ -6,6 +6,7 @@
 #include "store/ids.h"
 #include "store/pages.h"
 #include "store/take.h"
+#include "store/writes.h"
 
 namespace py = pybind11;
 using namespace lgk;
@@ -90,10 +91,26 @@ void bind_ids(py::module_& m) {
           py::arg("count"), "Forget those that came last.");
 }
 
+void bind_writes(py::module_& m) {
+  py::class_<store::Writes>(m, "Writes", "Writes of files by a thread of their own, one after the other.")
+      .def(py::init<>())
+      .def(
+          "add",
+          [](store::Writes& writes, int fd, Address data, int64_t bytes, int64_t offset) {
+            check_sizes("Writes", {bytes, offset});
+            return writes.add(fd, reinterpret_cast<const void*>(data), bytes, offset);
+          },
+          py::arg("fd"), py::arg("data"), py::arg("bytes"), py::arg("offset"),
+          "Queue bytes, which must stay as they are, for a file from `offset` on; the write's number.")
+      .def("wait", &store::Writes::wait, py::arg("number"), py::call_guard<py::gil_scoped_release>(),
+           "Return once the write is done: 0, or its errno.");
+}
+
 }  // namespace
 
 void bind_store(py::module_& m) {
   bind_ids(m);
+  bind_writes(m);
   m.def(
       "populate",
       [](Address address, int64_t bytes, int n_threads) {
@@ -151,4 +168,13 @@ void bind_store(py::module_& m) {
       py::arg("source"), py::arg("stride"), py::arg("out"), py::arg("dtype"), py::arg("rows"), py::arg("d"),
       "out, byte ranges one after the other = source, rows of fp32 `stride` apart; whether every number is finite,"
       " before and after.");
+  m.def(
+      "largest_magnitude",
+      [](Address source, int64_t stride, int64_t rows, int64_t d) {
+        check_sizes("largest_magnitude", {rows, d});
+        py::gil_scoped_release unlocked;
+        return store::largest_magnitude(reinterpret_cast<const float*>(source), stride, rows, d);
+      },
+      py::arg("source"), py::arg("stride"), py::arg("rows"), py::arg("d"),
+      "Of rows of fp32 `stride` apart; NaN if there is one.");
 }

@@ -58,4 +58,18 @@ bool take_bf16(const float* source, int64_t stride, const Pieces<uint16_t>& out,
   return take(source, stride, out, d, kTooLargeForBf16, rounded);
 }
 
+float largest_magnitude(const float* source, int64_t stride, int64_t rows, int64_t d) {
+  int32_t largest = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = source + row * stride;
+    for (int64_t i = 0; i < d; ++i) {
+      int32_t bits;
+      std::memcpy(&bits, from + i, sizeof(bits));
+      bits &= static_cast<int32_t>(~kSign);
+      largest = bits > largest ? bits : largest;
+    }
+  }
+  return copied(static_cast<uint32_t>(largest));
+}
+
 }  // namespace lgk::store

@@ -16,4 +16,7 @@ bool take_fp32(const float* source, int64_t stride, const Pieces<float>& out, in
 // Rounded to nearest, ties to even.
 bool take_bf16(const float* source, int64_t stride, const Pieces<uint16_t>& out, int64_t d);
 
+// The largest magnitude of source [rows, d], or NaN if there is one. One pass of one thread.
+float largest_magnitude(const float* source, int64_t stride, int64_t rows, int64_t d);
+
 }  // namespace lgk::store

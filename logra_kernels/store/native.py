@@ -1,8 +1,8 @@
 """The C++ helpers of the store. Without them everything works, page by page and slower."""
 
 import os
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from types import ModuleType
 
 import numpy as np
@@ -45,19 +45,32 @@ def take_rows(rows: Tensor, dtype: torch.dtype, pieces: Sequence[np.ndarray]) ->
     return library.take_rows(rows.data_ptr(), rows.stride(0), _ranges(pieces), DTYPE_CODE[dtype], *rows.shape)
 
 
+def largest_magnitude(rows: Tensor) -> Tensor:
+    """Of rows [n, D], n > 0; NaN if there is one. fp32 rows are looked at by one thread: where all were, the others
+    would go on spinning for milliseconds, on the processors that write the store."""
+    library = _library()
+    if library is None or not takes_rows(rows, torch.float32):
+        return torch.stack(torch.aminmax(rows)).abs().amax()
+    return torch.tensor(library.largest_magnitude(rows.data_ptr(), rows.stride(0), *rows.shape), device="cpu")
+
+
 def quantizes_rows(rows: Tensor) -> bool:
     """Whether `quantize_rows` can be called."""
     return rows.device.type == "cpu" and rows.dtype in _QUANTIZED and is_native("quantize_rows")
 
 
-def quantize_rows(rows: Tensor, form: RowFormat, codes: np.ndarray, scales: np.ndarray) -> bool:
-    """Encode rows [n, D] into memory as `ops.quantize_rows` does; whether every block has a scale. Leaves the store's
-    writer a thread, unless the rows are so few that it has its turn between two calls."""
+def quantizing_threads(rows: Tensor) -> int:
+    """How many threads encode an append. The store's writer is left one, unless the rows are so few that it has its
+    turn between two calls."""
+    threads = torch.get_num_threads()
+    return threads if rows.numel() < LONG else max(1, threads - 1)
+
+
+def quantize_rows(rows: Tensor, form: RowFormat, codes: np.ndarray, scales: np.ndarray, threads: int) -> bool:
+    """Encode rows [n, D] into memory as `ops.quantize_rows` does; whether every block has a scale."""
     library = _library()
     assert library is not None
-    half, threads = form.scale == "fp16", torch.get_num_threads()
-    if rows.numel() >= LONG:
-        threads = max(1, threads - 1)
+    half = form.scale == "fp16"
     at = codes.ctypes.data, scales.ctypes.data
     return library.quantize_rows(matrix(rows), *at, *rows.shape, form.code, half, form.block, False, 0, 0, threads)
 
@@ -107,6 +120,29 @@ class NativePlaces:
             return -1
         _, offsets, data = ids.buffers()
         return self._table.add_arrow(offsets.address + 4 * ids.offset, data.address if data else 0, len(ids))
+
+
+def has_writes() -> bool:
+    """Whether `NativeWrites` can be made."""
+    return _library() is not None
+
+
+class NativeWrites:
+    """`disk.Writes` in C++, in a thread of its own."""
+
+    def __init__(self) -> None:
+        library = _library()
+        assert library is not None
+        self._writes = library.Writes()
+
+    def begin(self, fd: int, data: np.ndarray, offset: int) -> Callable[[], None]:
+        return partial(self._finish, self._writes.add(fd, data.ctypes.data, len(data), offset), data)
+
+    def _finish(self, number: int, data: np.ndarray) -> None:
+        """`data` is held until then."""
+        error = self._writes.wait(number)
+        if error:
+            raise OSError(error, os.strerror(error))
 
 
 def populate(pages: np.ndarray) -> None:

@@ -23,10 +23,19 @@ def small_slots(monkeypatch):
     monkeypatch.setattr(disk, "SLOT_BYTES", SLOT)
 
 
+@pytest.fixture
+def python_writes(monkeypatch):
+    """The disk without the native library, so that `os.pwrite` may be replaced."""
+    monkeypatch.setattr(disk, "has_writes", lambda: False)
+
+
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("per_shard", [93, 500, 1200])
-def test_a_store_is_the_same_either_way(tmp_path, monkeypatch, dtype, per_shard):
+def test_a_store_is_the_same_either_way(tmp_path, monkeypatch, dtype, per_shard, native):
     plain = tree(write(tmp_path / "plain", 1200, dtype, rows_per_shard=per_shard))
+    if not native:
+        monkeypatch.setattr(disk, "has_writes", lambda: False)
     monkeypatch.setattr(disk, "SLOT_BYTES", SLOT)
     assert tree(write(tmp_path / "direct", 1200, dtype, rows_per_shard=per_shard)) == plain
 
@@ -44,7 +53,7 @@ def test_a_shard_that_is_committed_before_it_is_full_goes_on_growing(tmp_path, s
     assert fsck(tmp_path / "s").faults == fsck(tmp_path / "s").notes == []
 
 
-def test_a_file_system_that_refuses_direct_writes(tmp_path, small_slots, monkeypatch):
+def test_a_file_system_that_refuses_direct_writes(tmp_path, small_slots, python_writes, monkeypatch):
     plain = tree(write(tmp_path / "plain", 1200, rows_per_shard=500))
     real, refused = os.pwrite, []
     monkeypatch.setattr(disk, "_leave_direct", lambda fd: refused.append(fd) or True)
@@ -61,7 +70,9 @@ def test_a_file_system_that_refuses_direct_writes(tmp_path, small_slots, monkeyp
 
 
 @pytest.mark.parametrize("good_writes", [0, 1, 4, 7])
-def test_an_error_leaves_nothing_and_the_rest_can_follow(tmp_path, small_slots, monkeypatch, good_writes):
+def test_an_error_leaves_nothing_and_the_rest_can_follow(
+    tmp_path, small_slots, python_writes, monkeypatch, good_writes
+):
     whole = tree(write(tmp_path / "whole", 1200, rows_per_shard=500))
     real, left = os.pwrite, [good_writes]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logra_kernels.store.encoding import encode_here
 from logra_kernels.store.format import Manifest
-from logra_kernels.store.native import quantize_rows, quantizes_rows, take_rows, takes_rows
+from logra_kernels.store.native import quantize_rows, quantizes_rows, quantizing_threads, take_rows, takes_rows
 from logra_kernels.store.writing.growing import Place
 
 
@@ -30,24 +30,24 @@ def fill(manifest: Manifest, rows: Tensor, place: Place, in_place: bool) -> bool
         return True
     if not manifest.format.scaled:
         return take_rows(rows, manifest.torch_dtype, place.pieces("rows"))
-    whole = place.whole()
+    whole, threads = place.whole(), quantizing_threads(rows)
     if whole is not None:
-        return _quantize(manifest, rows, whole)
+        return _quantize(manifest, rows, whole, threads)
     fit = True
     for run in place.runs():
         part = rows[run.first - place.first : run.stop - place.first]
         whole = run.whole()
         if whole is not None:
-            fit &= _quantize(manifest, part, whole)
+            fit &= _quantize(manifest, part, whole, threads)
             continue
         held = {name: np.empty(spec.nbytes, np.uint8) for name, spec in manifest.tensors(len(part)).items()}
-        fit &= _quantize(manifest, part, held)
+        fit &= _quantize(manifest, part, held, threads)
         run.fill({name: torch.from_numpy(data) for name, data in held.items()})
     return fit
 
 
-def _quantize(manifest: Manifest, rows: Tensor, out: Mapping[str, np.ndarray]) -> bool:
-    fit = quantize_rows(rows, manifest.format, out["rows"], out["scales"])
+def _quantize(manifest: Manifest, rows: Tensor, out: Mapping[str, np.ndarray], threads: int) -> bool:
+    fit = quantize_rows(rows, manifest.format, out["rows"], out["scales"], threads)
     if fit and manifest.format.scale == "fp16":
         # The largest scale of a row must keep its digits; what rounds to the least that does may not.
         largest = torch.from_numpy(out["scales"]).view(torch.float16).view(len(rows), -1).amax(1)

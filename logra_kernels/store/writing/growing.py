@@ -121,6 +121,11 @@ class GrowingShard:
         return self.start + self._manifest.rows_per_shard + self._removed
 
     @property
+    def promised(self) -> int:
+        """How many rows are filled, or will be."""
+        return self._promised
+
+    @property
     def room(self) -> int:
         """How many more rows it takes."""
         return self._manifest.rows_per_shard - self._promised
@@ -186,7 +191,7 @@ class GrowingShard:
         return sorted(line for line in found if first < line < stop)
 
     def add(self, count: int, lines: Sequence[Lines]) -> None:
-        """The next `count` rows are filled.
+        """The next `count` rows are filled: write what is whole now, and hash it, unless `written` comes next.
 
         Raises:
             OSError: As the system reports it.
@@ -195,9 +200,12 @@ class GrowingShard:
         self._lines += lines
         while self._unsent and self._unsent[0][0] <= self.count:
             self._send(self._unsent.popleft()[1])
+        if not self.full:
+            self._hash()
 
     def written(self) -> WrittenShard:
-        """The rows so far as two files that the system has, to be settled by the caller. A full shard takes no more.
+        """The rows so far as two files that the system has, to be settled by the caller. A full shard takes no more,
+        and another thread may do this.
 
         Raises:
             OSError: As the system reports it; nothing is left.
@@ -209,6 +217,7 @@ class GrowingShard:
             return write_shard(
                 self._directory, self.start, self._manifest, payload, table, self._version, self._removed
             )
+        self._hash()
         file, self._file = self._file, None
         rows = File(self.name, self._end, self._state.hexdigest())
         _, columns_name = shard_names(self.start, self.stop, self._version)
@@ -273,13 +282,15 @@ class GrowingShard:
         return sorted(found)
 
     def _send(self, index: int) -> None:
-        """Write a slot, and hash it as soon as all before it are: it is in the cache now."""
         if self._file is None:
             self._file = begin_direct(self._directory, self.full_name)
         if index == 0:
             self._slots[0].bytes[: len(self._head)] = np.frombuffer(self._head, np.uint8)
         begin, stop = self._span(index)
         self._sent[index] = self._disk.write(self._file, self._slots[index].bytes[: stop - begin], begin)
+
+    def _hash(self) -> None:
+        """As far as all slots are being written."""
         while self._hashed in self._sent:
             begin, stop = self._span(self._hashed)
             self._state.update(self._slots[self._hashed].bytes[: stop - begin].data)

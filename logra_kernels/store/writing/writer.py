@@ -1,7 +1,8 @@
 """The background writer: takes rows from a bounded queue, cuts them into shards, writes and commits them.
 
 Threads of their own, so that hashing, writing and waiting for the disk overlap: this file's takes rows into the shard
-that grows and hashes them, that of `Disk` writes, and one settles and commits shards while the next is written.
+that grows and hashes them, that of `Disk` writes, one finishes a full shard while the next grows, and one settles and
+commits them.
 """
 
 import contextlib
@@ -68,7 +69,8 @@ class BackgroundWriter:
         self._disk = Disk(self._row_bytes * manifest.rows_per_shard, self._tell)
         self._shards = deque([self._first(manifest, bool(tail))])  # to be written, and to be filled
         self._written = manifest.end  # serial number up to which the system has the rows
-        self._unsettled: deque[tuple[str, Future]] = deque()
+        self._unsettled: deque[tuple[str, Future[Future]]] = deque()
+        self._finishing = False  # whether a full shard has its memory still
         self._at = ""  # the file at work, to be named if it fails
         self._queue: deque[_Queued | _Flush | None] = deque()
         self._queued_bytes = 0
@@ -80,7 +82,7 @@ class BackgroundWriter:
                 place = self._shards[0].take(table.num_rows)
                 self._put(place, table, partial(place.fill, tensors))
         self._owner = os.getpid()
-        self._commits = Lane("logra-store-commit")
+        self._finish, self._commits = Lane("logra-store-finish"), Lane("logra-store-commit")
         self._thread = threading.Thread(target=self._run, name="logra-store-writer", daemon=True)
         self._thread.start()
 
@@ -129,6 +131,8 @@ class BackgroundWriter:
         if len(self._shards) > UNSETTLED_SHARDS:
             return False
         before = self._queued_bytes + self._disk.bytes_under_way
+        if self._finishing:  # its memory is that of a shard, and of those behind it there is none but the queue's
+            before = sum(shard.promised for shard in self._shards) * self._row_bytes
         return not before or before + count * self._row_bytes <= QUEUED_BYTES
 
     def _after(self, shard: GrowingShard) -> GrowingShard:
@@ -214,7 +218,7 @@ class BackgroundWriter:
             raise StoreError(str(self._failure)) from self._failure.__cause__
 
     def _run(self) -> None:
-        with self._disk, self._commits:
+        with self._disk, self._commits, self._finish:
             try:
                 while True:
                     items = self._next()
@@ -230,7 +234,7 @@ class BackgroundWriter:
     def _fail(self, error: BaseException) -> None:
         """Commit what is whole, and say the rest."""
         with contextlib.suppress(BaseException):
-            self._commits.submit(self._committer.commit).result()
+            self._commit_written().result().result()
         failure = self._describe(error)
         failure.__cause__ = error
         with self._changed:
@@ -243,7 +247,7 @@ class BackgroundWriter:
         with self._changed:
             while not self._changed.wait_for(lambda: self._due, MOST_SECONDS):
                 if self._committer.behind:
-                    self._unsettled.append((self._at, self._commits.submit(self._committer.commit)))
+                    self._unsettled.append((self._at, self._commit_written()))
             items, self._queue = self._queue, deque()
             self._due = False
             return items
@@ -269,33 +273,49 @@ class BackgroundWriter:
             self._changed.notify_all()
 
     def _write(self) -> None:
-        """Write the rows of the growing shard, if any are new; a full one is followed by another."""
+        """Have the rows of the growing shard written, if any are new; a full one is followed by another."""
         growing = self._shards[0]
         if growing.stop > self._written:
             while len(self._unsettled) >= UNSETTLED_SHARDS:
                 self._settle_oldest()
+            if self._unsettled:
+                self._at, before = self._unsettled[-1]
+                before.result()  # what fails holds back those behind it
             self._at = growing.name
-            written = growing.written()
             self._written = growing.stop
-            self._unsettled.append((self._at, self._commits.submit(partial(self._committer.add, written))))
+            self._finishing = growing.full
+            self._unsettled.append((self._at, self._finish.submit(partial(self._finished, growing))))
         if growing.full:
-            growing.close()
             with self._changed:
                 if len(self._shards) == 1:
                     self._shards.append(self._after(growing))
                 self._shards.popleft()
                 self._changed.notify_all()
 
+    def _finished(self, growing: GrowingShard) -> Future:
+        """Hand the rows so far over to be committed."""
+        try:
+            return self._commits.submit(partial(self._committer.add, growing.written()))
+        finally:
+            if growing.full:
+                growing.close()
+                self._finishing = False
+                self._tell()
+
     def _settle_oldest(self) -> None:
-        self._at, settling = self._unsettled.popleft()
-        settling.result()
+        self._at, finished = self._unsettled.popleft()
+        finished.result().result()
 
     def _commit(self) -> None:
         """Write and commit everything assembled."""
         self._write()
         while self._unsettled:
             self._settle_oldest()
-        self._commits.submit(self._committer.commit).result()
+        self._commit_written().result().result()
+
+    def _commit_written(self) -> Future[Future]:
+        """Commit what comes before."""
+        return self._finish.submit(partial(self._commits.submit, self._committer.commit))
 
     def _describe(self, error: BaseException) -> StoreError:
         code = error.errno if isinstance(error, OSError) else None
