@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with a run in its training step: the ten lines that a user writes."""
+"""Hugging Face's Trainer as the loop that logs."""
 
 import copy
 
@@ -7,62 +7,137 @@ import torch
 from integrations import tiny_lm
 
 import logra_kernels as lk
+from logra_kernels.errors import LograError
 from logra_kernels.integrations.causal_lm import Batch, loss_sum
+from logra_kernels.integrations.trainer import logging_trainer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+N = 7
 
 
 class Rows(torch.utils.data.Dataset):
-    def __init__(self, count: int, length: int) -> None:
-        self.tokens = torch.randint(3, 300, (count, length))
+    """Sequences of unequal lengths, with names and sources."""
+
+    def __init__(self, count: int = N) -> None:
+        generator = torch.Generator().manual_seed(3)
+        lengths = torch.randint(5, 10, (count,), generator=generator).tolist()
+        self.tokens = [torch.randint(3, 300, (length,), generator=generator) for length in lengths]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, i: int):
-        return {"id": str(i), "input_ids": self.tokens[i]}
+        return {"id": f"row{i}", "source": f"s{i % 2}", "input_ids": self.tokens[i]}
+
+    def batch(self) -> Batch:
+        longest = max(map(len, self.tokens))
+        mask = torch.stack([(torch.arange(longest) < len(t)).long() for t in self.tokens])
+        tokens = torch.stack([torch.nn.functional.pad(t, (0, longest - len(t))) for t in self.tokens])
+        return Batch(tokens, mask, tokens.masked_fill(mask == 0, -100))
 
 
-def collate(rows):
-    return {"id": [row["id"] for row in rows], "input_ids": torch.stack([row["input_ids"] for row in rows])}
+def arguments(place, **settings):
+    return transformers.TrainingArguments(
+        output_dir=str(place),
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to=[],
+        logging_strategy="no",
+        disable_tqdm=True,
+        **settings,
+    )
 
 
-class LoggingTrainer(transformers.Trainer):
-    def __init__(self, run: lk.Run, **settings) -> None:
-        super().__init__(**settings)
-        self.run = run
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        tokens = self._prepare_inputs(inputs)["input_ids"]
-        model.eval()
-        with self.run.log(inputs["id"]):
-            loss = loss_sum(model, Batch(tokens, torch.ones_like(tokens), tokens))
-            loss.backward()  # not accelerator.backward, which divides by the accumulation steps
-        return loss.detach()
+def padding():
+    tokenizer = tiny_lm.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    return transformers.DataCollatorWithPadding(tokenizer)
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}])
-def test_rows_of_a_trainer(tmp_path, settings):
-    model, data = tiny_lm.model(), Rows(6, 9)
-    whole, batch = copy.deepcopy(model).eval(), Batch(data.tokens, torch.ones_like(data.tokens), data.tokens)
-    projection = lk.Projection(rank=4)
+def logged(run, model, place, data, base=None, **options):
+    """What Trainer's own arguments would do is turned off: epochs, shuffling, learning, checkpoints."""
+    settings = options.pop("settings", {})
+    made = logging_trainer(run, base, **options)
+    made(model=model, args=arguments(place, **settings), train_dataset=data, data_collator=padding()).train()
+
+
+def first(data):
+    batch = data.batch()
+    return Batch(batch.input_ids[:1], batch.attention_mask[:1], batch.labels[:1])
+
+
+def exact_rows(model, projection, data):
+    whole = copy.deepcopy(model).eval()
     with lk.capture(whole, projection) as taps:
-        loss_sum(whole, batch).backward()
+        loss_sum(whole, data.batch()).backward()
+    return taps.rows()
+
+
+SETTINGS = [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}, {"dataloader_num_workers": 2}]
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_rows_come_in_the_datasets_order(tmp_path, settings, freeze):
+    model, data, projection = tiny_lm.model(), Rows(), lk.Projection(rank=4)
+    exact, before = exact_rows(model, projection, data), copy.deepcopy(model.state_dict())
+    with lk.Run(tmp_path / "s", model, projection=projection, freeze=freeze) as run:
+        logged(run, model, tmp_path / "out", data, columns=["source"], settings={"save_steps": 1, **settings})
+        assert run.commit().ids == [f"row{i}" for i in range(N)]
+        assert run.store.columns == {"source": [f"s{i % 2}" for i in range(N)]}
+        torch.testing.assert_close(run.store.read(0, N), exact, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_observed_numbered_and_gone_on_with(tmp_path):
+    model, data = tiny_lm.model(), Rows()
+    seen = []
+
+    def loss(model, inputs):
+        seen.append(len(inputs["input_ids"]))
+        return loss_sum(model, Batch(inputs["input_ids"], inputs["attention_mask"], inputs["input_ids"]))
+
+    with lk.Run(tmp_path / "s", model, projection=lk.Projection(rank=4, kind="pca"), curvature="kfac") as run:
+        logged(run, model, tmp_path / "out", data, observe=True)
+        assert not run.learning
+        with lk.Run(tmp_path / "by-hand", model, projection=lk.Projection(rank=4, kind="pca")) as other:
+            with other.observe(weights=data.batch().attention_mask):
+                loss_sum(model, data.batch()).backward()
+            with other.query(["q"]) as a, run.query(["q"]) as b:
+                loss_sum(model, first(data)).backward()
+            torch.testing.assert_close(a.rows, b.rows, rtol=1e-3, atol=1e-3)  # padding was left out
+        logged(run, model, tmp_path / "out", data, ids=None, loss=loss, settings={"max_steps": 2})
+        assert run.commit().ids == ["0", "1", "2", "3"]
+        assert seen == [2, 2]
+    with lk.Run(tmp_path / "s", model, curvature="kfac") as run:
+        logged(run, model, tmp_path / "out", data, ids=None, loss=loss)
+        assert run.commit().ids == [str(i) for i in range(N)]
+        assert seen == [2, 2, 2, 1]  # what was committed is passed over
+        assert run.scores(run.stored(["0"]))[0, 0] > 0
+
+
+def test_datasets_whose_columns_the_model_does_not_know(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    model, data, projection = tiny_lm.model(), Rows(), lk.Projection(rank=4)
+    table = datasets.Dataset.from_list(
+        [{**data[i], "input_ids": data.tokens[i].tolist(), "extra": i} for i in range(N)]
+    )
+
+    class Own(transformers.Trainer):
+        pass
+
     with lk.Run(tmp_path / "s", model, projection=projection) as run:
-        arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path / "out"),
-            per_device_train_batch_size=2,
-            num_train_epochs=1,
-            remove_unused_columns=False,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            **settings,
-        )
-        LoggingTrainer(run, model=model, args=arguments, train_dataset=data, data_collator=collate).train()
-    order = [int(i) for i in run.store.ids]
-    assert sorted(order) == list(range(6))
-    torch.testing.assert_close(run.store.read(0, 6), taps.rows()[order], rtol=1e-4, atol=1e-4)
+        assert issubclass(logging_trainer(run, Own), Own)
+        logged(run, model, tmp_path / "out", table, Own, columns=["extra"])
+        assert run.commit().columns == {"extra": list(range(N))}
+        torch.testing.assert_close(run.store.read(0, N), exact_rows(model, projection, data), rtol=1e-4, atol=1e-4)
+
+
+def test_a_field_that_rows_lack_is_named(tmp_path):
+    model = tiny_lm.model()
+    with lk.Run(tmp_path / "s", model, projection=lk.Projection(rank=4)) as run:
+        with pytest.raises(LograError, match="no field 'name'; it has"):
+            logged(run, model, tmp_path / "out", Rows(), ids="name")
+        assert not lk.GradientStore.exists(tmp_path / "s")

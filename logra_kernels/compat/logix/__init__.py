@@ -1,7 +1,7 @@
 """LogIX's names on top of `Run`: `import logra_kernels.compat.logix as logix`.
 
-`session` says what is as in LogIX and what is not. Its Trainer and Lightning patches are not here;
-`logra_kernels.integrations` has what serves a Trainer.
+`session` says what is as in LogIX and what is not. Its Trainer and Lightning patches are not here; a Trainer that logs
+is in `logra_kernels.integrations.trainer`.
 """
 
 from logra_kernels.compat.logix import analysis, config, statistic, utils

@@ -1,0 +1,148 @@
+"""Hugging Face's Trainer as the loop that logs: its data, batches, devices and autocast, and no training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+
+from logra_kernels.errors import LograError
+from logra_kernels.integrations.causal_lm import IGNORED, Batch, loss_sum
+from logra_kernels.run import Run
+
+FIELDS, ROWS = "logra_kernels fields", "logra_kernels rows"  # names that no model takes
+Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+
+
+def next_token_loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """`causal_lm.loss_sum` of "input_ids" [N, T], with "attention_mask" and "labels" where there are some."""
+    tokens = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(tokens) if mask is None else mask
+    labels = inputs.get("labels")
+    labels = tokens.masked_fill(mask == 0, IGNORED) if labels is None else labels
+    return loss_sum(model, Batch(tokens, mask, labels))
+
+
+def logging_trainer(
+    run: Run,
+    base: type | None = None,
+    *,
+    ids: str | None = "id",
+    columns: Sequence[str] = (),
+    loss: Loss = next_token_loss,
+    observe: bool = False,
+) -> type:
+    """A `transformers.Trainer` whose `train()` is one pass over the training data that logs its rows into a run.
+
+        trainer = logging_trainer(run)(model=model, args=arguments, train_dataset=data)
+        trainer.train()
+        run.finalize()
+
+    Rows are stored in the dataset's order, batches that are committed already are passed over, the model is in eval
+    mode, no weight changes and no checkpoint is written. Of the arguments, batch size, data loading, devices and mixed
+    precision count, and epochs, gradient accumulation, optimizer and saving do not.
+
+    Args:
+        run: Of the same model.
+        base: The class to derive from; default `transformers.Trainer`.
+        ids: The dataset's field with each row's id, which neither model nor collator needs to know; None numbers the
+            rows "0", "1", ...
+        columns: Fields that are stored as columns of the rows.
+        loss: Of the model and a collated batch, the sum over samples and positions.
+        observe: `Run.observe` the data in place of logging it; positions whose "attention_mask" is 0 do not count.
+
+    Raises:
+        LograError: transformers is not installed; by `train`, rows lack a field, or are to be numbered by several
+            processes.
+    """
+    try:
+        from transformers import Trainer, TrainerCallback
+    except ImportError:
+        raise LograError("logging_trainer needs transformers: pip install 'logra-kernels[hf]'") from None
+    fields = [*([] if ids is None or observe else [ids]), *([] if observe else columns)]
+
+    class OnePass(TrainerCallback):
+        """Ends with the first epoch, and saves nothing."""
+
+        def on_step_end(self, args, state, control, **_):
+            control.should_save = control.should_evaluate = False
+
+        def on_epoch_end(self, args, state, control, **_):
+            control.should_save = control.should_evaluate = False
+            control.should_training_stop = True
+
+    class LoggingTrainer(base or Trainer):  # type: ignore[misc]
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            if ids is None and not observe and self.args.world_size > 1:
+                raise LograError("logging_trainer: several processes cannot number rows; give ids= a field of the data")
+            self._numbered = 0
+            self.data_collator: Any = _Collator(self.data_collator, fields, self._taken())
+            self.add_callback(OnePass())
+
+        def train(self, *args: Any, **settings: Any) -> Any:
+            self._numbered = 0
+            return super().train(*args, **settings)
+
+        def _set_signature_columns_if_needed(self) -> None:
+            self._taken()
+            self._signature_columns += [name for name in fields if name not in self._signature_columns]
+
+        def _taken(self) -> list[str]:
+            """What the model takes."""
+            super()._set_signature_columns_if_needed()
+            return list(self._signature_columns)
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+        def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+            kept = inputs.pop(FIELDS)
+            batch = self._prepare_inputs(inputs)
+            first, self._numbered = self._numbered, self._numbered + kept[ROWS]
+            names = (
+                [str(i) for i in range(first, self._numbered)] if ids is None else [str(i) for i in kept.get(ids, ())]
+            )
+            if not observe and run.committed(names):
+                return torch.zeros((), dtype=torch.float32, device=self.args.device)
+            model.eval()
+            with self._gathering(names, kept, batch.get("attention_mask")):
+                with self.compute_loss_context_manager():
+                    value = loss(model, batch)
+                value.backward()  # not accelerator.backward, which divides by the accumulation steps
+            model.zero_grad(set_to_none=True)  # so that a run without `freeze` moves no weight
+            return value.detach()
+
+        def _gathering(
+            self, names: list[str], kept: Mapping[str, Any], mask: Tensor | None
+        ) -> AbstractContextManager[None]:
+            if observe:
+                return run.observe(weights=None if mask is None else mask.bool())
+            return run.log(names, {name: kept[name] for name in columns} or None)
+
+    return LoggingTrainer
+
+
+class _Collator:
+    """Another one beside which chosen fields of the rows come through as lists."""
+
+    def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]], fields: list[str], taken: list[str]) -> None:
+        self._collate, self._fields = collate, fields
+        self._own = {name for name in fields if name not in taken}  # the other collator need not know them
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        kept: dict[str, Any] = {name: [_plain(row, name) for row in rows] for name in self._fields}
+        batch = self._collate([{name: row[name] for name in row if name not in self._own} for row in rows])
+        return {**batch, FIELDS: {ROWS: len(rows), **kept}}
+
+
+def _plain(row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        raise LograError(f"logging_trainer: a row has no field {name!r}; it has {', '.join(map(str, row))}")
+    value = row[name]
+    return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
