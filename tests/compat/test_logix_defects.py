@@ -213,9 +213,16 @@ def test_queries_do_not_change_what_was_gathered(case):
     for hessian, first in zip(("raw", "kfac"), found, strict=True):
         assert torch.equal(run.compute_influence_all(log, hessian=hessian)["influence"], first)
     assert len(run.build_log_dataset()) == N
+    before = run.build_log_dataloader()
+    assert len(before.dataset) == N
+    run.watch(model)  # what is watched already stays as it is
     run.save(True)
     train(run, model, *data_of(seed=8), names="more")
     assert len(run.build_log_dataset()) == 2 * N
+    for loader, count in ((before, N), (run.build_log_dataloader(), 2 * N), (before, N)):
+        got = run.compute_influence_all(log, loader, mode="cosine", hessian="raw")["influence"]
+        assert got.shape == (2, count)
+    torch.testing.assert_close(run.compute_influence_all(log, before, hessian="raw")["influence"], found[0])
 
 
 @pytest.mark.parametrize(
@@ -246,8 +253,9 @@ def test_what_else_is_refused(case, tmp_path):
     for call in (lambda: run.log(["a"]), lambda: run.watch_activation({})):
         with pytest.raises(LograError, match="logix:"):
             call()
-    with pytest.raises(ValueError, match="one id for each sample"):
-        run(data_id="abc")
+    for ids in ("abc", 3):
+        with pytest.raises(ValueError, match="one id for each sample"):
+            run(data_id=ids)
     with pytest.raises(LograError, match=r"with run\(data_id"), run:
         pass
     with pytest.raises(LograError, match=r"end\(\) without start\(\)"):

@@ -145,7 +145,7 @@ class InfluenceFunction:
         return {"src_ids": ids, "influence": influence.separate_self_influence(rows, factor, groups)}
 
     def _stored(self, store: GradientStore, queries: Tensor, kind: str, mode: str, damping: float | None) -> Result:
-        solved = self._project.solved(kind)
+        solved = self._project.solved(kind, store)
         queries = solved.factor(store, damping).solve_toward_stored(queries)
         own = solved.statistics(store, influence.NEEDS[mode], damping)
         return {"tgt_ids": store.ids, "influence": influence.scores(store, queries, mode, own)}

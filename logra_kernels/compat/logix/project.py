@@ -42,8 +42,9 @@ class Project:
         self._names: list[str] = []
         self._opened: Path | None = None
         self._run: Run | None = None
-        self._seen: Counter[str] = Counter()
-        self._solved: dict[str, Solved] = {}
+        self._seen: Counter[str] = Counter()  # ids of this session's rows
+        self._repeated = False
+        self._solved: dict[tuple[str, str], Solved] = {}  # by kind, and content_hash of the rows
 
     # --- what is watched ---
 
@@ -72,6 +73,8 @@ class Project:
             )
         if model is self.model and not anew:
             chosen |= set(self._names)
+            if chosen == set(self._names):
+                return
         elif model is not self.model:
             self.projection = UNPROJECTED
         self.close()
@@ -112,6 +115,7 @@ class Project:
         self._run, self._opened = None, None
         self.statistics = set()
         self._seen.clear()
+        self._repeated = False
         self._solved.clear()
 
     # --- the run ---
@@ -162,17 +166,19 @@ class Project:
     @contextmanager
     def log(self, names: list[str], mask: Tensor | None, observe: bool) -> Iterator[list[str]]:
         """Store the rows of a batch; the names they get."""
-        count = self._seen.copy()
+        here: Counter[str] = Counter()
         fresh = []
         for name in names:
-            count[name] += 1
-            fresh.append(name if count[name] == 1 else f"{name}#{count[name]}")
-        if fresh != names and not any(times > 1 for times in self._seen.values()):
-            again = next(name for name, new in zip(names, fresh, strict=True) if name != new)
+            here[name] += 1
+            times = self._seen[name] + here[name]
+            fresh.append(name if times == 1 else f"{name}#{times}")
+        again = next((name for name, new in zip(names, fresh, strict=True) if name != new), None)
+        if again is not None and not self._repeated:
             warnings.warn(f"logix: the data_id {again!r} came before; its rows are told apart as '...#2'", stacklevel=2)
         with self.run.log(fresh, weights=mask if observe else None, observe=observe):
             yield fresh
-        self._seen = count
+        self._seen.update(here)
+        self._repeated = self._repeated or again is not None
         self._solved.clear()
         if observe:
             self.statistics.add("kfac")
@@ -229,11 +235,12 @@ class Project:
         warnings.warn("logix: no statistics were set up, so there is no preconditioning; name a hessian", stacklevel=2)
         return "identity"
 
-    def solved(self, kind: str) -> Solved:
-        """A curvature of the stored rows, and what the rows have under it."""
-        if kind not in self._solved:
-            self._solved[kind] = Solved(CURVATURES[kind], None if kind == "identity" else DAMPING)
-        return self._solved[kind]
+    def solved(self, kind: str, store: GradientStore) -> Solved:
+        """A curvature of a store's rows, and what the rows have under it."""
+        key = kind, store.content_hash
+        if key not in self._solved:
+            self._solved[key] = Solved(CURVATURES[kind], None if kind == "identity" else DAMPING)
+        return self._solved[key]
 
     def factor(self, kind: str, damping: float | None) -> Factor:
         """The curvature, ready to be solved with.
@@ -243,4 +250,5 @@ class Project:
         """
         if kind == "identity":
             return Identity.without_rows(self.layers)
-        return self.solved(kind).factor(self.commit(), damping)
+        store = self.commit()
+        return self.solved(kind, store).factor(store, damping)

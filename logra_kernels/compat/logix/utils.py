@@ -51,8 +51,8 @@ def hash_of(sample: Tensor | np.ndarray) -> str:
 
 def names_of(data_id: Iterable[Any]) -> list[str]:
     """Ids as strings: numbers in digits, and of tensors and arrays with several numbers the hash."""
-    if isinstance(data_id, str):
-        raise ValueError(f"logix: data_id is the string {data_id!r}; it must have one id for each sample")
+    if isinstance(data_id, str) or not isinstance(data_id, Iterable):
+        raise ValueError(f"logix: data_id is {data_id!r}; it must have one id for each sample")
     return [_name(one) for one in data_id]
 
 
