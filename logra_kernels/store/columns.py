@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import torch
 
 from logra_kernels.errors import StoreError
+from logra_kernels.store.arrow import strings
 from logra_kernels.store.durable import ZEROS, seal, sealed_checksum
 from logra_kernels.store.ids import all_str
 
@@ -47,7 +48,7 @@ def table_of(parts: Iterable[Lines]) -> pa.Table:
     tables: list[pa.Table] = []
     for plain, group in groupby(parts, lambda part: isinstance(part, list)):
         if plain:
-            tables.append(pa.table([pa.array(list(chain.from_iterable(group)), pa.string())], names=[ID]))
+            tables.append(pa.table([strings(list(chain.from_iterable(group)))], names=[ID]))
         else:
             tables += group
     return pa.concat_tables(tables)
@@ -87,6 +88,8 @@ def build_table(ids: Sequence[str], columns: Mapping[str, Any] | None, schema: p
 def _as_read_back(table: pa.Table) -> pa.Table:
     """The types that Parquet gives back (it renames the items of lists, widens timestamps): rows that come from a short
     shard and rows that come from the caller must make the same file."""
+    if table.num_columns == 1:
+        return table  # ids come back as they are
     try:
         kept = table.cast(from_parquet(to_parquet(table.schema.empty_table())).schema)
     except pa.ArrowException as error:
@@ -126,7 +129,9 @@ def _array(name: str, values: Any, kind: pa.DataType | None, count: int) -> pa.A
     try:
         # A type given at once saves most of the time, but would cut 2.5 to the integer 2, which a cast refuses.
         given = kind if kind == pa.string() else None
-        array = values if isinstance(values, pa.Array) else pa.array(values, given)
+        if not isinstance(values, pa.Array):
+            values = strings(values) if name == ID else pa.array(values, given)
+        array = values
         if kind is not None and array.type != kind:
             if not pa.types.is_null(array.type) and _family(array.type) != _family(kind):
                 raise TypeError(f"they are {array.type}")

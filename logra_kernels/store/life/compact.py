@@ -10,9 +10,8 @@ next writer that comes when nobody reads.
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-
 from logra_kernels.errors import StoreError
+from logra_kernels.store.arrow import integers
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.durable import remove_files, sync_directory
 from logra_kernels.store.entry import Shard
@@ -68,7 +67,7 @@ def _without_deleted(directory: Path, manifest: Manifest, shard: Shard) -> Shard
     shown = shown_lines(directory, shard)
     tensors = MappedShard(directory, manifest, shard).tensors()
     payload = {name: [as_bytes(lines[shown])] for name, lines in tensors.items()}
-    table = read_columns(directory, shard).take(pa.array(shown.numpy()))
+    table = read_columns(directory, shard).take(integers(shown))
     removed = shard.removed + shard.hidden
     return write_shard(directory, shard.start, manifest, payload, table, shard.version + 1, removed).settle()
 

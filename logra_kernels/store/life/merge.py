@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from logra_kernels.errors import StoreError, StoreMismatch
+from logra_kernels.store.arrow import integers, strings
 from logra_kernels.store.columns import ID, to_parquet
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.durable import TEMPORARY, ZEROS, digest, remove_files, sync_directory, write_file
@@ -241,7 +242,7 @@ class _Merge:
         shown = shown_lines(store.path, shard)
         tensors = MappedShard(store.path, store.manifest, shard).tensors()
         payload = {name: [as_bytes(lines[shown])] for name, lines in tensors.items()}
-        renamed = _renamed(table.take(pa.array(shown.numpy())), ids)
+        renamed = _renamed(table.take(integers(shown)), ids)
         return write_shard(self._directory, start, self._manifest, payload, renamed).settle()
 
     def _share(self, path: Path, name: str) -> None:
@@ -259,4 +260,4 @@ class _Merge:
 
 
 def _renamed(table: pa.Table, ids: list[str]) -> pa.Table:
-    return table.set_column(0, table.schema.field(0), pa.array(ids, pa.string()))
+    return table.set_column(0, table.schema.field(0), strings(ids))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from logra_kernels.errors import StoreError
+from logra_kernels.store.arrow import integers
 from logra_kernels.store.columns import ID, is_intact
 from logra_kernels.store.deleted import read_deleted, shown_lines
 from logra_kernels.store.durable import digest, sealed_checksum
@@ -70,7 +71,7 @@ def check_shard(directory: Path, manifest: Manifest, shard: Shard) -> Checked:
     if columns is not None:
         found.schema = columns.schema
         if shown is not None:
-            found.ids = columns.column(ID).take(pa.array(shown.numpy())).to_pylist()
+            found.ids = columns.column(ID).take(integers(shown)).to_pylist()
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from logra_kernels.errors import StoreError
 from logra_kernels.ops import QUERY_FORMATS, EncodedRows
 from logra_kernels.ops.score_topk import RowBlocks
+from logra_kernels.store.arrow import integers, strings
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.encoding import decode, row_sums, wrap
 from logra_kernels.store.entry import Shard
@@ -74,7 +75,7 @@ class Reader:
         if self._table is None:
             shards = self.manifest.shards
             if not shards:
-                return pa.table({"id": pa.array([], pa.string())})
+                return pa.table([strings([])], names=["id"])
             tables = [self._columns_of(shard) for shard in shards]
             for shard, table in zip(shards, tables, strict=True):
                 if table.schema != tables[0].schema:
@@ -84,7 +85,7 @@ class Reader:
 
     def _shown_of(self, shard: Shard, table: pa.Table) -> pa.Table:
         shown = self._shown.get(shard.start)
-        return table if shown is None else table.take(pa.array(shown.numpy()))
+        return table if shown is None else table.take(integers(shown))
 
     def _columns_of(self, shard: Shard) -> pa.Table:
         if shard is self.manifest.shards[-1] and self._tail_table is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.ops import EncodedRows
+from logra_kernels.store.arrow import integers
 from logra_kernels.store.encoding import decode, encode_here, wrap
 from logra_kernels.store.facts import Facts
 from logra_kernels.store.reading.reader import Reader
@@ -35,7 +36,7 @@ class StoredRows(Facts):
 
     def ids_of(self, indices: Tensor) -> list[str]:
         """The ids of chosen rows, [k] int64, without making a list of all."""
-        return self.table.column("id").take(pa.array(indices.tolist(), pa.int64())).to_pylist()
+        return self.table.column("id").take(integers(indices)).to_pylist()
 
     def numbers_of(self, ids: Sequence[str]) -> Tensor:
         """The numbers of the committed rows with these ids, [n] int64; -1 for an id that no row has.
