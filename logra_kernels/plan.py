@@ -17,6 +17,7 @@ from logra_kernels.ops import FORMATS, RowFormat
 from logra_kernels.run import Run
 from logra_kernels.store import (
     GradientStore,
+    dense_width,
     factored_bytes,
     factored_width,
     held_bytes,
@@ -110,14 +111,18 @@ def plan(
         source = GradientStore.open(source)
     if isinstance(source, Mapping):
         dim = sum(k_out * k_in for k_out, k_in in source.values())
-        width = dim if rank_c is None else factored_width(source, rank_c)
         forms = {name: RowFormat.of(name) for name in FORMATS}
-        row_bytes = {name: form.row_bytes(width) for name, form in forms.items()}
+        each = [k_out * k_in for k_out, k_in in source.values()]
+        widths = {
+            name: dense_width(each, form) if rank_c is None else factored_width(source, rank_c)
+            for name, form in forms.items()
+        }
+        row_bytes = {name: form.row_bytes(widths[name]) for name, form in forms.items()}
     else:
         if rank_c not in (None, source.rank_c):
             raise ValueError(f"plan: rank_c {rank_c} for a store that has {source.rank_c}; pass layers to plan another")
         dim, rows, rank_c = source.dim, len(source) if rows is None else rows, source.rank_c
-        width, row_bytes = source.manifest.width, {source.dtype: source.manifest.row_bytes}
+        widths, row_bytes = {source.dtype: source.manifest.width}, {source.dtype: source.manifest.row_bytes}
     if rows is None:
         raise ValueError("plan: how many rows? pass rows= beside layers")
     if min(rows + 1, queries, k, dim) < 1:
@@ -125,9 +130,14 @@ def plan(
     costs = {}
     for name, nbytes in row_bytes.items():
         largest = (
-            shard_bytes(width, forms[name]) if isinstance(source, Mapping) else source.manifest.rows_per_shard * nbytes
+            shard_bytes(widths[name], forms[name])
+            if isinstance(source, Mapping)
+            else source.manifest.rows_per_shard * nbytes
         )
-        at_work = 4 * queries * dim if rank_c is None else factored_bytes(rows, width, queries)  # queries laid out anew
+        width = widths[name]
+        at_work = (
+            4 * queries * width if rank_c is None else factored_bytes(rows, width, queries)
+        )  # queries laid out anew
         asked = process_bytes("VmRSS") + held_bytes(rows * nbytes, largest) + _asking_bytes(queries, k, dim) + at_work
         costs[name] = FormatCost(nbytes, rows * nbytes, asked)
     return Plan(rows, dim, queries, k, costs, rank_c)

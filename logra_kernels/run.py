@@ -38,7 +38,7 @@ class Run(Analysis):
         projection: Default the store's own where it exists, else of rank 64: "pca" of the batches that `observe` sees
             before the first row, or "orthonormal", at random, where it sees none.
         dtype: Of the stored rows: fp32, bf16, fp16, fp8, int8, int4, int2 or sign.
-        block: Numbers of a row that share a scale, for fp8 and below; default 128, or as the store has it.
+        block: Numbers of a layer that share a scale, for fp8 and below; default 128, or as the store has it.
         rank_c: Keep so many factors of each layer's G in place of all its numbers (`GradientStore.create`); default as
             the store has it, or all numbers.
         kinds, bias, projection_dtype: As in `capture`; default linear and convolution layers without bias, projected in

@@ -1,5 +1,5 @@
 from logra_kernels.store.factors import projection_of, sidecars_of, spread_of
-from logra_kernels.store.format import shard_bytes
+from logra_kernels.store.format import dense_width, shard_bytes
 from logra_kernels.store.life.fsck import fsck
 from logra_kernels.store.life.merge import merge
 from logra_kernels.store.life.quantize import quantization_loss, quantize
@@ -24,6 +24,7 @@ __all__ = [
     "Share",
     "Whitening",
     "add_skipped",
+    "dense_width",
     "factored_bytes",
     "factored_width",
     "fsck",

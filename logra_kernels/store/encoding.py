@@ -14,6 +14,7 @@ def encode_here(manifest: Manifest, rows: Tensor) -> dict[str, Tensor]:
     """Rows [n, D] on their own device as tensors of their own, named as in `Manifest.tensors`."""
     if manifest.rank is not None:
         rows = factor_rows(rows, manifest.sizes, manifest.rank).float()
+    rows = spread_out(manifest, rows)
     if not manifest.format.scaled:
         return {"rows": rows.to(manifest.format.value_dtype, copy=True, memory_format=torch.contiguous_format)}
     encoded = quantize_rows(rows, manifest.format)
@@ -38,12 +39,35 @@ def wrap(manifest: Manifest, tensors: Mapping[str, Tensor]) -> EncodedRows:
     return EncodedRows(manifest.format, manifest.width, tensors["rows"], tensors.get("scales"))
 
 
+def laid_out(manifest: Manifest, rows: Tensor) -> Tensor:
+    """Rows or queries [n, D] as rows lie in the store, [n, `Manifest.width`], where layers lie apart; else they."""
+    if not manifest.apart:
+        return rows
+    found = rows.new_zeros(len(rows), manifest.width)
+    for part, place in manifest.spans:
+        found[:, place] = rows[:, part]
+    return found
+
+
+def spread_out(manifest: Manifest, rows: Tensor) -> Tensor:
+    """`laid_out` for rows that are about to be encoded, which must not feel what fills a layer's last block up."""
+    found = laid_out(manifest, rows)
+    block = manifest.format.block
+    if manifest.apart and block is not None and manifest.format.name == "sign":  # a scale is the mean of |g|
+        for _, place in manifest.spans[:-1]:
+            own = slice(place.stop // block * block, place.stop)
+            found[:, place.stop : own.start + block] = found[:, own].abs().mean(1, keepdim=True)
+    return found
+
+
 def decode(manifest: Manifest, rows: EncodedRows) -> Tensor:
     """[n, D] in `Manifest.torch_dtype`; the codes themselves where these are the rows' numbers."""
     numbers = stored_numbers(rows)
+    if manifest.apart:
+        return torch.cat([numbers[:, place] for _, place in manifest.spans], dim=1)
     return numbers if manifest.rank is None else rebuild_rows(numbers, manifest.sizes, manifest.rank)
 
 
 def stored_numbers(rows: EncodedRows) -> Tensor:
-    """[n, `Manifest.width`]: the rows' numbers, or those of their factors."""
+    """[n, `Manifest.width`]: the rows' numbers, with the zeros between layers, or those of their factors."""
     return dequantize_rows(rows) if rows.format.scaled else rows.codes

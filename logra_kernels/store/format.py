@@ -19,6 +19,7 @@ order. Nothing in a store depends on time, machine or how the rows were batched,
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +34,9 @@ from logra_kernels.store.entry import Shard, is_row_file
 from logra_kernels.store.tensorfile import Spec
 
 FORMAT = "logra_kernels.store"
-VERSION = 3  # 1 knew fp32 and bf16 rows only and no deleted ones, 2 no whitened ones; both are read
+# 1 knew fp32 and bf16 rows only and no deleted ones, 2 no whitened ones, 3 no layers apart; all are read, and a store
+# has the first that knows what it has
+VERSION = 4
 MANIFEST = "manifest.json"
 ORIGIN = "origin.json"
 SIDECARS = "sidecars"
@@ -71,6 +74,8 @@ class Manifest:
 
     Attributes:
         rank: c, of each layer's factors that a row is kept as; None where it is kept as it is.
+        apart: Whether each layer's numbers begin a block of their own, so that no scale is two layers'; what is left of
+            a layer's last block is zeros, and a row is stored as `width` numbers.
         whitened: `Whitening.facts` and its "digest", of rows that are kept whitened; else None.
         content: The `content_hash` that a compaction left as it was, because it shows the same rows.
         retired: Files that a compaction has replaced and that readers may still need.
@@ -84,6 +89,7 @@ class Manifest:
     meta: dict[str, Any]
     shards: tuple[Shard, ...] = ()
     rank: int | None = None
+    apart: bool = False
     whitened: dict[str, str] | None = None
     content: str | None = None
     retired: tuple[str, ...] = ()
@@ -99,8 +105,27 @@ class Manifest:
 
     @property
     def width(self) -> int:
-        """Numbers of a row as it is stored: `dim`, or those of its factors."""
-        return self.dim if self.rank is None else factored_dim(self.sizes, self.rank)
+        """Numbers of a row as it is stored: `dim`, with the zeros between layers, or those of its factors."""
+        if self.rank is not None:
+            return factored_dim(self.sizes, self.rank)
+        return self.spans[-1][1].stop if self.apart else self.dim
+
+    @cached_property
+    def spans(self) -> list[tuple[slice, slice]]:
+        """(columns of a row, where they are stored) where layers lie apart."""
+        found: list[tuple[slice, slice]] = []
+        for layer, start in zip(
+            self.layers, starts([k_out * k_in for k_out, k_in in self.sizes], self.format), strict=True
+        ):
+            part = layer.part
+            if found and found[-1][1].stop == start:
+                joined = found.pop()
+                found.append(
+                    (slice(joined[0].start, part.stop), slice(joined[1].start, start + part.stop - part.start))
+                )
+            else:
+                found.append((part, slice(start, start + part.stop - part.start)))
+        return found
 
     @cached_property
     def rows(self) -> int:
@@ -159,10 +184,11 @@ class Manifest:
         table: dict[str, Any] = {
             "checksum": ZEROS.decode(),
             "format": FORMAT,
-            "version": 2 if self.whitened is None else VERSION,
+            "version": 4 if self.apart else 2 if self.whitened is None else 3,
             "dtype": self.dtype,
             **({"block": self.format.block, "scale": self.format.scale} if self.format.scaled else {}),
             **({} if self.rank is None else {"rank_c": self.rank}),
+            **({"layers_apart": True} if self.apart else {}),
             **({} if self.whitened is None else {"whitened": self.whitened}),
             "dim": self.dim,
             "rows": self.rows,
@@ -190,6 +216,21 @@ def is_sealed(data: bytes) -> bool:
     """Whether it is what `seal_text` has given."""
     recorded, computed = sealed_checksum(memoryview(data), len(_BEFORE_CHECKSUM))
     return recorded == computed
+
+
+def starts(widths: Sequence[int], form: RowFormat) -> list[int]:
+    """Where layers of so many numbers are stored that lie apart: each on a multiple of the format's block."""
+    assert form.block is not None
+    found, end = [], 0
+    for width in widths:
+        found.append(-(-end // form.block) * form.block)
+        end = found[-1] + width
+    return found
+
+
+def dense_width(widths: Sequence[int], form: RowFormat) -> int:
+    """Numbers of a row of layers of so many as it is stored in a new store, not as factors."""
+    return starts(widths, form)[-1] + widths[-1] if form.scaled else sum(widths)
 
 
 def default_rows_per_shard(width: int, form: RowFormat) -> int:
@@ -283,6 +324,9 @@ def _build(table: dict[str, Any]) -> Manifest:
     rank = table.get("rank_c")
     if rank is not None and (type(rank) is not int or not 1 <= rank <= MOST_RANK):
         raise ValueError(f"it keeps factors of rank {rank!r}")
+    apart = table.get("layers_apart", False)
+    if apart is not False and (apart is not True or rank is not None or "block" not in table):
+        raise ValueError("its layers cannot lie apart")
     whitened = table.get("whitened")
     if whitened is not None and not re.fullmatch(r"[0-9a-f]{32}", whitened["digest"]):
         raise ValueError("it does not name what its rows are whitened by")
@@ -295,6 +339,7 @@ def _build(table: dict[str, Any]) -> Manifest:
         meta=table["meta"],
         shards=shards,
         rank=rank,
+        apart=apart,
         whitened=whitened,
         content=table.get("content"),
         retired=tuple(table.get("retired", ())),

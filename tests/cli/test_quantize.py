@@ -16,7 +16,7 @@ def test_quantize_says_what_it_costs_and_info_shows_it(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "quantised       against fp32: relative L2 " in shown
     assert "top-40 agreement 1.000" in shown
-    assert "22 numbers, int4, fp32 scales of 32 numbers: 15 bytes" in shown
+    assert "22 numbers, int4, fp32 scales of 32 numbers: 32 bytes" in shown
     assert GradientStore.open(new).dtype == "int4"
 
 

@@ -117,7 +117,7 @@ def resealed(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 4}, "has format version 4 and this logra_kernels reads up to 3; upgrade"),
+        ({"version": 5}, "has format version 5 and this logra_kernels reads up to 4; upgrade"),
         ({"dtype": "int3"}, "dtype 'int3', known here are fp32, bf16, fp16"),
         ({"format": "other"}, "is not the manifest of a gradient store"),
         ({"layers": [{"name": "x"}]}, "inconsistent"),

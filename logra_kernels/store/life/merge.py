@@ -102,7 +102,12 @@ def _check_equal(stores: Sequence[GradientStore]) -> None:
 
 
 def _facts(store: GradientStore) -> dict[str, Any]:
-    facts: dict[str, Any] = {"format": str(store.format), "rank_c": store.rank_c, "whitening": store.manifest.whitened}
+    facts: dict[str, Any] = {
+        "format": str(store.format),
+        "rank_c": store.rank_c,
+        "layers apart": store.manifest.apart,
+        "whitening": store.manifest.whitened,
+    }
     facts |= {f"layer {layer.name}": f"{layer.k_out}x{layer.k_in} at {layer.offset}" for layer in store.manifest.layers}
     for kind, table in (("projection", store.projection), ("fingerprint", store.fingerprints), ("meta", store.meta)):
         facts |= {f"{kind} {name}": repr(value) for name, value in (table or {}).items()}

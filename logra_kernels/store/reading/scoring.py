@@ -8,6 +8,7 @@ from torch import Tensor
 
 from logra_kernels.ops import EncodedRows, Scorer, TopK, score_factored
 from logra_kernels.ops.score_topk import Ranked, RowBlocks, merge, nothing
+from logra_kernels.store.encoding import laid_out
 from logra_kernels.store.format import Manifest
 
 
@@ -23,10 +24,10 @@ class RowScorer:
     """
 
     def __init__(self, manifest: Manifest, queries: Tensor, query_format: str | None = None) -> None:
-        self._manifest, self._queries = manifest, queries
+        self._manifest, self._queries = manifest, laid_out(manifest, queries)
         self._dense = None
         if manifest.rank is None:
-            self._dense = Scorer(queries, query_format)
+            self._dense = Scorer(self._queries, query_format)
         elif query_format is not None:
             raise ValueError(f"query_format {query_format!r} is for dense rows with scales; leave it out for factors")
 
@@ -58,7 +59,7 @@ class Best:
         self._dense = self._factored = None
         self._found: Ranked | None = None
         if manifest.rank is None:
-            self._dense = TopK(queries, k, count, largest=largest, query_format=query_format)
+            self._dense = TopK(laid_out(manifest, queries), k, count, largest=largest, query_format=query_format)
         else:
             self._factored = RowScorer(manifest, queries, query_format)
 

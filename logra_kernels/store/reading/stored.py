@@ -75,8 +75,8 @@ class StoredRows(Facts):
         return self._current().blocks(max_bytes)
 
     def encoded_blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, EncodedRows]]:
-        """(first row, rows as they are stored) over all rows, on mapped pages, read only; what `score_block` takes, and
-        where they are kept as factors, `score_factored`.
+        """(first row, rows as they are stored) over all rows, on mapped pages, read only; what `RowScorer` takes: they
+        are `manifest.width` numbers wide.
 
         Raises:
             StoreError: A shard is damaged.

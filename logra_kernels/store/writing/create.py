@@ -1,6 +1,7 @@
 """Where a store begins and where an interrupted one is picked up: a new manifest, a free directory, no leftovers."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,16 @@ from logra_kernels.errors import StoreError
 from logra_kernels.ops import MOST_RANK, RowFormat, factored_dim
 from logra_kernels.store.durable import TEMPORARY, remove_files
 from logra_kernels.store.entry import is_row_file
-from logra_kernels.store.format import LOCK, MANIFEST, ORIGIN, SIDECARS, Layer, Manifest, default_rows_per_shard
+from logra_kernels.store.format import (
+    LOCK,
+    MANIFEST,
+    ORIGIN,
+    SIDECARS,
+    Layer,
+    Manifest,
+    default_rows_per_shard,
+    dense_width,
+)
 from logra_kernels.store.rows import shorten
 from logra_kernels.store.sidecar import remove_temporaries
 from logra_kernels.store.whitening import Whitening
@@ -44,7 +54,15 @@ def new_manifest(
             raise StoreError(f"layer {name!r}: {size!r} must be (k_out, k_in), two positive integers")
         table.append(Layer(name, size[0], size[1], offset))
         offset += size[0] * size[1]
-    width = offset if rank is None else factored_width(layers, rank)
+    widths = [layer.k_out * layer.k_in for layer in table]
+    width = dense_width(widths, form) if rank is None else factored_width(layers, rank)
+    if rank is None and form.scaled and form.row_bytes(width) > 2 * offset:
+        warnings.warn(
+            f"rows in {form} take {form.row_bytes(width)} bytes, more than the {2 * offset} of bf16: a layer has"
+            f" {offset // len(table)} numbers on average, and each begins a block of its own; use bf16, or smaller"
+            " blocks",
+            stacklevel=4,
+        )
     if whitening is not None:
         whitening.check(layers)
     if rows_per_shard is None:
@@ -61,6 +79,7 @@ def new_manifest(
         dict(fingerprints or {}),
         _as_json("meta", meta) or {},
         rank=rank,
+        apart=rank is None and width > offset,
         whitened=None if whitening is None else {**whitening.facts, "digest": whitening.digest},
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logra_kernels.store.encoding import encode_here
+from logra_kernels.store.encoding import encode_here, spread_out
 from logra_kernels.store.format import Manifest
 from logra_kernels.store.native import quantize_rows, quantizes_rows, quantizing_threads, take_rows, takes_rows
 from logra_kernels.store.writing.growing import Place
@@ -30,7 +30,7 @@ def fill(manifest: Manifest, rows: Tensor, place: Place, in_place: bool) -> bool
         return True
     if not manifest.format.scaled:
         return take_rows(rows, manifest.torch_dtype, place.pieces("rows"))
-    whole, threads = place.whole(), quantizing_threads(rows)
+    rows, whole, threads = spread_out(manifest, rows), place.whole(), quantizing_threads(rows)
     if whole is not None:
         return _quantize(manifest, rows, whole, threads)
     fit = True
