@@ -19,6 +19,7 @@ from logra_kernels.nn.shared_inputs import SharedInputs
 from logra_kernels.nn.state import TapState
 from logra_kernels.nn.tap import check_heard
 from logra_kernels.nn.tokens import TokenShares
+from logra_kernels.nn.untapped import warn_of_untapped, without_fused_layers
 from logra_kernels.projection import Projection
 
 
@@ -187,8 +188,14 @@ class Taps(TapState):
     def watched(self) -> Iterator[None]:
         """Raise LograError in a backward by a tapped weight that the model uses outside of its layers.
 
-        In a first batch only, since it costs Python's time on every torch function.
+        In a first batch only, since it costs Python's time on every torch function. Layers of PyTorch's transformers
+        are called one by one meanwhile, for a fused call of frozen ones would pass the taps by.
         """
+        with without_fused_layers(self._model), self._watching():
+            yield
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
         if self._watched or anything_compiled():
             yield
             return
@@ -279,7 +286,8 @@ def capture(
     The layers, the loss and the weights' own gradients are untouched; weights may be frozen. The loss must be a sum
     over samples (a batch mean would divide every gradient by the batch size). A weight that is computed from others (a
     parametrization, weight norm, a pruning mask) counts as the layer multiplies with it. Weights of modules of other
-    kinds, as nn.MultiheadAttention's, LSTMs' or PEFT's vectors, have no part in the rows.
+    kinds, as nn.MultiheadAttention's, LSTMs' or PEFT's vectors, have no part in the rows; without `include`, a warning
+    names those of PyTorch's own modules.
 
     Args:
         model: Any module; its inputs must hold the samples in dimension 0 of every tapped layer, unless
@@ -309,4 +317,6 @@ def capture(
     if projection_dtype not in (None, torch.bfloat16, torch.float32):
         raise ValueError(f"capture: projection_dtype is {projection_dtype}; it must be torch.bfloat16 or torch.float32")
     layers = find_layers(model, include, exclude, kinds, bias)
+    if include is None:
+        warn_of_untapped(model)
     return Taps(model, projection or Projection(), layers, projection_dtype, in_graph, shared_inputs)
