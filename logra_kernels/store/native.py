@@ -16,7 +16,7 @@ from logra_kernels.ops._native import DTYPE_CODE, matrix
 
 READERS = 8  # threads that bring a file in; more than there are cores, since each waits for the disk
 
-LONG = 1 << 19  # numbers of an append that leaves the writer a thread
+LONG = 1 << 19  # numbers of an append that is worth several threads
 
 _QUANTIZED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,10 +60,9 @@ def quantizes_rows(rows: Tensor) -> bool:
 
 
 def quantizing_threads(rows: Tensor) -> int:
-    """How many threads encode an append. The store's writer is left one, unless the rows are so few that it has its
-    turn between two calls."""
-    threads = torch.get_num_threads()
-    return threads if rows.numel() < LONG else max(1, threads - 1)
+    """How many threads encode an append. The store's writer is left one; and after a few rows the others would only go
+    on spinning, where it has work to do."""
+    return max(1, torch.get_num_threads() - 1) if rows.numel() >= LONG else 1
 
 
 def quantize_rows(rows: Tensor, form: RowFormat, codes: np.ndarray, scales: np.ndarray, threads: int) -> bool:
