@@ -166,7 +166,7 @@ class Run(Analysis):
         weights: Tensor | None = None,
         offsets: Tensor | None = None,
         *,
-        sequence_length: int | None = None,
+        sequence_length: int | str | None = None,
         loss_scale: float = 1.0,
         nonfinite: str = "raise",
         observe: bool = False,
@@ -179,7 +179,8 @@ class Run(Analysis):
             weights: A factor for each position, [N, T], as in `Taps.reset`.
             offsets: Where token rows are packed with documents, their limits in the flattened positions, [N+1] int64,
                 as in `Taps.reset`; every document is a row of the store.
-            sequence_length: T, where the model flattens samples and positions for some layers, as in `Taps.reset`.
+            sequence_length: T, where the model flattens samples and positions for some layers, or "any" where it cuts
+                them into windows (Swin, MobileViT), as in `Taps.reset`.
             loss_scale: What the loss was multiplied with, as `GradScaler.get_scale()`; rows are divided by it.
             nonfinite: What to do with samples whose gradient is NaN or infinite: "raise", and store nothing of the
                 batch, or "skip": store the others, and record their ids (`Run.skipped`) with a warning that says how
@@ -222,7 +223,7 @@ class Run(Analysis):
         weights: Tensor | None = None,
         offsets: Tensor | None = None,
         *,
-        sequence_length: int | None = None,
+        sequence_length: int | str | None = None,
         loss_scale: float = 1.0,
     ) -> Iterator[Query]:
         """Gather the projected gradients of queries: forward and `loss.backward()` go inside.
@@ -251,7 +252,7 @@ class Run(Analysis):
         weights: Tensor | None = None,
         offsets: Tensor | None = None,
         *,
-        sequence_length: int | None = None,
+        sequence_length: int | str | None = None,
         sharing: str = "expand",
     ) -> Iterator[None]:
         """Learn from a sample of the training data what rows alone cannot tell: forward and backward go inside.
@@ -282,7 +283,7 @@ class Run(Analysis):
 
     @contextmanager
     def observe_fisher(
-        self, weights: Tensor | None = None, offsets: Tensor | None = None, *, sequence_length: int | None = None
+        self, weights: Tensor | None = None, offsets: Tensor | None = None, *, sequence_length: int | str | None = None
     ) -> Iterator[None]:
         """Sum the Fisher of the model's own predictions, for curvature "fisher": forward and backward go inside.
 
@@ -311,7 +312,7 @@ class Run(Analysis):
         samples: int | None,
         weights: Tensor | None,
         offsets: Tensor | None = None,
-        sequence_length: int | None = None,
+        sequence_length: int | str | None = None,
     ) -> Iterator[None]:
         for problem in mode_problems(self.model):
             warnings.warn(f"Run: {problem}", stacklevel=4)

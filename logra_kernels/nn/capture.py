@@ -107,7 +107,7 @@ class Taps(TapState):
         batch_size: int | None = None,
         weights: Tensor | None = None,
         offsets: Tensor | None = None,
-        sequence_length: int | None = None,
+        sequence_length: int | str | None = None,
     ) -> None:
         """Begin a new batch.
 
@@ -121,12 +121,17 @@ class Taps(TapState):
                 Each document is then a sample, an empty one with a gradient of zero; weights are [B, T].
             sequence_length: T, where a model gives some layers the rows of all samples as [N * T, d] (OPT, the shared
                 experts of Qwen's mixtures); without it such a layer is refused. N is batch_size or the weights'.
+                "any", where a model cuts samples into windows, [N * W, T, d] with another W in each layer (Swin,
+                MobileViT): a layer's rows may be any multiple of N, each sample's one after the other, which
+                `Run.verify` checks.
 
         Raises:
             ValueError: `offsets` are not such, or another number of samples than batch_size; `sequence_length` without
                 a number of samples or beside `offsets`, which say as much.
         """
-        if sequence_length is not None:
+        if isinstance(sequence_length, str) and sequence_length != "any":
+            raise ValueError(f"capture: sequence_length is {sequence_length!r}; it must be a number or 'any'")
+        if isinstance(sequence_length, int) or (sequence_length is not None and offsets is not None):
             batch_size = len(weights) if batch_size is None and weights is not None else batch_size
             if batch_size is None or offsets is not None:
                 beside = "without batch_size or weights" if offsets is None else "beside offsets"

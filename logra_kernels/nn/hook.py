@@ -87,7 +87,7 @@ class Hook:
             )
         x = x.to(y.device)  # what accelerate moves, it moves inside of the layer
         if self.taps.offsets is None and len(leaf) != len(x):
-            shape = len(leaf), self.taps.sequence_length
+            shape = len(leaf), len(x) // len(leaf)
             return self._behind(adapter, y.unflatten(0, shape), x.unflatten(0, shape)).flatten(0, 1)
         return self._behind(adapter, y, x)
 
@@ -140,14 +140,17 @@ class Hook:
             raise MisfitError(
                 f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun{by}; call"
                 " taps.reset() between batches; exclude layers whose inputs are not [N, ...], or, where a model"
-                " flattens samples and positions, give sequence_length (or, packed, the samples' limits as offsets)"
+                " flattens samples and positions, give sequence_length ('any' where it cuts samples into windows; or,"
+                " packed, the samples' limits as offsets)"
             )
         return leaf
 
     def _flattened(self, x: Tensor) -> bool:
         """Whether x is [N * T, ...], with the T that was said beforehand."""
         length, samples = self.taps.sequence_length, self.taps.samples
-        return length is not None and samples is not None and self.adapter.flattens and len(x) == samples * length
+        if length == "any":
+            return bool(samples) and self.adapter.flattens and len(x) % samples == 0  # type: ignore[operator]
+        return isinstance(length, int) and samples is not None and self.adapter.flattens and len(x) == samples * length
 
     def tap(self, adapter: Adapter, y: Tensor, x: Tensor, weights: Tensor | None, offsets: Tensor | None) -> Tensor:
         """y with the tap behind it; everything fits, and there is a leaf."""

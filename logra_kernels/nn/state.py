@@ -33,6 +33,6 @@ class TapState:
         self.weights: Tensor | None = None
         self.offsets: Tensor | None = None
         self.positions = 0
-        self.sequence_length: int | None = None
+        self.sequence_length: int | str | None = None
         self.samples: int | None = None
         self.begun_by: str | None = None

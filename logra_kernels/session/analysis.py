@@ -44,7 +44,7 @@ class Analysis(ABC):
         samples: int | None,
         weights: Tensor | None,
         offsets: Tensor | None = None,
-        sequence_length: int | None = None,
+        sequence_length: int | str | None = None,
     ) -> AbstractContextManager[None]: ...
 
     def _asked(
@@ -215,7 +215,7 @@ class Analysis(ABC):
         damping: float | Damping | None = None,
         weights: Tensor | None = None,
         *,
-        sequence_length: int | None = None,
+        sequence_length: int | str | None = None,
     ) -> Iterator[TokenShares]:
         """Share out scores over positions: forward and backward of the rows in question, [N, T] tokens, go inside.
 
