@@ -29,17 +29,6 @@ void bind_score_block(py::module_& m) {
            py::arg("queries"), py::arg("n_queries"), py::arg("d"))
       .def(
           "score",
-          [](score_block::Scorer& scorer, const Matrix& row_tensor, int64_t count, Address out, int64_t stride,
-             int n_threads) {
-            check_block(scorer, count, stride, n_threads);
-            const Rows rows = rows_of("score_block", row_tensor);
-            LGK_CHECK(rows.dtype != Dtype::kF64, "score_block: rows of a scorer are fp32, bf16 or fp16");
-            py::gil_scoped_release unlocked;
-            scorer.score(rows, count, reinterpret_cast<float*>(out), stride, n_threads);
-          },
-          py::arg("rows"), py::arg("count"), py::arg("out"), py::arg("stride"), py::arg("n_threads"))
-      .def(
-          "score_encoded",
           [](score_block::Scorer& scorer, const Encoded& row_tensor, int64_t count, Address out, int64_t stride,
              int digits, int n_threads) {
             check_block(scorer, count, stride, n_threads);

@@ -1,6 +1,7 @@
 #include "score_block/cpu.h"
 
 #include "common/check.h"
+#include "common/product.h"
 #include "encoded/product.h"
 
 namespace lgk::score_block {
@@ -15,13 +16,6 @@ template void score_block<double>(const Rows&, const Rows&, double*, Shape, int)
 
 void score_encoded(const Rows& queries, const EncodedRows& rows, float* out, Shape shape, int digits, int n_threads) {
   multiply_encoded(rows, shape.rows, queries, shape.queries, shape.d, {out, 1, shape.rows}, digits, n_threads);
-}
-
-void Scorer::score(const Rows& rows, int64_t count, float* out, int64_t stride, int n_threads) {
-  if (plain_ == nullptr) {
-    plain_ = std::make_unique<LaidOut<float>>(queries_, n_queries_, d_, rows.number(), n_threads);
-  }
-  plain_->multiply(rows, count, 0, n_queries_, {out, 1, stride}, n_threads);
 }
 
 void Scorer::score(const EncodedRows& rows, int64_t count, float* out, int64_t stride, int digits, int n_threads) {

@@ -2,7 +2,6 @@
 #pragma once
 #include <memory>
 
-#include "common/product.h"
 #include "common/rows.h"
 #include "encoded/queries.h"
 #include "encoded/rows.h"
@@ -20,8 +19,8 @@ void score_block(const Rows& queries, const Rows& rows, T* out, Shape shape, int
 // The same on encoded rows; `digits` as in encoded/product.h.
 void score_encoded(const Rows& queries, const EncodedRows& rows, float* out, Shape shape, int digits, int n_threads);
 
-// The same, bit by bit, for any number of blocks of rows, all of numbers that fit fp32 or all in one format: the
-// queries are laid out once, and read until the last block has come.
+// The same, bit by bit, for any number of blocks of encoded rows, all in one format: the queries are laid out once.
+// Plain rows have none: there queries are laid out part by part, each while it is in a cache.
 class Scorer {
  public:
   Scorer(const Rows& queries, int64_t n_queries, int64_t d) : queries_(queries), n_queries_(n_queries), d_(d) {}
@@ -30,7 +29,6 @@ class Scorer {
   int64_t d() const { return d_; }
 
   // The next `count` rows' scores to out[q * stride + n].
-  void score(const Rows& rows, int64_t count, float* out, int64_t stride, int n_threads);
   void score(const EncodedRows& rows, int64_t count, float* out, int64_t stride, int digits, int n_threads);
 
  private:
@@ -38,7 +36,6 @@ class Scorer {
   int64_t n_queries_, d_;
   Encoding encoding_ = {};
   int digits_ = 0;
-  std::unique_ptr<LaidOut<float>> plain_;
   std::unique_ptr<EncodedQueries> laid_out_;
 };
 

@@ -17,20 +17,17 @@ def launch(queries: Tensor, rows: Tensor) -> Tensor:
 
 
 class Scorer:
-    """Queries [Q, D] laid out once for any number of blocks of rows; they must not change meanwhile."""
+    """Queries [Q, D] laid out once for any number of blocks of encoded rows; they must not change meanwhile."""
 
     def __init__(self, queries: Tensor):
         self._queries = queries  # read until the last block has come
         self._native = _C.Scorer(matrix(queries), *queries.shape)
 
-    def score(self, rows: Tensor | EncodedRows, digits: int, out: Tensor) -> None:
+    def score(self, rows: EncodedRows, digits: int, out: Tensor) -> None:
         """Write the scores of rows [n, D] to `out` [Q, n] fp32, whose rows are contiguous."""
         place = len(rows), out.data_ptr(), max(out.stride(0), len(rows))  # of one query it is of no account
-        if isinstance(rows, EncodedRows):
-            rows = row_major(rows)
-            self._native.score_encoded(encoded(rows), *place, digits, torch.get_num_threads())
-        else:
-            self._native.score(matrix(rows), *place, torch.get_num_threads())
+        rows = row_major(rows)
+        self._native.score(encoded(rows), *place, digits, torch.get_num_threads())
 
 
 def launch_encoded(queries: Tensor, rows: EncodedRows, digits: int) -> Tensor:

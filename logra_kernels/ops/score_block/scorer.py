@@ -7,13 +7,13 @@ from torch import Tensor
 
 from logra_kernels.ops._dispatch import is_native, launcher
 from logra_kernels.ops._format import EncodedRows
-from logra_kernels.ops.score_block.op import check_encoded, check_scores, numbers_of, score_block
+from logra_kernels.ops.score_block.op import check_encoded, numbers_of, score_block
 
 
 class Scorer:
     """The scores of any number of blocks, as `score_block` gives them, bit by bit.
 
-    The C++ kernels lay the queries out once; elsewhere each block is a call of its own.
+    The C++ kernels lay the queries out once for rows that have scales; else each block is a call of its own.
 
     Args:
         queries, query_format: As in `score_block`; the queries must not change meanwhile.
@@ -36,14 +36,10 @@ class Scorer:
             ValueError: As in `score_block`.
         """
         numbers = numbers_of("score_block", rows, self._query_format)
-        if self._native is None or (isinstance(numbers, Tensor) and numbers.dtype == torch.float64):
+        if self._native is None or isinstance(numbers, Tensor):
             found = score_block(self._queries, rows, query_format=self._query_format)
             return found if out is None else out.copy_(found)
-        digits = 0
-        if isinstance(numbers, EncodedRows):
-            digits = check_encoded("score_block", self._queries, numbers, self._query_format)
-        else:
-            check_scores("score_block", self._queries, numbers)
+        digits = check_encoded("score_block", self._queries, numbers, self._query_format)
         if out is None:
             out = torch.empty(len(self._queries), len(rows), dtype=torch.float32, device="cpu")
         if out.shape[1] <= 1 or (out.stride(1) == 1 and (len(out) <= 1 or out.stride(0) >= out.shape[1])):
