@@ -1,6 +1,8 @@
 """What each of two ranks does; started by torchrun. argv: store, answers."""
 
 import sys
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torchrun import leave
 import logra_kernels as lk
 from logra_kernels.curvature import CURVATURES, RawFisher
 from logra_kernels.errors import LograError
+from logra_kernels.store import Share
 
 KINDS = ["raw", "shrunk", "diagonal", "corrected-kronecker", "lowrank", "kfac", "ekfac", "fisher"]
 LEARNED = ["pca shrunk", "pca ekfac"]  # with a projection that is learned
@@ -88,6 +91,16 @@ def resumed(path: str, mine) -> None:
     run.close()
 
 
+def late(read: Callable) -> Callable:
+    """On rank 1, after rank 0 may have written what it found missing."""
+
+    def reads(*args, **kwargs):
+        time.sleep(0.1 * dist.get_rank())
+        return read(*args, **kwargs)
+
+    return reads
+
+
 def main(directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -100,6 +113,7 @@ def main(directory: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if kind == "raw":
                 patch.setattr(RawFisher, "_over_ranks", lambda *_: pytest.fail("a pass over rows summed while logging"))
+            patch.setattr(Share, "sidecar_read", late(Share.sidecar_read))
             run.finalize()
         torch.save(answers(run, query), f"{directory}/{kind}.{dist.get_rank()}.pt")
         with pytest.raises(LograError, match="rows are merged"), run.log(["more"]):

@@ -89,7 +89,9 @@ class Share(GradientStore):
         *,
         key: str | None = None,
     ) -> Path:
-        """Rank 0 writes for all; the others wait, so that every rank sees the same sidecars."""
+        """Rank 0 writes for all, once all have come here: one that is late must not find what it would have made with
+        the others. They wait for it, so that every rank sees the same sidecars."""
+        dist.barrier()
         if self._rank == 0:
             super().sidecar_write(name, tensors, metadata, key=key)
         dist.barrier()
