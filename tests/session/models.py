@@ -43,3 +43,11 @@ def make_run(path, seed: int = 0, order=None, **options) -> tuple[lk.Run, lk.Que
     log_all(run, order)
     run.commit()
     return run, ask(run)
+
+
+def observe_all(run):
+    """All that curvatures are made of beside rows, of the training data in one batch."""
+    x, target = make_data()
+    for watched in (run.observe, run.observe_fisher):
+        with watched():
+            loss_of(run.model, x, target).backward()

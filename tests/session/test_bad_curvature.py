@@ -2,21 +2,13 @@
 
 import pytest
 import torch
-from session.models import N, ask, log_all, loss_of, make_data, make_model, make_run
+from session.models import N, ask, log_all, loss_of, make_data, make_model, make_run, observe_all
 
 import logra_kernels as lk
 from logra_kernels import influence
 from logra_kernels.curvature import Damping, RawFisher
 from logra_kernels.errors import LograError, StoreError
 from logra_kernels.store import GradientStore
-
-
-def observe(run):
-    x, target = make_data()
-    with run.observe():
-        loss_of(run.model, x, target).backward()
-    with run.observe_fisher():
-        loss_of(run.model, x, target).backward()
 
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
@@ -96,7 +88,7 @@ def test_another_observation_makes_every_kept_answer_stale(tmp_path, kind, dampi
     options = {"projection": lk.Projection(rank=3), "curvature": kind}
     run, query = make_run(tmp_path / "s", **options)
     with run:
-        observe(run)
+        observe_all(run)
         first = run.scores(query, "relatif", damping), run.self_influence(damping)
     with lk.Run(tmp_path / "s", make_model(), **options) as again:  # its first batch replaces what was observed
         x, target = make_data(seed=7)

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from session.models import T, log_all, loss_of, make_data, make_model
+from session.models import T, log_all, loss_of, make_data, make_model, observe_all
 from torch import nn
 
 import logra_kernels as lk
@@ -12,14 +12,6 @@ from logra_kernels.curvature import CURVATURES, Damping
 from logra_kernels.errors import LograError
 
 DAMPINGS = [None, 0.5, Damping(relative=0.3), Damping(whole=1.0)]
-
-
-def observe(run):
-    x, target = make_data()
-    with run.observe():
-        loss_of(run.model, x, target).backward()
-    with run.observe_fisher():
-        loss_of(run.model, x, target).backward()
 
 
 def ask(run, model):
@@ -38,7 +30,7 @@ def test_every_curvature_scores_the_other_layers(tmp_path, kind):
         options = {"projection": lk.Projection(rank=3), "curvature": kind, "include": include}
         with lk.Run(tmp_path / str(include), model, **options) as run:
             log_all(run)
-            observe(run)
+            observe_all(run)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 run.finalize()
@@ -70,7 +62,7 @@ def test_what_was_observed_lacks_a_layer_that_rows_have(tmp_path, kind):
         log_all(run)
         first = {name: p.clone() for name, p in model.named_parameters()}
         nn.init.zeros_(model[2].weight)
-        observe(run)
+        observe_all(run)
         model.load_state_dict(first)
         message = "layer '0' that were observed are zero.*run batches that reach the layer inside `with run.observe"
         with pytest.raises(LograError, match=message):

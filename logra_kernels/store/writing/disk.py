@@ -3,8 +3,8 @@
 The thread that writes is one of C++: after each write, one of Python's would wait for the interpreter while the disk is
 idle. One of Python's follows it and tells what is done.
 
-Measured on ext4 on a virtual disk, 1.5 GB in files of 64 MB that are synced at the end (`bench/bench_store.py`):
-0.6 GB/s through the page cache, 2.2 GB/s with O_DIRECT. Several writes at once were no faster than one.
+O_DIRECT writes come at more than twice the rate of those through the page cache (`bench/bench_store.py --write`, ext4
+on a virtual disk). Several at once were no faster than one.
 """
 
 import errno
