@@ -105,15 +105,13 @@ def separate_scores(
         ValueError: Sizes do not fit, another mode, or NaN in the queries.
     """
     check_solved(solved, rows.shape[1])
-    own = None if mode == "dot" else _own(rows, factor)
+    own = {} if mode == "dot" else separate_self_influence(rows, factor, groups)
     found = {}
     for group, parts in groups.items():
-        spans = _spans(list(parts))
         value = torch.zeros(len(solved), len(rows), device=solved.device, dtype=torch.float32)
-        for span in spans:
+        for span in _spans(list(parts)):
             value += score_block(solved[:, span], rows[:, span])
-        mine = None if own is None else torch.stack([own[:, span].sum(1) for span in spans]).sum(0).float()
-        scale, shift = adjustment(mode, {} if mine is None else {"self_influence": mine}, len(rows))
+        scale, shift = adjustment(mode, {"self_influence": own[group]} if group in own else {}, len(rows))
         value = value if scale is None else value * scale
         found[group] = value if shift is None else value + shift
     return found
