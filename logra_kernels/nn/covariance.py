@@ -173,7 +173,11 @@ class Covariances:
             LograError: A layer saw no backward, or its sums are not finite.
         """
         heard = [name for name, sums in self._sums.items() if sums.positions or name in self._unreached]
-        check_heard("covariances", self._names, heard, "run forward and backward of the model inside")
+        advice = (
+            "run forward and backward of the model inside, and exclude layers that the loss does not reach or that the"
+            " model does not call"
+        )
+        check_heard("covariances", self._names, heard, advice)
         for name, sums in self._sums.items():
             if not (sums.right.isfinite() and sums.left.isfinite()):
                 raise LograError(f"covariances: those of layer {name!r} are NaN or infinite; check the model's loss")

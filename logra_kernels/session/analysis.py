@@ -291,7 +291,13 @@ class Analysis(ABC):
         return sensitivity.compare(base, others, k, list(dampings), reference)
 
     def verify(
-        self, loss: Loss, samples: int = 4, *, rtol: float | None = None, offsets: Tensor | None = None
+        self,
+        loss: Loss,
+        samples: int = 4,
+        *,
+        rtol: float | None = None,
+        offsets: Tensor | None = None,
+        sequence_length: int | str | None = None,
     ) -> Verification:
         """Check model, loss and filters: are captured gradients those of each sample alone? Nothing is logged.
 
@@ -308,8 +314,9 @@ class Analysis(ABC):
             rtol: Largest relative difference that passes; default 1e-3, 0.1 for 16-bit weights and autocast.
             offsets: Where the loss packs the samples `slice(0, samples)` into token rows: their limits, as in
                 `Run.log`. Found is then also whether documents see each other.
+            sequence_length: As in `Run.log`, for a model that flattens samples and positions.
 
         Raises:
             ValueError: samples < 2, or `offsets` do not cut as many.
         """
-        return verify(self.model, self.taps, loss, samples, rtol, offsets)
+        return verify(self.model, self.taps, loss, samples, rtol, offsets, sequence_length)

@@ -11,7 +11,7 @@ def mode_problems(model: nn.Module) -> list[str]:
     """Of modules that make gradients random, or that mix the samples of a batch."""
     problems = []
     modules = list(model.named_modules())
-    dropout = [n for n, m in modules if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training]
+    dropout = [n for n, m in modules if m.training and _drops(m)]
     if dropout:
         problems.append(f"dropout is on ({some(dropout)}), so gradients are random: call model.eval() before logging")
     mixing = [
@@ -25,6 +25,15 @@ def mode_problems(model: nn.Module) -> list[str]:
             " batch-mates: call model.eval() before logging, or use a norm without running statistics"
         )
     return problems
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module in train mode drops at random: nn.Dropout, or by a function, at a rate it is given by name."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.RNNBase) and module.num_layers == 1:  # between layers only
+        return False
+    return any(isinstance(rate, float) and rate > 0 and "drop" in name for name, rate in vars(module).items())
 
 
 def zero_layers(taps: Taps) -> list[str]:

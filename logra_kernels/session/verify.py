@@ -7,11 +7,12 @@ by itself. What a difference looks like tells what causes it, and it is said in 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.nn import Taps
+from logra_kernels.nn import Adapter, Taps, without_fused_layers
 from logra_kernels.session.modes import mode_problems, some
 
 Loss = Callable[[slice], Tensor]
@@ -60,21 +61,25 @@ def verify(
     samples: int,
     rtol: float | None = None,
     offsets: Tensor | None = None,
+    sequence_length: int | str | None = None,
 ) -> Verification:
     """See `Run.verify`."""
     if samples < 2:
         raise ValueError(f"verify: samples is {samples}; it takes at least 2 to see whether they are mixed")
-    taps.reset(samples, offsets=offsets)  # raises for offsets that are none
+    layout: dict[str, Any] = {"offsets": offsets, "sequence_length": sequence_length}
+    taps.reset(samples, **layout)  # raises for offsets that are none
     problems, notes = mode_problems(model), []
     error = None
-    with _unchanged(model, taps):
+    with _unchanged(model, taps), without_fused_layers(model):
         try:
             _check_loss(loss, samples, problems)
-            notes += _check_shapes(taps, loss, samples, packed=offsets is not None)
-            captured, silent = _captured(taps, loss, samples, offsets)
-            problems += silent
+            seen = _Seen.of(taps, loss, samples)
+            notes += seen.notes(taps)
+            if offsets is None:
+                seen.check_samples(taps, samples, sequence_length)
+            captured = _captured(taps, loss, samples, layout, problems, notes)
             exact = _alone(taps, loss, samples, _comparable(model, taps, notes))
-            error = _compare(captured, exact, rtol or _tolerance(taps), problems)
+            error = _compare(captured, exact, rtol or _tolerance(taps, seen.autocast), problems)
         except _Found as found:
             problems.append(str(found))
     return Verification(problems, notes, error, samples, len(taps.layers))
@@ -142,50 +147,74 @@ def _check_loss(loss: Loss, samples: int, problems: list[str]) -> None:
         )
 
 
-def _check_shapes(taps: Taps, loss: Loss, samples: int, packed: bool) -> list[str]:
-    """Notes; what each layer's input looks like for the whole batch and for one sample."""
-    seen: dict[str, list[tuple[int, ...]]] = {}
+@dataclass
+class _Seen:
+    """What the layers were called with: the shapes of the whole batch's inputs and of one sample's, and how."""
 
-    def watch(name: str, argument: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen.setdefault(name, []).append(tuple((args[0] if args else kwargs[argument]).shape))
+    whole: dict[str, list[tuple[int, ...]]]
+    one: dict[str, list[tuple[int, ...]]]
+    autocast: bool = False
 
-        return hook
+    @classmethod
+    def of(cls, taps: Taps, loss: Loss, samples: int) -> "_Seen":
+        seen = cls({}, {})
 
-    handles = [
-        module.register_forward_pre_hook(watch(name, adapter.argument), with_kwargs=True)
-        for name, holders in taps.holders.items()
-        for module, adapter in holders
-        if adapter.samples_first
-    ]
-    try:
-        with torch.no_grad():
-            _call(loss, slice(0, samples))
-            whole = {name: list(shapes) for name, shapes in seen.items()}
-            seen.clear()
-            _call(loss, slice(0, 1))
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, shapes in whole.items() if not packed else ():
-        for shape, one in zip(shapes, seen.get(name, shapes), strict=False):
-            if not shape or shape[0] != samples or one[0] != 1:
+        def watch(name: str, adapter: Adapter, into: dict[str, list[tuple[int, ...]]]):
+            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                x = args[0] if args else kwargs[adapter.argument]
+                into.setdefault(name, []).append(tuple(x.shape))
+                seen.autocast |= torch.is_autocast_enabled(x.device.type)
+
+            return hook
+
+        for shapes, part in ((seen.whole, slice(0, samples)), (seen.one, slice(0, 1))):
+            handles = [
+                module.register_forward_pre_hook(watch(name, adapter, shapes), with_kwargs=True)
+                for name, holders in taps.holders.items()
+                for module, adapter in holders
+                if adapter.samples_first
+            ]
+            try:
+                with torch.no_grad():
+                    _call(loss, part)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return seen
+
+    def check_samples(self, taps: Taps, samples: int, sequence_length: int | str | None) -> None:
+        """Raise _Found unless samples lie in dimension 0, or are flattened as `sequence_length` says."""
+        for name, shapes in self.whole.items():
+            flattens = all(adapter.flattens for _, adapter in taps.holders[name])
+            for shape, one in zip(shapes, self.one.get(name, shapes), strict=False):
+                first = one[0] if one else 0
+                cut = first > 0 and bool(shape) and shape[0] == samples * first and (flattens or first == 1)
+                if cut and (first == 1 or sequence_length in ("any", first)):
+                    continue
+                how = "make the model batch-first, or exclude the layer"
+                if cut:
+                    given = f"sequence_length={first} (or 'any')"
+                    how = f"where the model flattens samples and positions, give {given} here and to log; else {how}"
                 raise _Found(
                     f"layer {name!r} gets an input {shape} for {samples} samples and {one} for one: samples are not in"
-                    " dimension 0; make the model batch-first, or exclude the layer"
+                    f" dimension 0; {how}"
                 )
-    notes = []
-    for name, shapes in whole.items():
-        holders = len(taps.holders[name])
-        if holders > 1:
-            notes.append(f"layer {name!r} shares its weight with {holders - 1} more: their gradients are summed as one")
-        if len(shapes) > holders:
-            notes.append(f"layer {name!r} is used {len(shapes)} times in a forward: its gradients are summed")
-    return notes
+
+    def notes(self, taps: Taps) -> list[str]:
+        notes = []
+        for name, shapes in self.whole.items():
+            holders = len(taps.holders[name])
+            if holders > 1:
+                more = f"{holders - 1} more: their gradients are summed as one"
+                notes.append(f"layer {name!r} shares its weight with {more}")
+            if len(shapes) > holders:
+                notes.append(f"layer {name!r} is used {len(shapes)} times in a forward: its gradients are summed")
+        return notes
 
 
-def _captured(taps: Taps, loss: Loss, samples: int, offsets: Tensor | None) -> tuple[Grads, list[str]]:
-    taps.reset(samples, offsets=offsets)
+def _captured(taps: Taps, loss: Loss, samples: int, layout: dict, problems: list[str], notes: list[str]) -> Grads:
+    """Of the layers that got one; what is to be said of the others is added to `problems` and `notes`."""
+    taps.reset(samples, **layout)
     in_graph = taps.in_graph
     taps.active = taps.in_graph = True
     try:
@@ -203,12 +232,16 @@ def _captured(taps: Taps, loss: Loss, samples: int, offsets: Tensor | None) -> t
     bad = [name for name, grad in found.items() if not bool(grad.isfinite().all())]
     if bad:
         raise _Found(f"the gradient of layer {bad[0]!r} is NaN or infinite: check the model's loss on these samples")
-    if not silent:
-        return found, []
-    return found, [
-        f"the loss sends no gradient to {len(silent)} layers ({some(silent)}): exclude them; if the model is compiled,"
-        " compile it after the run is made"
-    ]
+    experts = [name for name in silent if taps.holders[name][0][1].kind == "expert"]
+    if experts:
+        notes.append(f"no token of these samples came to {len(experts)} experts ({some(experts)}): not compared")
+    silent = [name for name in silent if name not in experts]
+    if silent:
+        problems.append(
+            f"the loss sends no gradient to {len(silent)} layers ({some(silent)}): exclude them; if the model is"
+            " compiled, compile it after the run is made"
+        )
+    return found
 
 
 def _comparable(model: nn.Module, taps: Taps, notes: list[str]) -> dict[str, list[list[Tensor]]]:
@@ -263,13 +296,13 @@ def _alone(taps: Taps, loss: Loss, samples: int, learning: dict[str, list[list[T
     return {name: torch.stack(parts) for name, parts in rows.items()}
 
 
-def _tolerance(taps: Taps) -> float:
+def _tolerance(taps: Taps, autocast: bool) -> float:
     """Batched and single products round differently; 16-bit ones to 2^-8 each."""
     held = [pair for holders in taps.holders.values() for pair in holders]
     weights = (p for module, adapter in held for p in adapter.parameters(module))
     factors = (p for pair in taps.factors.values() for p in pair if p is not None)
     narrow = any(p.dtype.itemsize < 4 for p in (*weights, *factors))
-    return 0.1 if narrow or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 1e-3
+    return 0.1 if narrow or autocast else 1e-3
 
 
 def _compare(captured: Grads, exact: Grads, rtol: float, problems: list[str]) -> float | None:
@@ -292,7 +325,7 @@ def _compare(captured: Grads, exact: Grads, rtol: float, problems: list[str]) ->
     samples = len(factor)
     if 2 * len(wrong) > len(names):
         if not any(p.startswith("batch norm") for p in problems):
-            worst = min(float(torch.nn.functional.cosine_similarity(got[n], true[n], dim=1).min()) for n in wrong)
+            worst = min(_least_cosine(got[n], true[n]) for n in wrong)
             problems.append(
                 f"samples are coupled: gradients in a batch are not those of the samples alone (cosine down to"
                 f" {worst:.2f}): the loss or the model mixes the samples of a batch (a contrastive loss, batch"
@@ -309,6 +342,12 @@ def _compare(captured: Grads, exact: Grads, rtol: float, problems: list[str]) ->
     if bool(alive.any()):
         _judge_factor(factor[alive], samples, min(10 * rtol, 0.2), problems)
     return max(errors.values())
+
+
+def _least_cosine(got: Tensor, true: Tensor) -> float:
+    """Between gradients of the same sample, [N, D]; samples that have none (an expert without a token) do not count."""
+    there = true.any(1) | got.any(1)
+    return float(torch.nn.functional.cosine_similarity(got[there], true[there], dim=1).min()) if there.any() else 1.0
 
 
 def _judge_factor(factor: Tensor, samples: int, near: float, problems: list[str]) -> None:

@@ -36,6 +36,18 @@ def test_batch_norm_of_the_batchs_own_statistics(tmp_path):
         logged(tmp_path / "eval", model.eval(), x)
 
 
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout", "drop_prob"])
+def test_dropout_by_a_function(tmp_path, name):
+    """As in BART and OPT, whose modules hold the rate, or as stochastic depth."""
+    model, x = net(nn.Tanh()), torch.randn(3, 6)
+    setattr(model[1], name, 0.1)
+    with pytest.warns(UserWarning, match=r"Run: dropout is on \('1'\).*call model\.eval\(\)"):
+        logged(tmp_path / "train", model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logged(tmp_path / "eval", model.eval(), x)
+
+
 def test_layers_of_zero_gradients_in_the_first_batch(tmp_path):
     """As a fresh LoRA's A beside a B of zeros."""
     model, x = net(), torch.randn(3, 6)

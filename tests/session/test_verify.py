@@ -122,6 +122,9 @@ def test_dropout(tmp_path):
     assert "dropout is on ('1'), so gradients are random: call model.eval()" in report.problems[0]
     model.eval()
     assert check(tmp_path, model, squared(model, *data())).ok
+    model = net().train()
+    model.attention_dropout = 0.5  # a rate that a function is given, as transformers' models have them
+    assert "dropout is on (''), so gradients are random" in check(tmp_path, model, squared(model, *data())).problems[0]
     hidden = net()
 
     def noisy(part):
@@ -201,3 +204,76 @@ def test_what_a_loss_may_not_be(tmp_path):
     one_problem(check(tmp_path, model, lambda part: model(x[part] @ x).sum()), "loss(slice(0, 4)) failed: ")
     with lk.Run(tmp_path / "s", model) as run, pytest.raises(ValueError, match="takes at least 2"):
         run.verify(squared(model, x, target), samples=1)
+
+
+class Flattening(nn.Module):
+    """As OPT: its second layer gets the positions of all samples as one batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)).flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize("length", [T, "any"])
+def test_samples_and_positions_that_the_model_flattens(tmp_path, length):
+    model = Flattening()
+    loss = squared(model, *data())
+    one_problem(check(tmp_path, model, loss), "'b' gets an input (20, 8) for 4 samples and (5, 8)", "sequence_length=5")
+    with lk.Run(tmp_path / "s", model, projection=lk.Projection(rank=3)) as run:
+        report = run.verify(loss, samples=N, sequence_length=length)
+        assert report.ok, str(report)
+        assert report.error < 1e-5
+        one_problem(run.verify(loss, samples=N, sequence_length=4), "sequence_length=5")
+
+
+def test_an_encoder_of_pytorchs_with_padding(tmp_path):
+    """Without gradients and in eval mode it makes a nested tensor, whose layers have no shape to look at."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 1), "head": nn.Linear(6, 3)}).eval()
+    x, padding = torch.randn(N, T, 6), torch.zeros(N, T, dtype=torch.bool)
+    padding[1, 3:] = True
+
+    def loss(part):
+        h = model["encoder"](x[part], src_key_padding_mask=padding[part])
+        return (model["head"](h).square().sum(-1) * ~padding[part]).sum()
+
+    report = check(tmp_path, model, loss, include=["head", "*.linear1"])
+    assert report.ok, str(report)
+
+
+def test_autocast_inside_of_the_loss(tmp_path):
+    model, (x, target) = net(), data()
+
+    def loss(part):
+        with torch.autocast("cpu", torch.bfloat16):
+            return (model(x[part]).float() - target[part]).square().sum()
+
+    report = check(tmp_path, model, loss)
+    assert report.ok, str(report)
+    assert report.error > 1e-3, "it must be more than an fp32 model is allowed"
+
+
+def test_experts_without_a_token_are_no_problem(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=64,
+    )
+    torch.manual_seed(0)
+    model, ids = transformers.AutoModelForCausalLM.from_config(config).eval(), torch.randint(0, 20, (N, T))
+
+    def loss(part):
+        return model(ids[part], use_cache=False).logits.square().sum()
+
+    report = check(tmp_path, model, loss, kinds=["linear", "expert"])
+    assert report.ok, str(report)
+    assert any("no token of these samples came to" in note for note in report.notes)
