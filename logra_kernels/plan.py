@@ -17,12 +17,13 @@ from logra_kernels.ops import FORMATS, RowFormat
 from logra_kernels.run import Run
 from logra_kernels.store import (
     GradientStore,
-    dense_width,
+    check_rank,
     factored_bytes,
-    factored_width,
     held_bytes,
+    layer_widths,
     process_bytes,
     shard_bytes,
+    stored_width,
     writing_bytes,
 )
 
@@ -112,11 +113,9 @@ def plan(
     if isinstance(source, Mapping):
         dim = sum(k_out * k_in for k_out, k_in in source.values())
         forms = {name: RowFormat.of(name) for name in FORMATS}
-        each = [k_out * k_in for k_out, k_in in source.values()]
-        widths = {
-            name: dense_width(each, form) if rank_c is None else factored_width(source, rank_c)
-            for name, form in forms.items()
-        }
+        check_rank(source, rank_c)
+        each = layer_widths(list(source.values()), rank_c)
+        widths = {name: stored_width(each, form) for name, form in forms.items()}
         row_bytes = {name: form.row_bytes(widths[name]) for name, form in forms.items()}
     else:
         if rank_c not in (None, source.rank_c):

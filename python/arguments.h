@@ -45,11 +45,12 @@ inline bool is_double(const char* op, std::initializer_list<Dtype> dtypes) {
 // The layers of rows kept as factors, as (k_out, k_in) each.
 using LayerSizes = std::vector<std::pair<int64_t, int64_t>>;
 
-inline Factored factored_of(const char* op, const LayerSizes& sizes, int64_t rank) {
+inline Factored factored_of(const char* op, const LayerSizes& sizes, int64_t rank, int64_t align = 1) {
   LGK_CHECK(rank >= 1 && rank <= kMostRank,
             std::string(op) + ": rank " + std::to_string(rank) + " is not in 1.." + std::to_string(kMostRank));
   for (const auto& [k_out, k_in] : sizes) check_sizes(op, {k_out, k_in, static_cast<int64_t>(sizes.size())});
-  return {sizes, rank};
+  LGK_CHECK(align >= 1, std::string(op) + ": align " + std::to_string(align) + " is not positive");
+  return {sizes, rank, align};
 }
 
 inline void check_threads(const char* op, int n_threads) {

@@ -24,8 +24,11 @@ struct Factored {
   int64_t rank;
   int64_t columns, factors;  // numbers of a dense and of a factored row
 
-  Factored(const std::vector<std::pair<int64_t, int64_t>>& sizes, int64_t rank) : rank(rank), columns(0), factors(0) {
+  // Each layer's factors begin at a multiple of `align`.
+  Factored(const std::vector<std::pair<int64_t, int64_t>>& sizes, int64_t rank, int64_t align)
+      : rank(rank), columns(0), factors(0) {
     for (const auto& [k_out, k_in] : sizes) {
+      factors = (factors + align - 1) / align * align;
       layers.push_back({k_out, k_in, columns, factors});
       columns += k_out * k_in;
       factors += rank * (k_out + k_in);

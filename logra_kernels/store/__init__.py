@@ -1,5 +1,5 @@
 from logra_kernels.store.factors import projection_of, sidecars_of, spread_of
-from logra_kernels.store.format import dense_width, shard_bytes
+from logra_kernels.store.format import layer_widths, shard_bytes, stored_width
 from logra_kernels.store.life.fsck import fsck
 from logra_kernels.store.life.merge import merge
 from logra_kernels.store.life.quantize import quantization_loss, quantize
@@ -14,7 +14,7 @@ from logra_kernels.store.reading.zero import known_zero_layers, zero_layers
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
 from logra_kernels.store.whitening import Whitening
-from logra_kernels.store.writing.create import factored_width
+from logra_kernels.store.writing.create import check_rank
 from logra_kernels.store.writing.writer import writing_bytes
 
 __all__ = [
@@ -24,14 +24,14 @@ __all__ = [
     "Share",
     "Whitening",
     "add_skipped",
-    "dense_width",
+    "check_rank",
     "factored_bytes",
-    "factored_width",
     "fsck",
     "gather_from_ranks",
     "held_bytes",
     "keep_observed",
     "known_zero_layers",
+    "layer_widths",
     "merge",
     "observed",
     "process_bytes",
@@ -42,6 +42,7 @@ __all__ = [
     "shard_bytes",
     "sidecars_of",
     "spread_of",
+    "stored_width",
     "sum_over_ranks",
     "writing_bytes",
     "zero_layers",

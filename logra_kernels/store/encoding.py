@@ -7,19 +7,33 @@ import xxhash
 from torch import Tensor
 
 from logra_kernels.ops import EncodedRows, dequantize_rows, factor_rows, quantize_rows, rebuild_rows
+from logra_kernels.ops._factored import parts
 from logra_kernels.store.format import Manifest
 
 
 def encode_here(manifest: Manifest, rows: Tensor) -> dict[str, Tensor]:
     """Rows [n, D] on their own device as tensors of their own, named as in `Manifest.tensors`."""
     if manifest.rank is not None:
-        rows = factor_rows(rows, manifest.sizes, manifest.rank).float()
+        rows = factors_of(manifest, rows)
     rows = spread_out(manifest, rows)
     if not manifest.format.scaled:
         return {"rows": rows.to(manifest.format.value_dtype, copy=True, memory_format=torch.contiguous_format)}
     encoded = quantize_rows(rows, manifest.format)
     assert encoded.scales is not None
     return {"rows": encoded.codes, "scales": encoded.scales}
+
+
+def factors_of(manifest: Manifest, rows: Tensor) -> Tensor:
+    """[n, F] fp32, layers side by side. Where layers lie apart, u and v share blocks: |u| = |v|, but the fewer numbers
+    of one would be larger, and the others lost beside them."""
+    assert manifest.rank is not None
+    found = factor_rows(rows, manifest.sizes, manifest.rank).float()
+    if manifest.apart:
+        for (k_out, k_in), (_, left, right) in zip(manifest.sizes, parts(manifest.sizes, manifest.rank), strict=True):
+            if k_out != k_in:
+                found[:, left] *= (k_out / k_in) ** 0.25
+                found[:, right] *= (k_in / k_out) ** 0.25
+    return found
 
 
 def row_sums(rows: EncodedRows) -> Tensor:
@@ -40,7 +54,8 @@ def wrap(manifest: Manifest, tensors: Mapping[str, Tensor]) -> EncodedRows:
 
 
 def laid_out(manifest: Manifest, rows: Tensor) -> Tensor:
-    """Rows or queries [n, D] as rows lie in the store, [n, `Manifest.width`], where layers lie apart; else they."""
+    """Rows or queries [n, D], or factors side by side, as they lie in the store, [n, `Manifest.width`], where layers
+    lie apart; else they."""
     if not manifest.apart:
         return rows
     found = rows.new_zeros(len(rows), manifest.width)
@@ -63,11 +78,13 @@ def spread_out(manifest: Manifest, rows: Tensor) -> Tensor:
 def decode(manifest: Manifest, rows: EncodedRows) -> Tensor:
     """[n, D] in `Manifest.torch_dtype`; the codes themselves where these are the rows' numbers."""
     numbers = stored_numbers(rows)
+    if manifest.rank is not None:
+        return rebuild_rows(numbers, manifest.sizes, manifest.rank, align=manifest.align)
     if manifest.apart:
         return torch.cat([numbers[:, place] for _, place in manifest.spans], dim=1)
-    return numbers if manifest.rank is None else rebuild_rows(numbers, manifest.sizes, manifest.rank)
+    return numbers
 
 
 def stored_numbers(rows: EncodedRows) -> Tensor:
-    """[n, `Manifest.width`]: the rows' numbers, with the zeros between layers, or those of their factors."""
+    """[n, `Manifest.width`]: the rows' numbers, with what lies between layers, or those of their factors."""
     return dequantize_rows(rows) if rows.format.scaled else rows.codes

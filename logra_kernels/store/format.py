@@ -74,8 +74,9 @@ class Manifest:
 
     Attributes:
         rank: c, of each layer's factors that a row is kept as; None where it is kept as it is.
-        apart: Whether each layer's numbers begin a block of their own, so that no scale is two layers'; what is left of
-            a layer's last block is zeros, and a row is stored as `width` numbers.
+        apart: Whether each layer's numbers, or those of its factors, begin a block of their own, so that no scale is
+            two layers'; what is left of a layer's last block means nothing, and a row is stored as `width` numbers.
+            The numbers of u and v are then as large as each other, by their root mean square.
         whitened: `Whitening.facts` and its "digest", of rows that are kept whitened; else None.
         content: The `content_hash` that a compaction left as it was, because it shows the same rows.
         retired: Files that a compaction has replaced and that readers may still need.
@@ -104,27 +105,27 @@ class Manifest:
         return [(layer.k_out, layer.k_in) for layer in self.layers]
 
     @property
+    def align(self) -> int:
+        """Each layer's numbers begin at a multiple of it."""
+        return self.format.block or 1 if self.apart else 1
+
+    @property
     def width(self) -> int:
-        """Numbers of a row as it is stored: `dim`, with the zeros between layers, or those of its factors."""
+        """Numbers of a row as it is stored: `dim`, with what lies between layers, or those of its factors."""
         if self.rank is not None:
-            return factored_dim(self.sizes, self.rank)
+            return factored_dim(self.sizes, self.rank, self.align)
         return self.spans[-1][1].stop if self.apart else self.dim
 
     @cached_property
     def spans(self) -> list[tuple[slice, slice]]:
-        """(columns of a row, where they are stored) where layers lie apart."""
+        """(columns of a row, or numbers of its factors side by side; where they are stored) where layers lie apart."""
         found: list[tuple[slice, slice]] = []
-        for layer, start in zip(
-            self.layers, starts([k_out * k_in for k_out, k_in in self.sizes], self.format), strict=True
-        ):
-            part = layer.part
+        widths, end = layer_widths(self.sizes, self.rank), 0
+        for width, start in zip(widths, starts(widths, self.format), strict=True):
+            first, place, end = end, start, end + width
             if found and found[-1][1].stop == start:
-                joined = found.pop()
-                found.append(
-                    (slice(joined[0].start, part.stop), slice(joined[1].start, start + part.stop - part.start))
-                )
-            else:
-                found.append((part, slice(start, start + part.stop - part.start)))
+                first, place = (joined.start for joined in found.pop())
+            found.append((slice(first, end), slice(place, start + width)))
         return found
 
     @cached_property
@@ -218,6 +219,11 @@ def is_sealed(data: bytes) -> bool:
     return recorded == computed
 
 
+def layer_widths(sizes: Sequence[tuple[int, int]], rank: int | None) -> list[int]:
+    """Numbers of each layer of (k_out, k_in), or of its factors."""
+    return [k_out * k_in if rank is None else rank * (k_out + k_in) for k_out, k_in in sizes]
+
+
 def starts(widths: Sequence[int], form: RowFormat) -> list[int]:
     """Where layers of so many numbers are stored that lie apart: each on a multiple of the format's block."""
     assert form.block is not None
@@ -228,8 +234,8 @@ def starts(widths: Sequence[int], form: RowFormat) -> list[int]:
     return found
 
 
-def dense_width(widths: Sequence[int], form: RowFormat) -> int:
-    """Numbers of a row of layers of so many as it is stored in a new store, not as factors."""
+def stored_width(widths: Sequence[int], form: RowFormat) -> int:
+    """Numbers of a row as it is stored in a new store, of layers of so many (`layer_widths`)."""
     return starts(widths, form)[-1] + widths[-1] if form.scaled else sum(widths)
 
 
@@ -325,7 +331,7 @@ def _build(table: dict[str, Any]) -> Manifest:
     if rank is not None and (type(rank) is not int or not 1 <= rank <= MOST_RANK):
         raise ValueError(f"it keeps factors of rank {rank!r}")
     apart = table.get("layers_apart", False)
-    if apart is not False and (apart is not True or rank is not None or "block" not in table):
+    if apart is not False and (apart is not True or "block" not in table):
         raise ValueError("its layers cannot lie apart")
     whitened = table.get("whitened")
     if whitened is not None and not re.fullmatch(r"[0-9a-f]{32}", whitened["digest"]):

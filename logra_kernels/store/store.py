@@ -60,8 +60,8 @@ class GradientStore(SearchedRows):
             path: A directory that is new, empty, or left by a creation that was interrupted.
             layers: name -> (k_out, k_in), in the order in which they lie in a row; D is the sum of k_out * k_in.
             dtype: Of the stored numbers: fp32, bf16, fp16, fp8, int8, int4, int2 or sign (`ops.RowFormat`).
-            block: Numbers that share a scale, for fp8 and below; 128 by default. No two layers share one: a layer's
-                last block is filled up with zeros.
+            block: Numbers that share a scale, for fp8 and below; 128 by default. No two layers share one: what is left
+                of a layer's last block is filled up.
             scale: Of those scales, "fp32" (the default) or "fp16".
             projection: How the rows were projected, as JSON data.
             fingerprints: What the rows belong to (model, tokenizer, data, loss, ...), for `check`.

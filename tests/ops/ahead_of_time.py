@@ -99,8 +99,8 @@ def cases(dtype: torch.dtype) -> dict[str, Callable]:
         "score_block": lambda: score_block(rows[:8], rows),
         "score_topk": lambda: score_topk(queries, rows, 5, scale, True),
         "factor_rows": lambda: factor_rows(zeros(dtype, 3, 6144), layers, 2),
-        "score_factored": lambda: score_factored(zeros(dtype, 8, 6144), zeros(dtype, 64, 544), layers, 2),
-        "score_factored, rank 8": lambda: score_factored(zeros(dtype, 64, 6144), zeros(dtype, 64, 2176), layers, 8),
+        "score_factored": lambda: score_factored(zeros(dtype, 8, 6144), zeros(dtype, 64, 544), layers, 2, 1),
+        "score_factored, rank 8": lambda: score_factored(zeros(dtype, 64, 6144), zeros(dtype, 64, 2176), layers, 8, 1),
     }
 
 
@@ -151,7 +151,7 @@ def variants(dtype: torch.dtype) -> dict[str, Callable]:
             for name in ("int8", "int4", "int2", "sign")
         },
         "score_block, mixed": lambda: score_block(queries, rows.to(dtype)),
-        "score_factored, mixed": lambda: score_factored(queries, rows[:, :48].to(dtype), [(16, 32)], 1),
+        "score_factored, mixed": lambda: score_factored(queries, rows[:, :48].to(dtype), [(16, 32)], 1, 1),
         "score_topk, plain": lambda: score_topk(rows[:8].to(dtype), rows.to(dtype), 5, None, False),
     }
 

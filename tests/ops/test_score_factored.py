@@ -30,10 +30,11 @@ def case(q, n, rank, layers, dtype=torch.float32, device="cpu"):
     return queries.to(device, dtype), factors.to(device, dtype)
 
 
-def composed(queries, factors, layers, rank):
+def composed(queries, factors, layers, rank, align=1):
     """G of every layer and row, in the arguments' dtype, and then a product: independent of the package."""
     rows, at = [], 0
     for k_out, k_in in layers:
+        at += -at % align
         u = factors[:, at : at + rank * k_out].reshape(-1, rank, k_out)
         v = factors[:, at + rank * k_out : at + rank * (k_out + k_in)].reshape(-1, rank, k_in)
         rows.append(torch.einsum("nci,ncj->nij", u, v).flatten(1))
@@ -63,6 +64,33 @@ def test_factors_with_scales(target, name, q, rank):
     exact = composed(queries.double(), numbers.double(), LAYERS, rank)
     got = lk.score_factored(queries, rows, LAYERS, rank, backend=target.backend)
     assert_as_good_as_naive(got, exact, composed(queries, numbers, LAYERS, rank))
+
+
+@pytest.mark.parametrize(("q", "rank", "align"), [(2, 1, 5), (3, 2, 128), (12, 4, 32)])
+def test_layers_that_lie_apart(target, dtype, q, rank, align):
+    """Between them is NaN, which nothing may look at."""
+    side_by_side = case(1, 19, rank, LAYERS)[1]
+    pieces = side_by_side.split([rank * (k_out + k_in) for k_out, k_in in LAYERS], dim=1)
+    gaps = [torch.full((19, -piece.shape[1] % align), float("nan")) for piece in pieces[:-1]]
+    factors = torch.cat([x for pair in zip(pieces, [*gaps, torch.zeros(19, 0)], strict=True) for x in pair], dim=1)
+    queries = torch.randn(q, dense(LAYERS)).to(target.device, dtype)
+    factors = factors.to(target.device, dtype)
+    exact = composed(queries.double(), factors.double(), LAYERS, rank, align)
+    got = lk.score_factored(queries, factors, LAYERS, rank, align=align, backend=target.backend)
+    assert_as_good_as_naive(got, exact, composed(queries, factors, LAYERS, rank, align))
+    rebuilt = lk.rebuild_rows(factors, LAYERS, rank, align=align)
+    assert torch.equal(rebuilt, lk.rebuild_rows(side_by_side.to(target.device, dtype), LAYERS, rank))
+
+
+@pytest.mark.parametrize(("name", "q", "rank", "align"), [("int8", 2, 1, 64), ("int4", 6, 5, 128), ("sign", 12, 4, 7)])
+def test_encoded_layers_that_lie_apart(target, name, q, rank, align):
+    queries = torch.randn(q, dense(LAYERS)).to(target.device)
+    factors = torch.randn(23, lk.ops.factored_dim(LAYERS, rank, align)).to(target.device)
+    rows = lk.quantize_rows(factors, lk.RowFormat.of(name, 64))
+    numbers = lk.dequantize_rows(rows, backend="reference")
+    exact = composed(queries.double(), numbers.double(), LAYERS, rank, align)
+    got = lk.score_factored(queries, rows, LAYERS, rank, align=align, backend=target.backend)
+    assert_as_good_as_naive(got, exact, composed(queries, numbers, LAYERS, rank, align))
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -139,7 +167,11 @@ def test_rows_that_were_factored():
 
 
 def test_registration(device, dtype):
-    torch.library.opcheck(op._op, (*case(3, 20, 2, SQUARE, dtype, device), [32, 32, 8, 16], 2, "auto"))
+    torch.library.opcheck(op._op, (*case(3, 20, 2, SQUARE, dtype, device), [32, 32, 8, 16], 2, 1, "auto"))
+    queries = case(3, 1, 2, SQUARE, device=device)[0]
+    rows = lk.quantize_rows(torch.randn(20, 256 + 48, device=device), "int4")
+    encoded = rows.codes, rows.scales, "int4", 128, "fp32"
+    torch.library.opcheck(op._op_encoded, (queries, *encoded, [32, 32, 8, 16], 2, 256, "auto"))
 
 
 def test_compiles_without_a_graph_break(device):
@@ -162,6 +194,10 @@ def test_bad_input_raises():
         lk.score_factored(queries.double(), encoded, LAYERS, 2)
     with pytest.raises(ValueError, match="score_factored: rank is 9; it must be 1 to 8"):
         lk.score_factored(queries, factors, LAYERS, 9)
+    with pytest.raises(ValueError, match="score_factored: align is 0; it must be at least 1"):
+        lk.score_factored(queries, factors, LAYERS, 2, align=0)
+    with pytest.raises(ValueError, match=r"\(20, 450\) must be \[N, 652\]: rank 2 of 4 layers at multiples of 128"):
+        lk.score_factored(queries, factors, LAYERS, 2, align=128)
     with pytest.raises(ValueError, match=r"score_factored: layers hold \(20, 33, 1\)"):
         lk.score_factored(queries, factors, [(20, 33, 1)], 2)
     with pytest.raises(ValueError, match=r"score_factored: queries are torch.bfloat16; for torch.float32 factors"):

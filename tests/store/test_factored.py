@@ -1,11 +1,14 @@
 """Stores that keep factors of each layer: what they hold, and that they are scored without being rebuilt."""
 
+import json
+
 import pytest
 import torch
 
 import logra_kernels as lk
 from logra_kernels.errors import StoreError, StoreMismatch
-from logra_kernels.store import merge, quantization_loss, quantize
+from logra_kernels.ops import factored_dim
+from logra_kernels.store import fsck, merge, quantization_loss, quantize
 
 LAYERS = {"a": (20, 33), "b": (16, 16)}
 DIM, N = 20 * 33 + 16 * 16, 90
@@ -35,7 +38,7 @@ def test_holds_the_best_factors_in_any_format(tmp_path, dtype):
     error = (store.read(0, N) - best).norm() / best.norm()
     assert error <= FORMATS[dtype]
     assert (store.rank_c, store.dim, len(store)) == (2, DIM, N)
-    assert store.manifest.width == 2 * (20 + 33 + 16 + 16)
+    assert store.manifest.width == (128 if store.format.scaled else 2 * (20 + 33)) + 2 * (16 + 16)
     assert store.nbytes < 0.5 * N * DIM * store.format.bits / 8 + 8192
     found = torch.cat([block for _, block in store.blocks(max_bytes=20 * DIM * 4)])
     assert torch.equal(found, store.read(0, N))
@@ -156,3 +159,121 @@ def test_run_keeps_factors_and_goes_on_with_them(tmp_path):
     torch.testing.assert_close(stored, dense, rtol=1e-3, atol=1e-4 * dense.abs().max().item())
     with pytest.raises(StoreMismatch, match=r"rank_c \(1 there, 2 here\)"):
         lk.Run(tmp_path / "s", model, rank_c=2)
+
+
+# norms of gradients that differ by orders of magnitude; u and v of unlike lengths
+UNLIKE = {"loud": (6, 10), "faint": (40, 4), "whole": (48, 80), "tiny": (3, 64), "last": (12, 20)}
+NORMS = [1e3, 1e-3, 1.0, 1e-1, 30.0]
+EXACT = {"fp8": 0.999, "int8": 0.9995, "int4": 0.98, "int2": 0.4, "sign": 0.5}  # correlation of a layer's scores
+
+
+def unlike(count=N):
+    """Rows of rank 1 in each layer, and where each layer lies."""
+    pieces = [
+        norm * torch.einsum("no,ni->noi", torch.randn(count, o), torch.randn(count, i)).flatten(1)
+        for (o, i), norm in zip(UNLIKE.values(), NORMS, strict=True)
+    ]
+    ends = torch.tensor([piece.shape[1] for piece in pieces]).cumsum(0).tolist()
+    parts = dict(zip(UNLIKE, map(slice, [0, *ends[:-1]], ends), strict=True))
+    return torch.cat(pieces, dim=1), parts
+
+
+def written(path, rows, dtype, layers=None, rank_c=1, **settings):
+    with lk.GradientStore.create(path, layers or UNLIKE, dtype, rank_c=rank_c, **settings) as store:
+        store.append(rows, names(len(rows)))
+    return lk.GradientStore.open(path)
+
+
+def by_layer(queries, part):
+    asked = torch.zeros_like(queries)
+    asked[:, part] = queries[:, part]
+    return asked
+
+
+def correlation(a, b):
+    return torch.corrcoef(torch.stack([a.double().flatten(), b.double().flatten()]))[0, 1].item()
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("block", [32, 128])
+def test_no_layer_feels_its_neighbours(tmp_path, dtype, block):
+    rows, parts = unlike()
+    store = written(tmp_path / "s", rows, dtype, block=block, rows_per_shard=40)
+    assert store.manifest.apart
+    queries = torch.randn(7, rows.shape[1]) / rows.abs().mean(0)
+    kept = store.read(0, N).double()
+    for name, part in parts.items():
+        asked = by_layer(queries, part)
+        exact, scores = asked.double() @ rows.double().T, store.score(asked)
+        assert correlation(scores, exact) >= EXACT[dtype], name
+        stored = asked.double() @ kept.T
+        torch.testing.assert_close(scores.double(), stored, rtol=1e-4, atol=1e-4 * stored.abs().max().item())
+    exact = queries.double() @ kept.T
+    values, index = store.topk(queries, 5)
+    assert torch.equal(index, store.score(queries).topk(5).indices)
+    torch.testing.assert_close(values.double(), exact.topk(5).values, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+    torch.testing.assert_close(torch.cat([block for _, block in store.blocks(max_bytes=40_000)]).double(), kept)
+    again = written(tmp_path / "again", rows[:1], dtype, block=block)
+    assert torch.equal(again.read(0, 1), store.read(0, 1))  # however many rows it came with
+
+
+@pytest.mark.parametrize("dtype", ["int4", "sign"])
+def test_a_store_of_layers_side_by_side_is_read_and_continued(tmp_path, dtype, monkeypatch):
+    """As versions 1 to 3 wrote them: blocks run on from a layer to the next, and u and v are of equal lengths."""
+    rows, _ = unlike()
+    with monkeypatch.context() as patch:
+        patch.setattr("logra_kernels.store.writing.create.stored_width", lambda widths, form: sum(widths))
+        written(tmp_path / "old", rows[:50], dtype, rows_per_shard=40)
+    with lk.GradientStore.open(tmp_path / "old", mode="append") as store:
+        store.append(rows[50:], names()[50:])
+        store.delete(["r7"])
+        store.compact()
+    assert json.loads((tmp_path / "old" / "manifest.json").read_text())["version"] == 2
+    (tmp_path / "old" / "manifest.json").unlink()
+    assert fsck(tmp_path / "old", repair=True).left == 0
+    store = lk.GradientStore.open(tmp_path / "old")
+    layers = list(UNLIKE.values())
+    kept = lk.rebuild_rows(lk.dequantize_rows(lk.quantize_rows(lk.factor_rows(rows, layers, 1), dtype)), layers, 1)
+    kept = kept[[i for i in range(N) if i != 7]]
+    assert torch.equal(store.read(0, N - 1), kept)
+    queries = torch.randn(3, rows.shape[1])
+    exact = queries.double() @ kept.double().T
+    torch.testing.assert_close(store.score(queries).double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+    new = written(tmp_path / "new", rows[:3], dtype)
+    assert json.loads((tmp_path / "new" / "manifest.json").read_text())["version"] == 4
+    with pytest.raises(StoreMismatch, match="layers apart"):
+        merge([tmp_path / "old", tmp_path / "new"], tmp_path / "both")
+    plain = quantize(tmp_path / "old", tmp_path / "plain", "fp32", rank_c=1).read(0, 3)
+    torch.testing.assert_close(plain, kept[:3], rtol=1e-4, atol=1e-4)
+    assert new.manifest.width > store.manifest.width == factored_dim(layers, 1)
+
+
+def test_layers_that_fill_their_blocks_lie_side_by_side(tmp_path):
+    """And are kept as they were before layers could lie apart, u and v of equal lengths."""
+    layers = {"a": (40, 88), "b": (64, 64), "c": (3, 9)}
+    rows = torch.randn(9, 40 * 88 + 64 * 64 + 27)
+    store = written(tmp_path / "s", rows, "int8", layers)
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert (manifest["version"], "layers_apart" in manifest) == (2, False)
+    expected = lk.quantize_rows(lk.factor_rows(rows, list(layers.values()), 1), "int8")
+    ((_, encoded),) = store.encoded_blocks()
+    assert torch.equal(encoded.codes, expected.codes)
+    assert torch.equal(encoded.scales, expected.scales)
+
+
+def test_quantised_beside_as_written_at_once(tmp_path):
+    rows, parts = unlike()
+    written(tmp_path / "plain", rows, "fp32", rank_c=None)
+    store = quantize(tmp_path / "plain", tmp_path / "q", "int8", rank_c=1)
+    assert min(quantization_loss(store)["energy_kept"].values()) > 0.999
+    written(tmp_path / "direct", rows, "int8")
+    both = merge([tmp_path / "q"], tmp_path / "merged"), lk.GradientStore.open(tmp_path / "direct")
+    assert torch.equal(both[0].read(0, N), both[1].read(0, N))
+    lost = quantize(tmp_path / "q", tmp_path / "back", "fp32").read(0, N) - store.read(0, N)
+    for name, part in parts.items():
+        assert lost[:, part].norm() <= 1e-3 * store.read(0, N)[:, part].norm(), name
+
+
+def test_factors_so_few_that_bf16_takes_less(tmp_path):
+    with pytest.warns(UserWarning, match=r"take 300 bytes, more than the 192 of bf16: a layer has 32 numbers"):
+        lk.GradientStore.create(tmp_path / "s", {str(i): (16, 16) for i in range(3)}, "int8", rank_c=1).close()

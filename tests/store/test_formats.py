@@ -226,7 +226,7 @@ def test_a_store_of_layers_side_by_side_is_read_and_continued(tmp_path, name, mo
     """As versions 1 to 3 wrote them: blocks run on from a layer to the next."""
     rows = unlike()
     with monkeypatch.context() as patch:
-        patch.setattr("logra_kernels.store.writing.create.dense_width", lambda widths, form: sum(widths))
+        patch.setattr("logra_kernels.store.writing.create.stored_width", lambda widths, form: sum(widths))
         with GradientStore.create(tmp_path / "old", LAYERS_OF_MANY_SIZES, name, rows_per_shard=16) as writer:
             writer.append(rows[:20], ids_of(40)[:20])
     assert json.loads((tmp_path / "old" / "manifest.json").read_text())["version"] == 2

@@ -13,6 +13,7 @@ FORMS = {
     "int4": {"dtype": "int4"},
     "factors": {"rank_c": 2},
     "factors in int8": {"rank_c": 2, "dtype": "int8"},
+    "factors in sign": {"rank_c": 2, "dtype": "sign", "block": 64},
 }
 
 

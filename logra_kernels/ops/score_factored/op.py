@@ -11,11 +11,11 @@ from logra_kernels.ops._dispatch import LIB, launcher
 from logra_kernels.ops._factored import Layers, check_factors, dense_dim, factored_dim, flat_sizes, pairs
 from logra_kernels.ops._format import EncodedRows, RowFormat
 
-LIB.define("score_factored(Tensor queries, Tensor factors, int[] sizes, int rank, str backend) -> Tensor")
+LIB.define("score_factored(Tensor queries, Tensor factors, int[] sizes, int rank, int align, str backend) -> Tensor")
 
 
-def _launch(queries: Tensor, factors: Tensor, sizes: list[int], rank: int, backend: str) -> Tensor:
-    return launcher("score_factored", factors.device.type, backend)(queries, factors, pairs(sizes), rank)
+def _launch(queries: Tensor, factors: Tensor, sizes: list[int], rank: int, align: int, backend: str) -> Tensor:
+    return launcher("score_factored", factors.device.type, backend)(queries, factors, pairs(sizes), rank, align)
 
 
 LIB.impl("score_factored", _launch, "CPU")
@@ -23,7 +23,7 @@ LIB.impl("score_factored", _launch, "CUDA")
 
 
 @torch.library.register_fake("logra_kernels::score_factored", lib=LIB)
-def _fake(queries: Tensor, factors: Tensor, sizes: list[int], rank: int, backend: str) -> Tensor:
+def _fake(queries: Tensor, factors: Tensor, sizes: list[int], rank: int, align: int, backend: str) -> Tensor:
     return factors.new_empty((queries.shape[0], factors.shape[0]), dtype=accumulator_dtype(factors.dtype))
 
 
@@ -31,7 +31,7 @@ _op = torch.ops.logra_kernels.score_factored.default
 
 LIB.define(
     "score_factored_encoded(Tensor queries, Tensor codes, Tensor scales, str format, int block, str scale,"
-    " int[] sizes, int rank, str backend) -> Tensor"
+    " int[] sizes, int rank, int align, str backend) -> Tensor"
 )
 
 
@@ -44,11 +44,14 @@ def _launch_encoded(
     scale: str,
     sizes: list[int],
     rank: int,
+    align: int,
     backend: str,
 ) -> Tensor:
     layers = pairs(sizes)
-    factors = EncodedRows(RowFormat(format, block, scale), factored_dim(layers, rank), codes, scales)
-    return launcher("score_factored", codes.device.type, backend, "launch_encoded")(queries, factors, layers, rank)
+    factors = EncodedRows(RowFormat(format, block, scale), factored_dim(layers, rank, align), codes, scales)
+    return launcher("score_factored", codes.device.type, backend, "launch_encoded")(
+        queries, factors, layers, rank, align
+    )
 
 
 LIB.impl("score_factored_encoded", _launch_encoded, "CPU")
@@ -65,6 +68,7 @@ def _fake_encoded(
     scale: str,
     sizes: list[int],
     rank: int,
+    align: int,
     backend: str,
 ) -> Tensor:
     return queries.new_empty((queries.shape[0], codes.shape[0]), dtype=torch.float32)
@@ -74,7 +78,13 @@ _op_encoded = torch.ops.logra_kernels.score_factored_encoded.default
 
 
 def score_factored(
-    queries: Tensor, factors: Tensor | EncodedRows, layers: Layers, rank: int, *, backend: str = "auto"
+    queries: Tensor,
+    factors: Tensor | EncodedRows,
+    layers: Layers,
+    rank: int,
+    *,
+    align: int = 1,
+    backend: str = "auto",
 ) -> Tensor:
     """Score dense queries against factored rows; dense rows exist in cache or registers at the most.
 
@@ -84,6 +94,7 @@ def score_factored(
         factors: [N, F], fp32, bf16, fp16 or fp64, laid out as `factor_rows` does, any strides; or in a stored format.
         layers: (k_out, k_in) of each layer, in row order.
         rank: c, 1 to 8.
+        align: Each layer's factors begin at a multiple of it; what is between them is not looked at.
         backend: "auto", "cpp", "triton" or "reference"; an unavailable one raises RuntimeError.
 
     Returns:
@@ -92,7 +103,7 @@ def score_factored(
     Raises:
         ValueError: Sizes, dtypes or devices do not fit.
     """
-    sizes = flat_sizes("score_factored", layers, rank)
+    sizes = flat_sizes("score_factored", layers, rank, align)
     if isinstance(factors, EncodedRows) and not factors.format.scaled:
         factors = factors.codes
     check_tensors("score_factored", queries=queries)
@@ -103,7 +114,7 @@ def score_factored(
             )
     else:
         check_tensors("score_factored", queries=queries, factors=factors)
-    check_factors("score_factored", factors, layers, rank)
+    check_factors("score_factored", factors, layers, rank, align)
     if queries.dim() != 2 or queries.shape[1] != dense_dim(layers):
         raise ValueError(
             f"score_factored: queries {tuple(queries.shape)} must be [Q, {dense_dim(layers)}], as long as dense rows"
@@ -115,10 +126,10 @@ def score_factored(
             )
         form = factors.format
         encoded = factors.codes, factors.scales, form.name, form.block, form.scale
-        return _op_encoded(queries, *encoded, sizes, rank, backend)
+        return _op_encoded(queries, *encoded, sizes, rank, align, backend)
     if queries.dtype not in (factors.dtype, accumulator_dtype(factors.dtype)):
         raise ValueError(
             f"score_factored: queries are {queries.dtype}; for {factors.dtype} factors they must be"
             f" {accumulator_dtype(factors.dtype)} or of the factors' dtype"
         )
-    return _op(queries, factors, sizes, rank, backend)
+    return _op(queries, factors, sizes, rank, align, backend)

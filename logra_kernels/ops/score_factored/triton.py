@@ -50,7 +50,7 @@ def _score_factored_kernel(
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def launch(queries: Tensor, factors: Tensor, layers: Layers, rank: int) -> Tensor:
+def launch(queries: Tensor, factors: Tensor, layers: Layers, rank: int, align: int) -> Tensor:
     q, n = queries.shape[0], factors.shape[0]
     scores = torch.empty((q, n), dtype=accumulator_dtype(factors.dtype), device=factors.device)
     if not scores.numel():
@@ -59,7 +59,7 @@ def launch(queries: Tensor, factors: Tensor, layers: Layers, rank: int) -> Tenso
     stages = OPTIONS["num_stages"] if rank * factors.element_size() <= 8 else 1  # of which shared memory has room
     with device_of(factors):
         _score_factored_kernel[triton.cdiv(n, block_n), triton.cdiv(q, block_q)](
-            queries, factors, layer_table(tuple(layers), rank, factors.device), scores,
+            queries, factors, layer_table(tuple(layers), rank, factors.device, align), scores,
             q, n, len(layers), *queries.stride(), *factors.stride(),
             RANK=rank, ACC=acc, OPERAND=acc if INTERPRETED else _OPERANDS.get(queries.dtype, acc),
             BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=32, PRECISION=fp32_precision(),
@@ -69,6 +69,6 @@ def launch(queries: Tensor, factors: Tensor, layers: Layers, rank: int) -> Tenso
     return scores
 
 
-def launch_encoded(queries: Tensor, factors: EncodedRows, layers: Layers, rank: int) -> Tensor:
+def launch_encoded(queries: Tensor, factors: EncodedRows, layers: Layers, rank: int, align: int) -> Tensor:
     """The factors are decoded beforehand."""
-    return launch(queries.float(), dequantize_rows(factors), layers, rank)
+    return launch(queries.float(), dequantize_rows(factors), layers, rank, align)

@@ -24,10 +24,10 @@ class RowScorer:
     """
 
     def __init__(self, manifest: Manifest, queries: Tensor, query_format: str | None = None) -> None:
-        self._manifest, self._queries = manifest, laid_out(manifest, queries)
+        self._manifest, self._queries = manifest, queries
         self._dense = None
         if manifest.rank is None:
-            self._dense = Scorer(self._queries, query_format)
+            self._dense = Scorer(laid_out(manifest, queries), query_format)
         elif query_format is not None:
             raise ValueError(f"query_format {query_format!r} is for dense rows with scales; leave it out for factors")
 
@@ -39,8 +39,9 @@ class RowScorer:
         """
         if self._dense is not None:
             return self._dense.score(rows, out)
-        assert self._manifest.rank is not None
-        found = score_factored(self._queries, rows, self._manifest.sizes, self._manifest.rank)
+        manifest = self._manifest
+        assert manifest.rank is not None
+        found = score_factored(self._queries, rows, manifest.sizes, manifest.rank, align=manifest.align)
         return found if out is None else out.copy_(found)
 
 

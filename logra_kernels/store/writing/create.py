@@ -18,7 +18,8 @@ from logra_kernels.store.format import (
     Layer,
     Manifest,
     default_rows_per_shard,
-    dense_width,
+    layer_widths,
+    stored_width,
 )
 from logra_kernels.store.rows import shorten
 from logra_kernels.store.sidecar import remove_temporaries
@@ -54,12 +55,13 @@ def new_manifest(
             raise StoreError(f"layer {name!r}: {size!r} must be (k_out, k_in), two positive integers")
         table.append(Layer(name, size[0], size[1], offset))
         offset += size[0] * size[1]
-    widths = [layer.k_out * layer.k_in for layer in table]
-    width = dense_width(widths, form) if rank is None else factored_width(layers, rank)
-    if rank is None and form.scaled and form.row_bytes(width) > 2 * offset:
+    check_rank(layers, rank)
+    widths = layer_widths(list(layers.values()), rank)
+    width, numbers = stored_width(widths, form), sum(widths)
+    if form.scaled and form.row_bytes(width) > 2 * numbers:
         warnings.warn(
-            f"rows in {form} take {form.row_bytes(width)} bytes, more than the {2 * offset} of bf16: a layer has"
-            f" {offset // len(table)} numbers on average, and each begins a block of its own; use bf16, or smaller"
+            f"rows in {form} take {form.row_bytes(width)} bytes, more than the {2 * numbers} of bf16: a layer has"
+            f" {numbers // len(table)} numbers on average, and each begins a block of its own; use bf16, or smaller"
             " blocks",
             stacklevel=4,
         )
@@ -79,17 +81,18 @@ def new_manifest(
         dict(fingerprints or {}),
         _as_json("meta", meta) or {},
         rank=rank,
-        apart=rank is None and width > offset,
+        apart=width > numbers,
         whitened=None if whitening is None else {**whitening.facts, "digest": whitening.digest},
     )
 
 
-def factored_width(layers: Mapping[str, tuple[int, int]], rank: int) -> int:
-    """Numbers of a row that is kept as `rank` factors of each layer.
-
-    Raises:
-        StoreError: There cannot be so many, or they would take no less than the row.
+def check_rank(layers: Mapping[str, tuple[int, int]], rank: int | None) -> None:
     """
+    Raises:
+        StoreError: There cannot be so many factors of each layer, or they would be no fewer numbers than the row.
+    """
+    if rank is None:
+        return
     if type(rank) is not int or not 1 <= rank <= MOST_RANK:
         raise StoreError(f"rank_c is {rank!r}; it must be 1 to {MOST_RANK}, or None to keep rows as they are")
     width, dim = factored_dim(list(layers.values()), rank), sum(k_out * k_in for k_out, k_in in layers.values())
@@ -97,7 +100,6 @@ def factored_width(layers: Mapping[str, tuple[int, int]], rank: int) -> int:
         raise StoreError(
             f"rank_c {rank} keeps {width} numbers of rows of {dim}; use fewer factors, or None to keep rows as they are"
         )
-    return width
 
 
 def _as_json(name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | None:
