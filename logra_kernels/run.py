@@ -9,25 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from logra_kernels.curvature import CURVATURES, Curvature, Damping, Groups, Progress
-from logra_kernels.errors import LograError, StoreError
+from logra_kernels.errors import LograError
 from logra_kernels.nn import Taps, model_fingerprint
 from logra_kernels.projection import Projection
 from logra_kernels.session import (
-    Analysis,
     FisherSums,
     Observation,
     Query,
     Settings,
     SkippedRows,
     Solved,
+    Writing,
     mode_problems,
     unscaled,
     zero_layers,
 )
-from logra_kernels.store import GradientStore, sidecars_of
+from logra_kernels.store import GradientStore
 
 
-class Run(Analysis):
+class Run(Writing):
     """Log a model's training rows into a store once, then ask which of them made the model say something.
 
     Args:
@@ -102,7 +102,6 @@ class Run(Analysis):
         self.model = model
         self._freeze = freeze
         self._rows_per_shard = rows_per_shard
-        self._writing = False
         self._store = GradientStore.open(self.path) if GradientStore.exists(self.path) else None
         self._skipped = SkippedRows(self._store)
         self._settings = Settings.of(
@@ -131,17 +130,6 @@ class Run(Analysis):
         self.taps.attach()
 
     @property
-    def store(self) -> GradientStore:
-        """The store; its committed rows.
-
-        Raises:
-            StoreError: Nothing was logged yet.
-        """
-        if self._store is None:
-            raise StoreError(f"no store at {self.path}: log training rows first")
-        return self._store
-
-    @property
     def learning(self) -> bool:
         """Whether the projection is still to be learned: `observe` must see a batch before the first row is logged."""
         return self._observation.learning
@@ -153,10 +141,6 @@ class Run(Analysis):
             LograError: Nothing was observed, or it was projected.
         """
         return self._observation.learn(rank)
-
-    def committed(self, ids: Sequence[str]) -> bool:
-        """Whether all these rows are safely in the store or were skipped, so that a rerun may pass over their batch."""
-        return self._store is not None and all(self._store.committed(i) for i in set(ids) - self._skipped.among(ids))
 
     @contextmanager
     def log(
@@ -207,14 +191,10 @@ class Run(Analysis):
             rows = store.whitening.apply_new(rows)
         if nonfinite == "skip":
             rows, ids, columns = self._skipped.leave_out(store.path, rows, ids, columns)
-        new = store.append(rows, ids, columns, skip_committed=True)
-        self._fisher.add(store, rows[len(rows) - new :])
-        self._solved.forget()
-
-    @property
-    def skipped(self) -> list[str]:
-        """Ids of the rows that `log(nonfinite="skip")` left out, in this session and earlier ones."""
-        return list(self._skipped.ids)
+        if self._window is None:
+            self._append(rows, ids, columns)
+        else:
+            self._window.put(rows, ids, columns)
 
     @contextmanager
     def query(
@@ -329,57 +309,6 @@ class Run(Analysis):
             self.taps.reset()
             for p in learning:
                 p.requires_grad_(True)
-
-    def _writer(self) -> GradientStore:
-        if self._store is None:
-            self._store = GradientStore.create(
-                self.path,
-                self.taps.layers,
-                self._settings.format.name,
-                block=self._settings.format.block,
-                rank_c=self._settings.rank_c,
-                projection=self.taps.projection.to_dict(),
-                fingerprints=self.fingerprints,
-                rows_per_shard=self._rows_per_shard,
-                meta=self._settings.meta,
-                sidecars=sidecars_of(self.taps.projection),
-            )
-            self._observation.keep(self._store)  # before the rows, so that a run that is killed and goes on has them
-        elif not self._writing:
-            self._store = GradientStore.open(self.path, mode="append")
-        if not self._writing:
-            self._fisher.begin(self._store)
-        self._writing = True
-        return self._store
-
-    def commit(self) -> GradientStore:
-        """Commit every row logged so far; the store, which shows them."""
-        if self._writing:
-            self.store.close()
-            self._store, self._writing = GradientStore.open(self.path), False
-            self._observation.keep(self._store)
-            self._fisher.keep(self._store)
-        return self.store
-
-    def delete(self, ids: Sequence[str]) -> int:
-        """Take rows out of the store, and out of the curvatures beside it that are sums over rows; how many were there.
-
-        What `observe` and `observe_fisher` gathered is no sum over stored rows, and stays. Low rank curvature and
-        corrected eigenvalues are computed anew when they are next asked for.
-
-        Raises:
-            StoreError: Ids that the store does not have, or the disk refuses.
-        """
-        before = self.commit()
-        ids = ids if isinstance(ids, str) else list(ids)  # they are gone through twice
-        with GradientStore.open(self.path, mode="append") as writer:
-            deleted = writer.delete(ids)
-        gone = sorted(number for number in before.numbers_of(list(set(ids))).tolist() if number >= 0)
-        self._store = GradientStore.open(self.path)
-        for kind in {*CURVATURES.values(), self._solved.kind}:
-            kind.downdate(before, self._store, gone)
-        self._solved.forget()
-        return deleted
 
     def finalize(self, progress: Progress | None = None) -> None:
         """Commit all rows, then compute and keep the curvature and every row's self-influence at the default damping.

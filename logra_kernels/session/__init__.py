@@ -10,6 +10,7 @@ from logra_kernels.session.shared_observation import SharedObservation
 from logra_kernels.session.skipped_rows import SkippedRows
 from logra_kernels.session.solved import Solved
 from logra_kernels.session.verify import Verification
+from logra_kernels.session.writing import Writing
 
 __all__ = [
     "Analysis",
@@ -23,6 +24,7 @@ __all__ = [
     "SkippedRows",
     "Solved",
     "Verification",
+    "Writing",
     "ensemble",
     "member_scores",
     "mode_problems",

@@ -15,10 +15,16 @@ class SkippedRows:
     """The ids of rows that were left out, in this session and earlier ones."""
 
     def __init__(self, store: GradientStore | None) -> None:
-        self.ids = [] if store is None else read_skipped(store.path)
+        self.ids: list[str] = []
+        self._among: set[str] = set()
+        if store is not None:
+            self._recorded(read_skipped(store.path))
+
+    def _recorded(self, ids: list[str]) -> None:
+        self.ids, self._among = ids, set(ids)
 
     def among(self, ids: Iterable[str]) -> set[str]:
-        return set(ids).intersection(self.ids)
+        return {name for name in ids if name in self._among}
 
     def leave_out(
         self, directory: Path, rows: Tensor, ids: list[str], columns: dict[str, list] | None
@@ -33,7 +39,7 @@ class SkippedRows:
         finite = rows.isfinite().all(1).tolist()
         bad = [name for name, good in zip(ids, finite, strict=True) if not good]
         if bad:
-            self.ids = add_skipped(directory, bad)
+            self._recorded(add_skipped(directory, bad))
             warnings.warn(
                 f"log: {len(bad)} of {len(ids)} rows skipped, their gradient is NaN or infinite: "
                 + ", ".join(repr(name) for name in bad[:_NAMED])

@@ -10,6 +10,7 @@ from torch import Tensor
 from logra_kernels.errors import StoreError
 from logra_kernels.store.durable import TEMPORARY, remove_files, sync_directory
 from logra_kernels.store.format import ORIGIN, WHITENING, Manifest, read_manifest, write_manifest, write_origin
+from logra_kernels.store.ids import UNKNOWN
 from logra_kernels.store.life.compact import remove_retired
 from logra_kernels.store.life.export import export
 from logra_kernels.store.lock import ReaderLease, WriterLock
@@ -259,6 +260,13 @@ class GradientStore(SearchedRows):
         if self._appender is None:
             return name in self._reader.known
         return self._appender.is_committed(name)
+
+    def taken(self, ids: Sequence[str]) -> bool:
+        """Whether every row with one of these ids is committed, or was deleted and not compacted away yet: a rerun of
+        the logging passes over it."""
+        known = self._reader.known if self._appender is None else self._appender.known
+        numbers = known.numbers(list(ids))
+        return bool(((numbers != UNKNOWN) & (numbers < len(self))).all())
 
     def export(self, path: str | os.PathLike, format: str = "npy") -> Path:
         """Write all rows, their ids and columns for other tools.

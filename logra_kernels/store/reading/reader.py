@@ -108,8 +108,8 @@ class Reader:
 
     @cached_property
     def known(self) -> KnownIds:
-        """The ids that are shown, to be asked for."""
-        return KnownIds(self.table.column("id"), ())
+        """The ids that are shown, and those that were deleted, to be asked for."""
+        return KnownIds(self.table.column("id"), self.deleted_ids())
 
     def _map(self, shard: Shard, private: bool, keep: bool = True) -> MappedShard:
         """A shard, verified once per open. A private mapping is the caller's own to write on."""

@@ -11,6 +11,7 @@ from logra_kernels.ops import EncodedRows
 from logra_kernels.store.arrow import integers
 from logra_kernels.store.encoding import decode, encode_here, wrap
 from logra_kernels.store.facts import Facts
+from logra_kernels.store.ids import UNKNOWN
 from logra_kernels.store.reading.reader import Reader
 
 
@@ -44,7 +45,12 @@ class StoredRows(Facts):
         Raises:
             StoreError: They are no strings.
         """
-        return torch.from_numpy(self._current().known.numbers(list(ids)))
+        return torch.from_numpy(self._current().known.numbers(list(ids))).clamp(min=UNKNOWN)
+
+    @property
+    def deleted_ids(self) -> list[str]:
+        """Ids of the rows that were deleted and not compacted away yet."""
+        return list(self._current().deleted_ids())
 
     @property
     def columns(self) -> dict[str, list]:
