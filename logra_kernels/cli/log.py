@@ -7,6 +7,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from logra_kernels.cli import session
@@ -14,10 +16,14 @@ from logra_kernels.errors import LograError, StoreError
 from logra_kernels.ops import FORMATS
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from torch import nn
 
+    from logra_kernels.integrations.causal_lm import Batch
     from logra_kernels.integrations.text_data import TextRow
     from logra_kernels.run import Run
+
+_COMPARED = 1 << 14  # stored rows that are compared with the data at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,13 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank-c", type=int, help="keep so many factors of each layer, 1 to 8, in place of k_out x k_in numbers"
     )
     cost.add_argument("--batch-size", type=int, default=8, help="rows in one forward and backward (default 8)")
+    session.add_window_argument(cost)
     cost.add_argument("--rows-per-shard", type=int, help="rows in one file of the store (default about 64 MB worth)")
     session.add_device_argument(cost)
 
 
 def run(args: argparse.Namespace) -> int:
     """Log, finalize, print a summary; 130 after Ctrl-C."""
-    for name, least in (("batch_size", 1), ("limit", 1), ("observe", 0), ("rows_per_shard", 1)):
+    for name, least in (("batch_size", 1), ("window", 1), ("limit", 1), ("observe", 0), ("rows_per_shard", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
@@ -95,7 +102,7 @@ def _run(args: argparse.Namespace, rows: list[TextRow], model: nn.Module, tokeni
     from logra_kernels.run import Run
 
     longest = session.max_length(model, args.max_length)
-    started = time.monotonic()
+    seconds: dict[str, float] = {}
     with Run(
         args.out,
         model,
@@ -108,17 +115,23 @@ def _run(args: argparse.Namespace, rows: list[TextRow], model: nn.Module, tokeni
         fingerprints=session.fingerprints(tokenizer, longest),
         curvature=args.curvature,
     ) as logging:
-        there = _rows_there(logging, rows)
+        before, first = _rows_there(logging, rows)
         if logging.learning or args.curvature in ("kfac", "ekfac"):
-            _observe(logging, rows, model, tokenizer, longest, args)
-        if not _log(logging, rows, model, tokenizer, longest, args):
-            logging.close()
-            return _interrupted(args)
-        logged = time.monotonic()
-        with session.progress_bar(2 * len(rows), 0, "finalize") as bar:
+            with _timed(seconds, "observe"):
+                _observe(logging, rows, model, tokenizer, longest, args)
+        with _timed(seconds, "log"):
+            _log(logging, rows, first, model, tokenizer, longest, args)
+        with _timed(seconds, "finalize"), session.progress_bar(2 * len(rows), 0, "finalize") as bar:
             logging.finalize(bar.update)
-        _summarize(logging, len(logging.store) - there, logged - started, time.monotonic() - logged, args.out)
+        _summarize(logging, before, seconds, args.out)
     return 0
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[what] = time.monotonic() - started
 
 
 def _observe(
@@ -133,65 +146,92 @@ def _observe(
     order = np.random.Generator(np.random.PCG64(args.seed)).permutation(len(rows))[: args.observe]
     sample = [rows[i] for i in sorted(order.tolist())]
     with session.progress_bar(len(sample), 0, "observe") as bar:
-        for start in range(0, len(sample), args.batch_size):
-            batch = sample[start : start + args.batch_size]
-            bar.update(len(batch))
+        for _, encoded in _batches(sample, tokenizer, longest, args):
+            bar.update(len(encoded))
+            batch = encoded.to(device)
             if args.nonfinite == "skip":
-                batch = _finite(batch, model, tokenizer, longest)
-            if not batch:
+                batch = _finite(batch, model)
+            if not len(batch):
                 continue
-            ids = [row.id for row in batch]
-            encoded = causal_lm.encode(tokenizer, [row.text for row in batch], max_length=longest, ids=ids).to(device)
-            with logging.observe(weights=encoded.attention_mask, sequence_length=encoded.sequence_length):
-                causal_lm.loss_sum(model, encoded).backward()
+            with logging.observe(weights=batch.attention_mask, sequence_length=batch.sequence_length):
+                causal_lm.loss_sum(model, batch).backward()
 
 
-def _finite(batch: list[TextRow], model: nn.Module, tokenizer: Any, longest: int) -> list[TextRow]:
-    """The rows whose loss is neither NaN nor infinite; the others will not be logged either."""
+def _batches(
+    rows: list[TextRow], tokenizer: Any, longest: int, args: argparse.Namespace
+) -> Iterator[tuple[list[int], Batch]]:
+    from logra_kernels.integrations import causal_lm
+
+    texts, ids = [row.text for row in rows], [row.id for row in rows]
+    return causal_lm.batches_of_like_length(tokenizer, texts, args.batch_size, max_length=longest, ids=ids)
+
+
+def _finite(batch: Batch, model: nn.Module) -> Batch:
+    """The samples whose loss is neither NaN nor infinite; the others will not be logged either."""
     import torch
 
     from logra_kernels.integrations import causal_lm
 
-    device = next(model.parameters()).device
-    encoded = causal_lm.encode(tokenizer, [row.text for row in batch], max_length=longest, ids=[r.id for r in batch])
     with torch.no_grad():
-        nll, _ = causal_lm.losses(model, encoded.to(device), nonfinite="keep")
-    return [row for row, finite in zip(batch, nll.isfinite().tolist(), strict=True) if finite]
+        nll, _ = causal_lm.losses(model, batch, nonfinite="keep")
+    return batch.select(nll.isfinite().nonzero().flatten().tolist())
 
 
 def _log(
-    logging: Run, rows: list[TextRow], model: nn.Module, tokenizer: Any, longest: int, args: argparse.Namespace
-) -> bool:
-    """Log every batch that is not committed; False when the user asked to stop."""
+    logging: Run,
+    rows: list[TextRow],
+    first: int,
+    model: nn.Module,
+    tokenizer: Any,
+    longest: int,
+    args: argparse.Namespace,
+) -> None:
+    """Log the rows from number `first` on.
+
+    Which rows share a batch depends on their numbers in the data alone, and not on where a rerun begins.
+
+    Raises:
+        KeyboardInterrupt: The user asked to stop.
+    """
+    size = session.window_rows(args.window, args.batch_size, logging.taps.layers)
+    with _Stop() as stop, session.progress_bar(len(rows), first, "log") as bar:
+        for start in range(first // size * size, len(rows), size):
+            window = rows[start : start + size]
+            with logging.ordered([row.id for row in window]):
+                for places, encoded in _batches(window, tokenizer, longest, args):
+                    left = sum(start + place >= first for place in places)
+                    if left:
+                        stop.check()
+                        _log_batch(logging, [window[place] for place in places], encoded, model, args)
+                        bar.update(left)
+
+
+def _log_batch(logging: Run, batch: list[TextRow], encoded: Batch, model: nn.Module, args: argparse.Namespace) -> None:
     from logra_kernels.integrations import causal_lm
 
-    device = next(model.parameters()).device
-    batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-    left = [batch for batch in batches if not logging.committed([row.id for row in batch])]
-    kept = "keep" if args.nonfinite == "skip" else "raise"
-    waiting = sum(len(batch) for batch in left)
-    with _Stop() as stop, session.progress_bar(len(rows), len(rows) - waiting, "log") as bar:
-        for batch in left:
-            if stop.asked:
-                return False
-            ids = [row.id for row in batch]
-            columns = {"source": [row.source for row in batch]}
-            if not args.no_text:
-                columns["text"] = [row.text for row in batch]
-            encoded = causal_lm.encode(tokenizer, [row.text for row in batch], max_length=longest, ids=ids).to(device)
-            length = encoded.sequence_length
-            with logging.log(ids=ids, columns=columns, sequence_length=length, nonfinite=args.nonfinite):
-                causal_lm.loss_sum(model, encoded, nonfinite=kept).backward()
-            bar.update(len(batch))
-    return True
+    columns = {"source": [row.source for row in batch]}
+    if not args.no_text:
+        columns["text"] = [row.text for row in batch]
+    encoded = encoded.to(next(model.parameters()).device)
+    length, kept = encoded.sequence_length, "keep" if args.nonfinite == "skip" else "raise"
+    with logging.log(ids=encoded.ids, columns=columns, sequence_length=length, nonfinite=args.nonfinite):
+        causal_lm.loss_sum(model, encoded, nonfinite=kept).backward()
 
 
 class _Stop:
     """Inside the `with`, the first Ctrl-C only asks to stop after the batch at hand; a second one interrupts."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self._asked = False
         self._before: Any = None
+
+    def check(self) -> None:
+        """
+        Raises:
+            KeyboardInterrupt: It was asked for.
+        """
+        if self._asked:
+            raise KeyboardInterrupt
 
     def __enter__(self) -> _Stop:
         if threading.current_thread() is threading.main_thread():
@@ -203,12 +243,14 @@ class _Stop:
             signal.signal(signal.SIGINT, self._before)
 
     def _ask(self, *_: object) -> None:
-        self.asked = True
+        self._asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _rows_there(logging: Run, rows: list[TextRow]) -> int:
-    """How many rows the store holds already, which must be the first rows of the data but those it has skipped.
+def _rows_there(logging: Run, rows: list[TextRow]) -> tuple[int, int]:
+    """How many rows the store holds already, and the number in the data of the first that is still to be logged.
+
+    They must be the first rows of the data, but for those that were skipped or deleted.
 
     Raises:
         LograError: The store holds other rows: going on would mix two data sets in it.
@@ -216,25 +258,41 @@ def _rows_there(logging: Run, rows: list[TextRow]) -> int:
     from logra_kernels.store import GradientStore
 
     if not GradientStore.exists(logging.path):
-        return 0
-    stored, skipped = logging.store.ids, set(logging.skipped)
-    rows = [row for row in rows if row.id not in skipped]
-    texts = logging.store.columns.get("text")
-    for number, (name, row) in enumerate(zip(stored, rows, strict=False)):
-        if name != row.id:
-            raise LograError(
-                f"row {number + 1} of {logging.path} is {name!r} but of the data {row.id!r}; "
-                "log other data into another --out"
-            )
-        if texts is not None and texts[number] != row.text:
-            raise LograError(
-                f"the text of row {name!r} has changed since it was logged into {logging.path}; use another --out"
-            )
-    if len(stored) > len(rows):
+        return 0, 0
+    table, gone = logging.store.table, {*logging.skipped, *logging.store.deleted_ids}
+    numbers: Sequence[int] = range(len(rows))
+    if gone:
+        numbers = [number for number, row in enumerate(rows) if row.id not in gone]
+    both = min(len(table), len(numbers))
+    for start in range(0, both, _COMPARED):
+        here = [rows[number] for number in numbers[start : min(start + _COMPARED, both)]]
+        _compare(logging.path, start, table.slice(start, len(here)), here)
+    if len(table) > len(numbers):
         raise LograError(
-            f"{logging.path} holds {len(stored)} rows and the data only {len(rows)}; log other data into another --out"
+            f"{logging.path} holds {len(table)} rows and the data only {len(numbers)};"
+            " log other data into another --out"
         )
-    return len(stored)
+    return len(table), numbers[len(table)] if len(table) < len(numbers) else len(rows)
+
+
+def _compare(path: str, first: int, stored: pa.Table, rows: list[TextRow]) -> None:
+    """
+    Raises:
+        LograError: Rows of the store, from number `first` on, are not these of the data.
+    """
+    there, here = stored.column("id").to_pylist(), [row.id for row in rows]
+    if there != here:
+        at = next(i for i, name in enumerate(here) if there[i] != name)
+        raise LograError(
+            f"row {first + at + 1} of {path} is {there[at]!r} but of the data {here[at]!r}; "
+            "log other data into another --out"
+        )
+    if "text" not in stored.column_names:
+        return
+    there, here = stored.column("text").to_pylist(), [row.text for row in rows]
+    if there != here:
+        name = next(row.id for row, text in zip(rows, there, strict=True) if row.text != text)
+        raise LograError(f"the text of row {name!r} has changed since it was logged into {path}; use another --out")
 
 
 def _interrupted(args: argparse.Namespace) -> int:
@@ -242,13 +300,16 @@ def _interrupted(args: argparse.Namespace) -> int:
     return 130
 
 
-def _summarize(logging: Run, new: int, log_seconds: float, finalize_seconds: float, out: str) -> None:
+def _summarize(logging: Run, before: int, seconds: dict[str, float], out: str) -> None:
     store = logging.store
-    rate = f", {new / log_seconds:,.1f} rows/s" if new and log_seconds > 0 else ""
-    print(f"store     {out}: {len(store):,} rows ({len(store) - new:,} were there before)")
+    new = len(store) - before
+    rate = f", {new / seconds['log']:,.1f} rows/s" if new and seconds["log"] > 0 else ""
+    print(f"store     {out}: {len(store):,} rows ({before:,} were there before)")
     if logging.skipped:
         print(f"skipped   {len(logging.skipped):,} rows whose gradient is NaN or infinite; `logra info` names them")
     print(f"row       {store.dim:,} numbers from {len(store.layers)} layers, {store.dtype}")
     print(f"size      {store.nbytes / 1e6:,.1f} MB in {session.shards(len(store.manifest.shards))}")
-    print(f"log       {log_seconds:.1f} s{rate}")
-    print(f"finalize  {finalize_seconds:.1f} s for curvature and self-influence")
+    if "observe" in seconds:
+        print(f"observe   {seconds['observe']:.1f} s")
+    print(f"log       {seconds['log']:.1f} s{rate}")
+    print(f"finalize  {seconds['finalize']:.1f} s for curvature and self-influence")

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     logging.add_argument("--exclude", nargs="+", action="extend", metavar="GLOB")
     logging.add_argument("--max-length", type=int)
     logging.add_argument("--batch-size", type=int, default=8)
+    session.add_window_argument(logging)
     session.add_device_argument(logging)
 
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         args.rows = DEFAULT_ROWS if args.rows is None else args.rows
         tried = _try(args)
-        _print_logging(tried, args.rows)
+        _print_logging(tried, args.rows, session.window_bytes(args.window, args.batch_size, tried.layers))
         layers = tried.layers
     _print_costs(plan(layers, args.rows, queries=args.queries, k=args.k, rank_c=args.rank_c))
     return 0
@@ -68,13 +69,14 @@ def _try(args: argparse.Namespace) -> Probe:
     )
 
 
-def _print_logging(tried: Probe, rows: int) -> None:
+def _print_logging(tried: Probe, rows: int, waiting: int) -> None:
+    on_host, on_device = (waiting, 0) if tried.device_bytes is None else (0, waiting)
     rate = tried.samples / tried.step_seconds
     print(f"layers          {len(tried.layers)}")
     print(f"log             {tried.seconds(rows) / 3600:,.2f} h for {rows:,} rows of full length, {rate:,.1f} rows/s")
-    print(f"log, memory     {_size(tried.peak_bytes)}")
+    print(f"log, memory     {_size(tried.peak_bytes + on_host)}")
     if tried.device_bytes is not None:
-        print(f"log, device     {_size(tried.device_bytes)}")
+        print(f"log, device     {_size(tried.device_bytes + on_device)}")
 
 
 def _print_costs(costs: Plan) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from logra_kernels.errors import LograError
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 
 DEFAULT_MAX_LENGTH = 512
+DEFAULT_WINDOW = 128
+_WINDOW_BYTES = 256 << 20
 _LOSS = "next-token negative log-likelihood, summed over at most {} tokens"
 
 
@@ -31,6 +34,32 @@ def add_curvature_argument(parser: argparse._ActionsContainer) -> None:
         metavar="KIND",
         help="H: shrunk (default), raw, diagonal, kronecker, corrected-kronecker, kfac, ekfac or identity",
     )
+
+
+def add_window_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=DEFAULT_WINDOW,
+        metavar="N",
+        help=f"make batches of like length among N rows at a time, or of those that {_WINDOW_BYTES >> 20} MB hold, so"
+        f" that little is padding (default {DEFAULT_WINDOW}); up to the batch size: batches in the data's order",
+    )
+
+
+def window_rows(asked: int, batch_size: int, layers: Mapping[str, tuple[int, int]]) -> int:
+    """How many rows wait for each other: whole batches, at least one; layers: name -> (k_out, k_in)."""
+    return max(1, min(asked, _WINDOW_BYTES // _waiting_bytes(layers)) // batch_size) * batch_size
+
+
+def window_bytes(asked: int, batch_size: int, layers: Mapping[str, tuple[int, int]]) -> int:
+    """Their memory."""
+    return window_rows(asked, batch_size, layers) * _waiting_bytes(layers)
+
+
+def _waiting_bytes(layers: Mapping[str, tuple[int, int]]) -> int:
+    """Of a row, in fp32."""
+    return 4 * sum(k_out * k_in for k_out, k_in in layers.values())
 
 
 def kinds(text: str) -> str | tuple[str, str]:
@@ -101,6 +130,7 @@ def progress_bar(total: int, initial: int, title: str) -> tqdm:
         unit="row",
         unit_scale=False,
         dynamic_ncols=live,
+        smoothing=0.0,  # the mean of all: long batches come first in each window
         mininterval=0.2 if live else 10.0,
         delay=0.0 if live else 10.0,
     )

@@ -5,7 +5,7 @@ loss = sum over samples n, positions t of -log p(token[n, t] | token[n, :t])    
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ class Batch:
     def sequence_length(self) -> int:
         """T."""
         return self.input_ids.shape[1]
+
+    def select(self, samples: Sequence[int]) -> Batch:
+        """Some of the samples, padded as they are."""
+        ids = tuple(self.ids[i] for i in samples) if self.ids else ()
+        chosen = list(samples)
+        return Batch(self.input_ids[chosen], self.attention_mask[chosen], self.labels[chosen], ids)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -130,22 +136,31 @@ def encode(
         LograError: A text encodes to no predicted token.
         ValueError: Lengths of the arguments differ, or `max_length` < 2.
     """
-    if max_length < 2:
-        raise ValueError(f"encode: max_length {max_length} leaves no token to predict; use at least 2")
-    if completions is not None and len(completions) != len(texts):
-        raise ValueError(f"encode: {len(texts)} texts but {len(completions)} completions")
-    names = tuple(ids) if ids is not None else tuple(f"text {i + 1}" for i in range(len(texts)))
-    if len(names) != len(texts):
-        raise ValueError(f"encode: {len(texts)} texts but {len(names)} ids")
-    tokens, given = [], []
-    for i, text in enumerate(texts):
-        sequence, prompt = _tokens(tokenizer, text, completions[i] if completions is not None else None, max_length)
-        if len(sequence) <= prompt:
-            whole = text if completions is None else completions[i]
-            raise LograError(f"{names[i]} has no token to predict (its text: {whole[:40]!r}); drop or lengthen it")
-        tokens.append(sequence)
-        given.append(prompt)
+    tokens, given, names = _encode(tokenizer, texts, completions, max_length, ids)
     return _pad(tokens, given, _pad_id(tokenizer), names)
+
+
+def batches_of_like_length(
+    tokenizer: Any, texts: Sequence[str], size: int, *, max_length: int = 512, ids: Sequence[str] | None = None
+) -> Iterator[tuple[list[int], Batch]]:
+    """`encode` texts in batches that have little padding: those of most tokens first, equal ones in their order.
+
+    Args:
+        tokenizer, texts, max_length, ids: As in `encode`.
+        size: Texts in a batch.
+
+    Yields:
+        (which texts, the batch).
+
+    Raises:
+        LograError, ValueError: As `encode`, before the first batch.
+    """
+    tokens, given, names = _encode(tokenizer, texts, None, max_length, ids)
+    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        sequences, prompts = [tokens[i] for i in part], [given[i] for i in part]
+        yield part, _pad(sequences, prompts, _pad_id(tokenizer), tuple(names[i] for i in part))
 
 
 def losses(model: nn.Module, batch: Batch, *, nonfinite: str = "raise") -> tuple[Tensor, Tensor]:
@@ -267,6 +282,32 @@ def _pad_id(tokenizer: Any) -> int:
         if value is not None:
             return int(value)
     return 0
+
+
+def _encode(
+    tokenizer: Any,
+    texts: Sequence[str],
+    completions: Sequence[str] | None,
+    max_length: int,
+    ids: Sequence[str] | None,
+) -> tuple[list[list[int]], list[int], tuple[str, ...]]:
+    """Tokens of every sequence, how many of them are not predicted, and the sequences' names."""
+    if max_length < 2:
+        raise ValueError(f"encode: max_length {max_length} leaves no token to predict; use at least 2")
+    if completions is not None and len(completions) != len(texts):
+        raise ValueError(f"encode: {len(texts)} texts but {len(completions)} completions")
+    names = tuple(ids) if ids is not None else tuple(f"text {i + 1}" for i in range(len(texts)))
+    if len(names) != len(texts):
+        raise ValueError(f"encode: {len(texts)} texts but {len(names)} ids")
+    tokens, given = [], []
+    for i, text in enumerate(texts):
+        sequence, prompt = _tokens(tokenizer, text, completions[i] if completions is not None else None, max_length)
+        if len(sequence) <= prompt:
+            whole = text if completions is None else completions[i]
+            raise LograError(f"{names[i]} has no token to predict (its text: {whole[:40]!r}); drop or lengthen it")
+        tokens.append(sequence)
+        given.append(prompt)
+    return tokens, given, names
 
 
 def _tokens(tokenizer: Any, text: str, completion: str | None, max_length: int) -> tuple[list[int], int]:

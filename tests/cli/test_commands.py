@@ -11,6 +11,7 @@ import torch
 from cli.conftest import ROWS, SHAPE, call, contents, write_rows
 from integrations import tiny_lm
 
+from logra_kernels.cli import log as cli_log
 from logra_kernels.session import Observation
 from logra_kernels.store import GradientStore
 
@@ -93,6 +94,42 @@ def test_more_data_goes_on_in_the_same_store(model_dir, data, memory_dir, whole)
     assert GradientStore.open(store).ids == GradientStore.open(whole).ids
     # Batches of two began at odd rows, where padding differs: equal up to rounding.
     torch.testing.assert_close(GradientStore.open(store).read(0, ROWS), GradientStore.open(whole).read(0, ROWS))
+
+
+def test_batches_are_of_like_length_and_rows_in_the_datas_order(model_dir, data, memory_dir, texts, monkeypatch):
+    seen, log_batch = [], cli_log._log_batch
+    monkeypatch.setattr(
+        cli_log,
+        "_log_batch",
+        lambda run, batch, encoded, *rest: seen.append(encoded) or log_batch(run, batch, encoded, *rest),
+    )
+    stores, positions = [], []
+    for window in ("1", "50"):
+        seen.clear()
+        argv = ["log", model_dir, data, "--out", memory_dir / window, *SHAPE, "--batch-size", "5", "--window", window]
+        assert call(*argv) == 0
+        assert {len(batch) for batch in seen} == {5}
+        stores.append(GradientStore.open(memory_dir / window))
+        positions.append(sum(batch.input_ids.numel() for batch in seen))
+    tokens = sum(int(batch.attention_mask.sum()) for batch in seen)
+    assert tokens <= positions[1] < 1.1 * tokens < positions[0]
+    assert stores[0].ids == stores[1].ids
+    assert stores[0].columns == stores[1].columns == {"source": [f"book {i % 3}" for i in range(ROWS)], "text": texts}
+    torch.testing.assert_close(stores[1].read(0, ROWS), stores[0].read(0, ROWS))
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_rerun_after_rows_were_deleted(model_dir, data, store, texts, tmp_path, fails, compacted):
+    assert call("delete", store, "--ids", "r0", "r3", f"r{ROWS - 1}") == 0
+    more = write_rows(tmp_path / "more.jsonl", [*texts, "the cat sat", "the dog ran over a mat"])
+    if compacted:
+        assert call("compact", store) == 0
+        assert "row 1 of" in fails("log", model_dir, more, "--out", store, *SHAPE)
+        return
+    assert call("log", model_dir, data, "--out", store, *SHAPE) == 0
+    assert call("log", model_dir, more, "--out", store, *SHAPE) == 0
+    left = [i for i in range(ROWS + 2) if i not in (0, 3, ROWS - 1)]
+    assert GradientStore.open(store).ids == [f"r{i}" for i in left]
 
 
 def test_a_rerun_of_a_finished_run_changes_nothing(model_dir, data, store, whole):
@@ -201,6 +238,7 @@ def unchanged(store):
         (["--max-length", "64"], "at most 64 tokens"),
         (["--max-length", "1000"], "128 positions"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--window", "0"], "--window 0 must be at least 1"),
         (["--observe", "-1"], "--observe -1 must be at least 0"),
         (["--observe", "0", "--projection", "pca,orthonormal"], "--observe 0 leaves pca,orthonormal nothing to learn"),
         (["--observe", "0", "--projection", "mask", "--curvature", "ekfac"], "--observe 0 leaves ekfac nothing to"),
@@ -302,7 +340,9 @@ def test_nan_loss_names_the_row_and_keeps_the_rows_before(fails, texts, tmp_path
     store = memory_dir / "store"
     message = fails("log", tmp_path / "broken", data, "--out", store, *SHAPE)
     assert "loss is NaN on row r21" in message
-    assert GradientStore.open(store).ids == [f"r{i}" for i in range(20)]
+    kept = GradientStore.open(store).ids
+    assert kept == [f"r{i}" for i in range(len(kept))]
+    assert 12 <= len(kept) <= 21, "the windows before, and of this one what is whole"
     assert call("info", store, "--verify") == 0
 
 

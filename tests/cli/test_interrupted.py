@@ -99,7 +99,7 @@ def test_ctrl_c_while_the_curvature_is_computed(log, store, whole, monkeypatch, 
 
 
 def test_file_size_limit(commands, log, store, whole):
-    assert call(*log, "--limit", "20") == 0
+    assert call(*log, "--limit", "24") == 0  # whole windows
     before = len(GradientStore.open(store))
     # A shard of 16 rows has 15 KB of numbers; manifest and columns stay below the limit.
     code, lines = commands.run(*log, file_size=12_000)

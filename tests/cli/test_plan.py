@@ -1,9 +1,12 @@
 """`logra plan` for a model and for a store."""
 
 import re
+import sys
 
+import pytest
 from cli.conftest import ROWS, call
 
+from logra_kernels.cli import session
 from logra_kernels.store import GradientStore
 
 
@@ -14,6 +17,29 @@ def test_a_model(model_dir, capsys):
     assert re.search(r"^log, memory +\d[\d.,]* [MG]B$", shown, re.M)
     for name in ("fp32", "bf16", "int8", "int4"):
         assert re.search(rf"^{name} +[\d,]+ +[\d.,]+ [kMGT]B +[\d.,]+ [MG]B$", shown, re.M)
+
+
+def test_rows_that_wait_for_others_are_planned():
+    layers = {"a": (64, 64), "b": (16, 64)}
+    dim = 64 * 64 + 16 * 64
+    assert session.window_rows(128, 8, layers) == 128
+    assert session.window_rows(100, 8, layers) == 96
+    assert session.window_rows(1, 8, layers) == 8
+    assert session.window_bytes(100, 8, layers) == 96 * 4 * dim
+    wide = {f"{i}": (64, 64) for i in range(1000)}
+    assert session.window_rows(128, 8, wide) == 16
+    assert session.window_bytes(128, 8, wide) <= 256 << 20
+    assert session.window_rows(128, 64, wide) == 64, "one batch at least"
+
+
+def test_the_memory_of_a_window_is_shown(model_dir, monkeypatch, capsys):
+    def megabytes(waiting):
+        monkeypatch.setattr(session, "window_bytes", lambda *_: waiting)
+        monkeypatch.setattr(sys.modules["logra_kernels.plan"], "peak_bytes", lambda: 10**9)
+        assert call("plan", model_dir, "--rank", "4", "--batch-size", "2", "--max-length", "16") == 0
+        return float(re.search(r"^log, memory +([\d.,]+) MB$", capsys.readouterr().out, re.M)[1].replace(",", ""))
+
+    assert megabytes(-(500 * 10**6)) == pytest.approx(megabytes(-(700 * 10**6)) + 200, abs=1)
 
 
 def test_a_model_whose_rows_are_kept_as_factors(model_dir, capsys):

@@ -207,3 +207,30 @@ def test_greedy_continuation_errors(loaded):
         causal_lm.continue_greedy(model, tokenizer, "the cat", 126)
     with pytest.raises(LograError, match="no tokens"):
         causal_lm.continue_greedy(model, tiny_lm.tokenizer(bos=False), "", 3)
+
+
+def test_batches_of_like_length_hold_what_encode_gives_of_their_texts(loaded):
+    _, tokenizer = loaded
+    texts = ["the cat", "the dog sat on a mat near the river", "a bird", "the cat sat on the mat", "old"]
+    lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    batches = list(causal_lm.batches_of_like_length(tokenizer, texts, 2, max_length=8, ids=list("abcde")))
+    order = [i for places, _ in batches for i in places]
+    assert order == sorted(range(5), key=lambda i: -min(lengths[i] + 1, 8))
+    assert [len(batch) for _, batch in batches] == [2, 2, 1]
+    for places, batch in batches:
+        alone = encode(tokenizer, [texts[i] for i in places], max_length=8, ids=["abcde"[i] for i in places])
+        for name in ("input_ids", "attention_mask", "labels"):
+            assert torch.equal(getattr(batch, name), getattr(alone, name))
+        assert batch.ids == alone.ids
+    with pytest.raises(LograError, match="b has no token"):
+        next(causal_lm.batches_of_like_length(tokenizer, ["the cat", ""], 2, ids=["a", "b"]))
+
+
+def test_some_samples_of_a_batch(loaded):
+    _, tokenizer = loaded
+    batch = encode(tokenizer, ["the cat", "the cat sat on the mat", "a dog"], ids=["a", "b", "c"])
+    some = batch.select([2, 0])
+    assert some.ids == ("c", "a")
+    assert torch.equal(some.labels, batch.labels[[2, 0]])
+    assert some.sequence_length == batch.sequence_length
+    assert len(batch.select([])) == 0
