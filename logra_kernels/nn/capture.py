@@ -1,13 +1,14 @@
 """capture(model): taps on the chosen layers, and the projected gradients they gather."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from logra_kernels.errors import LograError
-from logra_kernels.nn.adapters import DEFAULT_KINDS, Adapter, ExpertAdapter
+from logra_kernels.nn.adapters import DEFAULT_KINDS, Adapter, AttentionAdapter, ExpertAdapter, ReplacedForward
+from logra_kernels.nn.attention import TappedAttention
 from logra_kernels.nn.covariance import Covariances
 from logra_kernels.nn.direct import LinearHook
 from logra_kernels.nn.experts import TappedExperts
@@ -21,6 +22,12 @@ from logra_kernels.nn.tap import check_heard
 from logra_kernels.nn.tokens import TokenShares
 from logra_kernels.nn.untapped import warn_of_untapped, without_fused_layers
 from logra_kernels.projection import Projection
+
+# what is tapped inside of its module's forward
+_REPLACED: dict[type[Adapter], Callable[..., ReplacedForward]] = {
+    AttentionAdapter: TappedAttention,
+    ExpertAdapter: TappedExperts,
+}
 
 
 def _check_offsets(offsets: Tensor, batch_size: int | None) -> tuple[int, int]:
@@ -69,19 +76,19 @@ class Taps(TapState):
 
     def attach(self) -> None:
         """Put the hooks on. They do nothing until `active` is set. Attach before torch.compile traces the model."""
-        routed: dict[nn.Module, dict[str, Hook]] = {}
+        inside: dict[tuple[Callable[..., ReplacedForward], nn.Module], dict[str, Hook]] = {}
         for layer in self._layers:
             for module, adapter in layer.holders:
                 parameters = adapter.parameters(module)
                 plain = type(module) is nn.Linear and adapter.known and len(parameters) == 1
                 hook = (LinearHook if plain else Hook)(layer.name, adapter, self._probes[layer.name], self)
-                if isinstance(adapter, ExpertAdapter):
-                    routed.setdefault(module, {})[adapter.part] = hook
+                if replaced := _REPLACED.get(type(adapter)):
+                    inside.setdefault((replaced, module), {})[adapter.part] = hook
                 else:
                     # before other hooks, which may change y; but tensor parallel ones make the whole of it first
                     first = not hasattr(parameters[0], "device_mesh")
                     self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
-        self._handles += [TappedExperts(module, hooks, self) for module, hooks in routed.items()]
+        self._handles += [replaced(module, hooks, self) for (replaced, module), hooks in inside.items()]
 
     def detach(self) -> None:
         """Take the hooks off; the model is as it was."""
@@ -291,8 +298,11 @@ def capture(
     The layers, the loss and the weights' own gradients are untouched; weights may be frozen. The loss must be a sum
     over samples (a batch mean would divide every gradient by the batch size). A weight that is computed from others (a
     parametrization, weight norm, a pruning mask) counts as the layer multiplies with it. Weights of modules of other
-    kinds, as nn.MultiheadAttention's, LSTMs' or PEFT's vectors, have no part in the rows; without `include`, a warning
-    names those of PyTorch's own modules.
+    kinds, as LSTMs' or PEFT's vectors, have no part in the rows; without `include`, a warning names those of PyTorch's
+    own modules.
+
+    The projections of nn.MultiheadAttention are layers "<module>.in_proj" ([3 E, E], as its parameter; or "q_proj",
+    "k_proj", "v_proj" where kdim or vdim are given) and "<module>.out_proj", with the samples where batch_first says.
 
     Args:
         model: Any module; its inputs must hold the samples in dimension 0 of every tapped layer, unless
@@ -300,9 +310,10 @@ def capture(
         projection: Kind, rank and seed of the factors; default `Projection()`.
         include: Glob patterns on layer names ("*.mlp.*"); default every layer of the kinds.
         exclude: Glob patterns taken away from these.
-        kinds: "linear" (nn.Linear, Hugging Face's Conv1D) and "conv" (1, 2 and 3 dimensions) by default; "embedding",
-            "norm" (gains of LayerNorm and RMSNorm) and "expert" (each expert of transformers' fused mixtures, as layers
-            "<module>.gate_up_proj.<e>" and "<module>.down_proj.<e>") on request.
+        kinds: "linear" (nn.Linear, Hugging Face's Conv1D, nn.MultiheadAttention's projections) and "conv" (1, 2 and 3
+            dimensions) by default; "embedding", "norm" (gains of LayerNorm and RMSNorm) and "expert" (each expert of
+            transformers' fused mixtures, as layers "<module>.gate_up_proj.<e>" and "<module>.down_proj.<e>") on
+            request.
         bias: Give linear layers that have a bias one more input column that holds its gradient.
         projection_dtype: What linear layers' activations and gradients are multiplied with the factors in; sums are in
             fp32 all the same. None is the model's own dtype; bf16 rounds those of an fp32 model, which halves the cost
@@ -323,5 +334,5 @@ def capture(
         raise ValueError(f"capture: projection_dtype is {projection_dtype}; it must be torch.bfloat16 or torch.float32")
     layers = find_layers(model, include, exclude, kinds, bias)
     if include is None:
-        warn_of_untapped(model)
+        warn_of_untapped(model, kinds)
     return Taps(model, projection or Projection(), layers, projection_dtype, in_graph, shared_inputs)

@@ -9,13 +9,12 @@ Every expert's rows are tapped as a linear layer's, with the limits of each samp
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from logra_kernels.nn.adapters import ReplacedForward
 from logra_kernels.nn.covariance import Covariances
 from logra_kernels.nn.hook import Hook
 from logra_kernels.nn.state import TapState
@@ -35,12 +34,8 @@ class _Unrouted(torch.autograd.Function):
         return dy, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
 
 
-def _as_it_was(forward: Callable) -> Callable:
-    return forward
-
-
-class TappedExperts:
-    """Stands in for a module's forward until it is removed. A copied or pickled model has its own forward again.
+class TappedExperts(ReplacedForward):
+    """Stands in for a mixture's forward.
 
     Args:
         module: With a 3-D parameter for each stack, as transformers' `use_experts_implementation` makes it.
@@ -48,18 +43,10 @@ class TappedExperts:
     """
 
     def __init__(self, module: nn.Module, hooks: dict[str, Hook], taps: TapState) -> None:
-        self._module: Any = module
-        self._hooks, self._taps = hooks, taps
-        self._forward = module.forward
-        self._signature = inspect.signature(module.forward)
+        self._signature = inspect.signature(type(module).forward)
         self._name = next(iter(hooks.values())).name
-        module.forward = self
-
-    def remove(self) -> None:
-        del self._module.forward
-
-    def __reduce__(self):
-        return _as_it_was, (self._forward,)
+        self._hooks, self._taps = hooks, taps
+        super().__init__(module)
 
     def __call__(self, *args, **kwargs):
         if not self._taps.active or not torch.is_grad_enabled():
@@ -71,7 +58,7 @@ class TappedExperts:
             )
         if self._module._is_expert_parallel:
             raise ValueError(f"capture: {self._name!r} is an expert of an expert-parallel model; exclude the experts")
-        hidden, index, weights = list(self._signature.bind(*args, **kwargs).arguments.values())[:3]
+        hidden, index, weights = list(self._signature.bind(self._module, *args, **kwargs).arguments.values())[1:4]
         flat = hidden.reshape(-1, hidden.shape[-1])
         return self._mix(flat, index.reshape(len(flat), -1), weights.reshape(len(flat), -1)).view_as(hidden)
 

@@ -24,22 +24,6 @@ def _untapped() -> Callable[[nn.Module, tuple, dict, Tensor], None]:
     return untapped
 
 
-def _check_plain(name: str, *tensors: object) -> None:
-    """Raise ValueError for tensors that no tap is made for; those of subclasses (a DTensor) may be fine."""
-    for one in tensors:
-        if isinstance(one, Tensor) and (one.is_nested or one.layout is not torch.strided):
-            kind = "nested" if one.is_nested else str(one.layout).removeprefix("torch.")
-            raise ValueError(
-                f"capture: layer {name!r} got a {kind} tensor; pad it to [N, T, d], or give the rows of all samples and"
-                " their limits as offsets"
-            )
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise ValueError(
-            f"capture: layer {name!r} is called inside of torch.func (vmap, grad, jvp), which taps cannot be; call the"
-            " model itself, which gives every sample's gradient in one backward"
-        )
-
-
 class Hook:
     """The forward hook on one module, for one of its layers. A copied or pickled model does not take it along."""
 
@@ -53,14 +37,18 @@ class Hook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         if not self.taps.active or not torch.is_grad_enabled():
             return None
-        x = self._input(module, args, kwargs)
+        return self.behind(module, self._input(module, args, kwargs), y)
+
+    def behind(self, module: nn.Module, x: Tensor, y: Tensor, adapter: Adapter | None = None) -> Tensor:
+        """y with the tap behind it; `adapter` is that of this very call, where it is another than the layer's."""
+        adapter = adapter or self.adapter
         if torch.compiler.is_compiling():
-            self.adapter.check(self.name, x)
-            return self._tapped(module, x, y)
-        _check_plain(self.name, x, y)
-        self.adapter.check(self.name, x)
+            adapter.check(self.name, x)
+            return self._tapped(adapter, module, x, y)
+        self.check_plain(x, y)
+        adapter.check(self.name, x)
         try:
-            return self._tapped(module, x, y)
+            return self._tapped(adapter, module, x, y)
         except MisfitError as misfit:
             armed = torch.zeros((), dtype=torch.float32, device=y.device, requires_grad=True)
             return Refused.apply(y, armed, misfit)
@@ -75,8 +63,23 @@ class Hook:
             )
         return x  # type: ignore[return-value]
 
-    def _tapped(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        adapter, leaf = self.adapter, self._leaf(x)
+    def check_plain(self, *tensors: object) -> None:
+        """Raise ValueError for tensors that no tap is made for; those of subclasses (a DTensor) may be fine."""
+        for one in tensors:
+            if isinstance(one, Tensor) and (one.is_nested or one.layout is not torch.strided):
+                kind = "nested" if one.is_nested else str(one.layout).removeprefix("torch.")
+                raise ValueError(
+                    f"capture: layer {self.name!r} got a {kind} tensor; pad it to [N, T, d], or give the rows of all"
+                    " samples and their limits as offsets"
+                )
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise ValueError(
+                f"capture: layer {self.name!r} is called inside of torch.func (vmap, grad, jvp), which taps cannot be;"
+                " call the model itself, which gives every sample's gradient in one backward"
+            )
+
+    def _tapped(self, adapter: Adapter, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        leaf = self._leaf(x)
         if not self._known:
             check_forward(self.name, adapter, module, x, y)
             self._known = True

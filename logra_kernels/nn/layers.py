@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from logra_kernels.nn.adapters import DEFAULT_KINDS, KINDS, Adapter, adapt
+from logra_kernels.nn.adapters import DEFAULT_KINDS, KINDS, Adapter, AttentionAdapter, adapt
 
 SEQUENCE_FIRST = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
 
@@ -82,6 +82,8 @@ def _check(name: str, modules: Mapping[str, nn.Module], module: nn.Module, adapt
     weight = adapter.parameters(module)[0]
     if weight.is_complex():
         raise ValueError(f"capture: the weight of layer {name!r} is {weight.dtype}; it must be real: exclude the layer")
+    if isinstance(adapter, AttentionAdapter):  # knows where its samples lie
+        return
     path = name.split(".")
     for above in (".".join(path[:i]) for i in range(len(path))):
         block = modules.get(above)

@@ -1,11 +1,13 @@
 """What no tap sees: modules of PyTorch whose matrices are of no kind, and fused calls that pass whole layers by."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from logra_kernels.nn.adapters import adapt
 
 _OF_NO_KIND = (
     nn.MultiheadAttention,
@@ -20,12 +22,12 @@ _FUSED = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncode
 _NAMED = 3
 
 
-def warn_of_untapped(model: nn.Module) -> None:
+def warn_of_untapped(model: nn.Module, kinds: Sequence[str]) -> None:
     """Name the modules whose weights have no part in the rows though they multiply what the model computes."""
     found = [
         f"{name!r} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if isinstance(module, _OF_NO_KIND)
+        if isinstance(module, _OF_NO_KIND) and not adapt(module, tuple(kinds), bias=False)
     ]
     if found:
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""

@@ -162,7 +162,7 @@ class _Seen:
         def watch(name: str, adapter: Adapter, into: dict[str, list[tuple[int, ...]]]):
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 x = args[0] if args else kwargs[adapter.argument]
-                into.setdefault(name, []).append(tuple(x.shape))
+                into.setdefault(name, []).append(tuple(x.movedim(adapter.samples_at, 0).shape))
                 seen.autocast |= torch.is_autocast_enabled(x.device.type)
 
             return hook
@@ -252,7 +252,7 @@ def _comparable(model: nn.Module, taps: Taps, notes: list[str]) -> dict[str, lis
             owners.setdefault(id(p), []).append((name, module))
     found: dict[str, list[list[Tensor]]] = {}
     for name, holders in taps.holders.items():
-        tapped = [module for module, _ in holders]
+        tapped = {part for module, _ in holders for part in module.modules()}
         parameters = [adapter.parameters(module) for module, adapter in holders]
         flat = [p for group in parameters for p in group]
         elsewhere = [other for p in flat for other, module in owners.get(id(p), []) if module not in tapped]

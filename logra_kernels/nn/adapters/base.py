@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from logra_kernels.nn.adapters.replaced import ReplacedForward
 from logra_kernels.ops import project_grad, project_rows
 
 
@@ -22,7 +23,8 @@ class Adapter(ABC):
         argument: The name of x in the layer's forward.
         projects_x: Whether P_in meets x itself, in x's dtype; else it meets what stands beside dy, in dy's.
         part: Which part of the module the layer is, where it has several.
-        samples_first: Whether dimension 0 of the module's input holds the samples.
+        samples_first: Whether a dimension of the module's input holds the samples,
+        samples_at: and which.
         mixes_dtypes: Whether factors may have another dtype than what they meet, because nothing but the ops sees them.
         repeats: How many rows of `sides` stand for one position (a convolution's groups), as [repeats, T] flattened.
         flattens: Whether x may come as [N * T, ...], which models flatten [N, T, ...] to.
@@ -34,6 +36,7 @@ class Adapter(ABC):
     projects_x = False
     part = ""
     samples_first = True
+    samples_at = 0
     mixes_dtypes = False
     repeats = 1
     flattens = True
@@ -91,7 +94,8 @@ class Adapter(ABC):
 
 def forwards_as(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether the module runs the forward of one of these: no subclass's own, and none that was put on the instance."""
-    return "forward" not in vars(module) and type(module).forward in [cls.forward for cls in classes]
+    own = vars(module).get("forward")
+    return (own is None or isinstance(own, ReplacedForward)) and type(module).forward in [c.forward for c in classes]
 
 
 def positions_flat(x: Tensor) -> Tensor:

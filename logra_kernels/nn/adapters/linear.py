@@ -67,7 +67,7 @@ class LinearAdapter(Adapter):
 
 
 def adapt_linear(module: nn.Module, bias: bool) -> Adapter | None:
-    # nn.MultiheadAttention's out_proj is never called as a module, so a tap on it would see nothing
+    # nn.MultiheadAttention's out_proj, which is never called as a module, is a part of it (`adapt_attention`)
     if not isinstance(module, nn.Linear) or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
     adapter = LinearAdapter(module.in_features, module.out_features, bias=bias and module.bias is not None)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from logra_kernels.nn.adapters.attention import adapt_attention
 from logra_kernels.nn.adapters.base import Adapter
 from logra_kernels.nn.adapters.conv import adapt_conv
 from logra_kernels.nn.adapters.embedding import adapt_embedding
@@ -16,7 +17,7 @@ Made = Adapter | Mapping[str, Adapter] | None
 # kind -> what makes the adapter of (module, with its bias?), or several by the names of the module's parts; None or
 # nothing for a module that it does not fit
 ADAPTERS: dict[str, tuple[Callable[[nn.Module, bool], Made], ...]] = {
-    "linear": (adapt_linear, adapt_hugging_face_conv1d),
+    "linear": (adapt_linear, adapt_hugging_face_conv1d, adapt_attention),
     "conv": (adapt_conv,),
     "embedding": (adapt_embedding,),
     "norm": (adapt_norm,),
