@@ -33,15 +33,16 @@ def outer_einsum(x: Tensor, dy: Tensor, p_in: Tensor, p_out: Tensor) -> Tensor:
 COMPILED = torch.compile(one_einsum, dynamic=True)
 
 
-def by_path(path: str) -> Callable[..., Tensor]:
-    """The kernels in CUDA C++ of one architecture."""
+def by_path(path: str, cluster: int = 0) -> Callable[..., Tensor]:
+    """The kernels in CUDA C++ of one architecture, in clusters of one size."""
+    from logra_kernels.ops.project_grad import cuda
 
     def call(*args: Tensor) -> Tensor:
-        before, _device.CUDA_PATH = _device.CUDA_PATH, path
+        before, _device.CUDA_PATH, cuda.CLUSTER = _device.CUDA_PATH, path, cluster
         try:
             return lk.project_grad(*args, backend="cuda")
         finally:
-            _device.CUDA_PATH = before
+            _device.CUDA_PATH, cuda.CLUSTER = before, 0
 
     return call
 
@@ -53,6 +54,7 @@ def ours(device: str) -> dict[str, Callable[..., Tensor]]:
         calls[OURS + " cuda sm_80"] = by_path("sm_80")
         if torch.cuda.get_device_capability() == (9, 0):
             calls[OURS + " cuda sm_90a"] = by_path("sm_90a")
+            calls |= {f"{OURS} cuda sm_90a, clusters of {n}": by_path("sm_90a", n) for n in (1, 2, 4)}
     return calls
 
 

@@ -26,6 +26,7 @@ def project_grad(
     d_out: int,
     k_in: int,
     k_out: int,
+    blocks: int,
     stream: int,
 ) -> None: ...
 

@@ -98,8 +98,11 @@ PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
          const std::tuple<Address, int, int64_t, int64_t, int64_t>& dy, const std::optional<Matrix>& p_in,
          const std::optional<Matrix>& p_out, std::tuple<Address, int64_t, int64_t> weights, Address offsets,
          int64_t offset_stride, Address chunk_ends, Address out, Address partial, int64_t samples, int64_t length,
-         int64_t chunk, int64_t chunks, int64_t d_in, int64_t d_out, int64_t k_in, int64_t k_out, Address stream) {
+         int64_t chunk, int64_t chunks, int64_t d_in, int64_t d_out, int64_t k_in, int64_t k_out, int blocks,
+         Address stream) {
         check_sizes("project_grad", {samples, k_out, k_in});
+        LGK_CHECK(blocks == 0 || blocks == 1 || blocks == 2 || blocks == 4,
+                  "project_grad: blocks must be 0, 1, 2 or 4");
         const auto kernels = arch_of("project_grad", arch);
         const auto tiling = project_grad::tiling(kernels, element_of(dtype), k_in, k_out, !p_out);
         LGK_CHECK(positions == tiling.positions || positions == tiling.least_positions,
@@ -123,12 +126,12 @@ PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
                       chunks};
         const auto element = element_of(dtype);
         py::gil_scoped_release unlocked;
-        project_grad::project_grad_cuda(kernels, element, positions, args, reinterpret_cast<void*>(stream));
+        project_grad::project_grad_cuda(kernels, element, positions, blocks, args, reinterpret_cast<void*>(stream));
       },
       py::arg("arch"), py::arg("dtype"), py::arg("positions"), py::arg("x"), py::arg("dy"), py::arg("p_in"),
       py::arg("p_out"), py::arg("weights"), py::arg("offsets"), py::arg("offset_stride"), py::arg("chunk_ends"),
       py::arg("out"), py::arg("partial"), py::arg("samples"), py::arg("length"), py::arg("chunk"), py::arg("chunks"),
-      py::arg("d_in"), py::arg("d_out"), py::arg("k_in"), py::arg("k_out"), py::arg("stream"));
+      py::arg("d_in"), py::arg("d_out"), py::arg("k_in"), py::arg("k_out"), py::arg("blocks"), py::arg("stream"));
   m.def(
       "score_tile",
       [](const Scored& queries, const Scored& rows, int64_t query_count) {

@@ -1,5 +1,6 @@
-// Primitives of sm_90a: tiles that the copy engine fetches through tensor maps, barriers that count the bytes which
-// have arrived, and products of whole warp groups, straight from shared memory.
+// Primitives of sm_90a: tiles that the copy engine fetches through tensor maps, for one block or for several of a
+// cluster at once, barriers that count the bytes which have arrived, and products of whole warp groups, straight from
+// shared memory.
 //
 // A tile has rows of 128 bytes, and its 16-byte chunks lie where tile_offset<8> of cuda_tile.cuh says: the engine's
 // 128-byte swizzle is the same. Tiles start at multiples of 1024 bytes, where the swizzle's pattern starts.
@@ -47,6 +48,9 @@ __device__ inline void init_barrier(Barrier* barrier, int count) {
 // What this thread has written to shared memory, barriers included, can be seen by the copy engine.
 __device__ inline void show_to_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Barriers that this thread has initialised can be seen by the cluster once it has met.
+__device__ inline void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
 __device__ inline void arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -56,20 +60,27 @@ __device__ inline void arrive_expecting(Barrier* barrier, int bytes) {
                : "memory");
 }
 
-// Until the phase of this parity has ended; the one before the first counts as ended, with parity 1.
-__device__ inline void wait_for_phase(Barrier* barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred ended;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
-      "@ended bra done;\n"
-      "bra again;\n"
-      "done:\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
+#define LGK_WAIT(name, scope)                                 \
+  __device__ inline void name(Barrier* barrier, int parity) { \
+    asm volatile(                                             \
+        "{\n"                                                 \
+        ".reg .pred ended;\n"                                 \
+        "again:\n"                                            \
+        "mbarrier.try_wait.parity.acquire." scope             \
+        ".shared::cta.b64 ended, [%0], %1;\n"                 \
+        "@ended bra done;\n"                                  \
+        "bra again;\n"                                        \
+        "done:\n"                                             \
+        "}\n" ::"r"(shared_address(barrier)),                 \
+        "r"(parity)                                           \
+        : "memory");                                          \
+  }
+
+// Until the phase of this parity has ended; the one before the first counts as ended, with parity 1. The second one is
+// for barriers at which threads of other blocks arrive.
+LGK_WAIT(wait_for_phase, "cta")
+LGK_WAIT(wait_for_cluster, "cluster")
+#undef LGK_WAIT
 
 // Starts fetching the map's box at (column, row, sample); what lies outside the tensor comes as zeros.
 __device__ inline void fetch_tile(char* tile, const TensorMap* map, Barrier* barrier, int column, int row, int sample) {
@@ -77,6 +88,46 @@ __device__ inline void fetch_tile(char* tile, const TensorMap* map, Barrier* bar
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
       "[%5];" ::"r"(shared_address(tile)),
       "l"(map), "r"(column), "r"(row), "r"(sample), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// The same, to the same place of every block of the cluster whose bit is set, and each of their barriers.
+__device__ inline void fetch_tile_to(char* tile, const TensorMap* map, Barrier* barrier, int column, int row,
+                                     int sample, unsigned blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(tile)),
+      "l"(map), "r"(column), "r"(row), "r"(sample), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(blocks))
+      : "memory");
+}
+
+// The shared memory that a launch asked for.
+__device__ inline char* block_memory() {
+  extern __shared__ __align__(kTileAlignment) char shared[];
+  return shared;
+}
+
+// The block's number within its cluster.
+__device__ inline int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// A barrier of all threads of the cluster's blocks that have not ended.
+__device__ inline void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// At the same barrier of another block of the cluster.
+__device__ inline void arrive_at(Barrier* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
       : "memory");
 }
 

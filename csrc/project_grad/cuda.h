@@ -53,7 +53,8 @@ Tiling tiling(Arch arch, Element element, int64_t k_in, int64_t k_out, bool dy_p
 
 // Launches on the stream and returns without waiting; throws std::runtime_error with CUDA's own words on failure.
 // positions is one of the tiling's. The kernels of sm_90 are for half operands whose dy is projected here; addresses
-// and strides of what it projects are multiples of 16 bytes and its features neighbours.
-void project_grad_cuda(Arch arch, Element element, int positions, const CudaArgs& args, void* stream);
+// and strides of what it projects are multiples of 16 bytes and its features neighbours. `blocks` of theirs, 1, 2, 4,
+// or 0 for as many as suit the work, share what is read of a factor.
+void project_grad_cuda(Arch arch, Element element, int positions, int blocks, const CudaArgs& args, void* stream);
 
 }  // namespace lgk::project_grad

@@ -8,6 +8,7 @@ namespace lgk::project_grad {
 __device__ inline Span span_of(const CudaShape& shape, int64_t chunk) {
   if (shape.offsets == nullptr) {
     const int64_t most = (shape.length + shape.chunk - 1) / shape.chunk, first = chunk % most * shape.chunk;
+    if (chunk / most >= shape.samples) return {shape.samples, 0, 0, false};
     const int64_t end = first + shape.chunk < shape.length ? first + shape.chunk : shape.length;
     return {chunk / most, first, end, most == 1};
   }
@@ -71,7 +72,7 @@ __device__ void project_side(typename Path::Copies& copies, const CudaSide& side
     return;
   }
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  Fragment<Path::kWidth> acc;
+  Fragment<Path::kColumns> acc;
   acc.clear();
   copies.begin(side, sample, start, k0, weights);
   const int64_t steps = (side.d + Path::kDepth - 1) / Path::kDepth;
@@ -84,12 +85,13 @@ __device__ void project_side(typename Path::Copies& copies, const CudaSide& side
   Path::take(acc);
   copies.release();
   copies.finish();
-  const float own[] = {weights[warp * 16 + lane / 4], weights[warp * 16 + lane / 4 + 8]};
+  const int first = Path::row_of(warp) + lane / 4, left = Path::column_of(warp) + lane % 4 * 2;
+  const float own[] = {weights[first], weights[first + 8]};
 #pragma unroll
-  for (int j = 0; j < Path::kWidth / 8; ++j) {
+  for (int j = 0; j < Path::kColumns / 8; ++j) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int row = warp * 16 + lane / 4 + e / 2 * 8, column = j * 8 + lane % 4 * 2 + e % 2;
+      const int row = first + e / 2 * 8, column = left + j * 8 + e % 2;
       const float v = own[e / 2] != 0 ? acc.c[j][e] : 0.f;  // what does not count may be NaN
       store_parts<Path>(parts, row, column, weighted ? v * own[e / 2] : v);
     }
@@ -155,16 +157,17 @@ __device__ inline void write_share(const Fragment<Share<Path>::kColumns>& g, flo
   }
 }
 
-// The warps that multiply, over the positions of the span.
+// The warps that multiply, over the positions of the span, in as many rounds as its cluster has.
 template <class Path>
 __device__ inline void add_span(typename Path::Copies& copies, char* shared, const CudaArgs& args, const Span& span,
-                                int64_t chunk, int64_t o0, int64_t i0) {
+                                int64_t rounds, int64_t chunk, int64_t o0, int64_t i0) {
   char *x_parts = shared + Path::kXParts, *dy_parts = shared + Path::kDyParts;
   float* weights = reinterpret_cast<float*>(shared + Path::kWeights);
   const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   Fragment<Share<Path>::kColumns> g;
   g.clear();
-  for (int64_t start = span.first; start < span.end; start += Path::kPositions) {
+  const int64_t stop = Path::kClusters ? span.first + rounds * Path::kPositions : span.end;
+  for (int64_t start = span.first; start < stop; start += Path::kPositions) {
     Path::sync();  // the last positions' parts and weights are done with
     for (int i = thread; i < Path::kPositions; i += Path::kWarps * kWarp) {
       const int64_t t = start + i;
@@ -178,31 +181,48 @@ __device__ inline void add_span(typename Path::Copies& copies, char* shared, con
     project_side<Path>(copies, args.dy, span.sample, start, o0, weights, args.weights != nullptr, dy_parts);
     if (Share<Path>::has(warp)) add_outer<Path>(g, dy_parts, x_parts, warp, lane);
   }
+  copies.part();
+  if (span.sample >= args.shape.samples) return;
   float* sums = span.only ? args.out + span.sample * args.dy.k * args.x.k : args.partial + chunk * args.dy.k * args.x.k;
   if (Share<Path>::has(warp)) write_share<Path>(g, sums, args, o0, i0, warp, lane);
 }
 
+// How often the block takes positions: as often as that one of its cluster with the most of them.
+template <class Path>
+__device__ inline int64_t rounds_of(const CudaShape& shape, int64_t first_chunk, int blocks) {
+  int64_t most = 0;
+  for (int i = 0; i < blocks; ++i) {
+    const Span span = span_of(shape, first_chunk + i);
+    const int64_t rounds = (span.end - span.first + Path::kPositions - 1) / Path::kPositions;
+    if (rounds > most) most = rounds;
+  }
+  return most;
+}
+
+// The blocks of a cluster have one tile and chunks that follow each other.
 template <class Path>
 __global__ void __launch_bounds__(Path::kThreads, Path::kBlocks)
     project_grad_kernel(const CudaArgs args, const __grid_constant__ typename Path::Copies::Maps maps) {
   if constexpr (Path::kCompiled) {
-    extern __shared__ __align__(1024) char shared[];
+    char* const shared = block_memory();
     const int64_t tiles_in = (args.x.k + Path::kWidth - 1) / Path::kWidth;
     const int64_t tiles = tiles_in * ((args.dy.k + Path::kWidth - 1) / Path::kWidth);
-    const int64_t chunk = int64_t(blockIdx.x) / tiles, tile = int64_t(blockIdx.x) % tiles;
+    const int64_t cluster = int64_t(blockIdx.x) / maps.blocks, tile = cluster % tiles;
+    const int64_t first_chunk = cluster / tiles * maps.blocks, chunk = first_chunk + Path::Copies::rank();
     const int64_t o0 = tile / tiles_in * Path::kWidth, i0 = tile % tiles_in * Path::kWidth;
+    const int64_t rounds = rounds_of<Path>(args.shape, first_chunk, maps.blocks);
+    if (rounds == 0) return;
     const Span span = span_of(args.shape, chunk);
-    if (span.sample >= args.shape.samples) return;
     typename Path::Copies copies(shared, maps);
     if constexpr (Path::kThreads > Path::kWarps * kWarp) {
       if (int(threadIdx.x) >= Path::kWarps * kWarp) {
         Path::leave_registers();
-        if (int(threadIdx.x) == Path::kWarps * kWarp) copies.fetch_all(args, span, o0, i0);
+        if (int(threadIdx.x) == Path::kWarps * kWarp) copies.fetch_all(args, span, rounds, o0, i0);
         return;
       }
     }
     Path::take_registers();
-    add_span<Path>(copies, shared, args, span, chunk, o0, i0);
+    add_span<Path>(copies, shared, args, span, rounds, chunk, o0, i0);
   } else {
     __trap();  // this path is not for this architecture
   }

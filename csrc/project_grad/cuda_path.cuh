@@ -58,18 +58,21 @@ struct Span {
   bool only;                   // the sample has no other chunk
 };
 
-// kParts: of bf16 that a projected factor is cut into, 8 bits each. kPositions: that a block takes at a time, 16 a
-// warp.
-template <class E, int kWidth_, int kParts_, int kPositions_>
+// kParts: of bf16 that a projected factor is cut into, 8 bits each. kPositions: that a block takes at a time. A warp
+// projects 16 of them by kColumns rows of the factor, kSplit times as few as there are.
+template <class E, int kWidth_, int kParts_, int kPositions_, int kSplit = 1>
 struct Sizes {
   using Element = E;
-  static constexpr int kWidth = kWidth_, kParts = kParts_, kPositions = kPositions_, kWarps = kPositions / 16;
+  static constexpr int kWidth = kWidth_, kParts = kParts_, kPositions = kPositions_, kColumns = kWidth / kSplit;
+  static constexpr int kWarps = kPositions / 16 * kSplit;
   static constexpr int kDepth = kRowChunks * kChunkBytes / int(sizeof(typename E::Storage));
   static constexpr int kFactorAt = kPositions * kRowChunks * kChunkBytes;  // of a stage: after its positions
   static constexpr int kStage = kFactorAt + kWidth * kRowChunks * kChunkBytes;
   static constexpr int kPart = kPositions * kWidth * 2;  // [positions][features] bf16
   static constexpr int kSide = kParts * kPart;
   static constexpr int kWeightBytes = kPositions * int(sizeof(float));
+  __device__ static int row_of(int warp) { return warp / (4 * kSplit) * 64 + warp % 4 * 16; }
+  __device__ static int column_of(int warp) { return warp / 4 % kSplit * kColumns; }
 };
 
 // One chunk of a row of `d` elements from `column` on; zeros beyond its end, and where the row does not count.
@@ -96,8 +99,11 @@ class ThreadCopies {
   static constexpr int64_t kPer = kChunkBytes / sizeof(Storage);
 
  public:
-  struct Maps {};
-  static Maps maps(const CudaArgs&) { return {}; }
+  struct Maps {
+    static constexpr int blocks = 1;  // of a cluster
+  };
+  static Maps maps(const CudaArgs&, int) { return {}; }
+  __device__ static int rank() { return 0; }
   __device__ ThreadCopies(char* ring, const Maps&) : ring_(ring) {}
 
   // weights holds 0 for positions that do not count; they come as zeros.
@@ -129,6 +135,7 @@ class ThreadCopies {
     wait_for_copies<0>();
     __syncthreads();  // something else may lie where the ring was
   }
+  __device__ void part() {}
 
  private:
   __device__ void fetch(const CudaSide& side, const float* weights, int64_t step) {
@@ -196,7 +203,7 @@ template <class E, int kWidth, int kParts>
 struct Sm80 : Sizes<E, kWidth, kParts, kWidth> {
   using S = Sizes<E, kWidth, kParts, kWidth>;
   using Copies = ThreadCopies<Sm80>;
-  static constexpr bool kCompiled = true;
+  static constexpr bool kCompiled = true, kClusters = false;
   static constexpr int kThreads = S::kWarps * kWarp, kBlocks = 1, kStages = 3;
   static constexpr int kDyParts = 0;  // where the ring was
   static constexpr int kXParts = kStages * S::kStage > S::kSide ? kStages* S::kStage : S::kSide;
@@ -211,12 +218,18 @@ struct Sm80 : Sizes<E, kWidth, kParts, kWidth> {
   __device__ static void take(Fragment<kWidth>&) {}
 };
 
-// What the copy engine needs to know of the arguments; a side without a projection has no maps.
+// What the copy engine needs to know of the arguments, and the blocks of a cluster; a side without a projection has no
+// maps.
 struct EngineMaps {
   TensorMap x, p_in, dy, p_out;
+  int blocks;
 };
 
 // A ring of stages that one warp more than multiply has the copy engine fill, as far ahead as there are stages.
+//
+// The blocks of a cluster project their own positions by the same rows of the factor: each fetches its share of them
+// for all, so that L2 gives them once a cluster. So a stage is filled again when all blocks are done with it, and all
+// go through equally many stages.
 template <class Path>
 class EngineCopies {
   struct Turn {
@@ -229,32 +242,43 @@ class EngineCopies {
 
  public:
   using Maps = EngineMaps;
-  static Maps maps(const CudaArgs& args) {
+  static Maps maps(const CudaArgs& args, int blocks) {
     Maps made = {};
-    if (args.x.projection != nullptr) map_side(args.x, args.shape, made.x, made.p_in);
-    map_side(args.dy, args.shape, made.dy, made.p_out);
+    if (args.x.projection != nullptr) map_side(args.x, args.shape, blocks, made.x, made.p_in);
+    map_side(args.dy, args.shape, blocks, made.dy, made.p_out);
+    made.blocks = blocks;
     return made;
   }
+  __device__ static int rank() { return cluster_rank(); }
 
   // By all threads of the block, once.
   __device__ EngineCopies(char* shared, const Maps& maps)
       : ring_(shared),
         full_(reinterpret_cast<Barrier*>(shared + Path::kBarriers)),
         empty_(full_ + Path::kStages),
-        maps_(&maps) {
+        maps_(&maps),
+        blocks_(maps.blocks) {
     if (threadIdx.x == 0) {
-      for (int i = 0; i < Path::kStages; ++i) init_barrier(full_ + i, 1), init_barrier(empty_ + i, Path::kWarps);
+      for (int i = 0; i < Path::kStages; ++i) {
+        init_barrier(full_ + i, 1), init_barrier(empty_ + i, Path::kWarps * blocks_);
+      }
       show_to_engine();
+      show_barriers();
     }
-    __syncthreads();
+    if (blocks_ > 1)
+      sync_cluster();
+    else
+      __syncthreads();
   }
 
-  // By one thread: every stage of the block's work, in the order in which the others take them.
-  __device__ void fetch_all(const CudaArgs& args, const Span& span, int64_t o0, int64_t i0) {
+  // By one thread: every stage of the cluster's rounds, in the order in which the others take them.
+  __device__ void fetch_all(const CudaArgs& args, const Span& span, int64_t rounds, int64_t o0, int64_t i0) {
     const int sample = args.shape.offsets == nullptr ? int(span.sample) : 0;
-    for (int64_t start = span.first; start < span.end; start += Path::kPositions) {
-      if (args.x.projection != nullptr) fetch_side(args.x, maps_->x, maps_->p_in, int(start), sample, int(i0));
-      fetch_side(args.dy, maps_->dy, maps_->p_out, int(start), sample, int(o0));
+    for (int64_t round = 0; round < rounds; ++round) {
+      const int64_t start = span.first + round * Path::kPositions;
+      const bool own = start < span.end;  // the others may have more positions
+      if (args.x.projection != nullptr) fetch_side(args.x, maps_->x, maps_->p_in, own, int(start), sample, int(i0));
+      fetch_side(args.dy, maps_->dy, maps_->p_out, own, int(start), sample, int(o0));
     }
   }
 
@@ -269,31 +293,47 @@ class EngineCopies {
 
   // The oldest stage that this warp holds may be filled again.
   __device__ void release() {
-    if (threadIdx.x % kWarp == 0) arrive(empty_ + released_.slot);
+    const int lane = int(threadIdx.x) % kWarp;
+    if (blocks_ == 1) {
+      if (lane == 0) arrive(empty_ + released_.slot);
+    } else if (lane < blocks_) {
+      arrive_at(empty_ + released_.slot, lane);
+    }
     released_.advance();
   }
 
   __device__ void finish() {}
 
+  // No block ends before the others are done with its barriers.
+  __device__ void part() {
+    if (blocks_ > 1) sync_cluster();
+  }
+
  private:
-  static void map_side(const CudaSide& side, const CudaShape& shape, TensorMap& positions, TensorMap& factor) {
+  static void map_side(const CudaSide& side, const CudaShape& shape, int blocks, TensorMap& positions,
+                       TensorMap& factor) {
     const int64_t samples = shape.offsets == nullptr ? shape.samples : 1;
     const int64_t apart = samples > 1 ? side.sample_stride : side.row_stride * shape.length;
     positions = tensor_map("project_grad", side.positions, side.d, shape.length, samples, side.row_stride, apart,
                            Path::kPositions);
     factor = tensor_map("project_grad", side.projection, side.d, side.k, 1, side.projection_row_stride,
-                        side.projection_row_stride * side.k, Path::kWidth);
+                        side.projection_row_stride * side.k, Path::kWidth / blocks);
   }
 
-  __device__ void fetch_side(const CudaSide& side, const TensorMap& positions, const TensorMap& factor, int start,
-                             int sample, int k0) {
+  __device__ void fetch_side(const CudaSide& side, const TensorMap& positions, const TensorMap& factor, bool own,
+                             int start, int sample, int k0) {
+    const int rows = Path::kWidth / blocks_, first = rank() * rows;  // of the factor, for all blocks
     for (int64_t column = 0; column < side.d; column += Path::kDepth) {
-      wait_for_phase(empty_ + taken_.slot, taken_.phase ^ 1);
+      wait_for_cluster(empty_ + taken_.slot, taken_.phase ^ 1);
       Barrier* full = full_ + taken_.slot;
       char* stage = ring_ + taken_.slot * Path::kStage;
-      arrive_expecting(full, Path::kStage);
-      fetch_tile(stage, &positions, full, int(column), start, sample);
-      fetch_tile(stage + Path::kFactorAt, &factor, full, int(column), k0, 0);
+      char* share = stage + Path::kFactorAt + first * kTileRowBytes;
+      arrive_expecting(full, own ? Path::kStage : Path::kStage - Path::kFactorAt);
+      if (own) fetch_tile(stage, &positions, full, int(column), start, sample);
+      if (blocks_ == 1)
+        fetch_tile(share, &factor, full, int(column), k0, 0);
+      else
+        fetch_tile_to(share, &factor, full, int(column), k0 + first, 0, (1u << blocks_) - 1);
       taken_.advance();
     }
   }
@@ -301,16 +341,17 @@ class EngineCopies {
   char* ring_;
   Barrier *full_, *empty_;
   const Maps* maps_;
+  const int blocks_;
   Turn taken_, released_;
 };
 
-// kPositions 64 or 128, a warp group for each 64, and a warp, or a group that gives registers away, to fetch. Two
-// blocks share a processor where each can have a ring of four stages then.
-template <class E, int kWidth, int kParts, int kPositions>
-struct Sm90 : Sizes<E, kWidth, kParts, kPositions> {
-  using S = Sizes<E, kWidth, kParts, kPositions>;
+// kPositions 64 or 128, a warp group for each 64 and each kWidth / kSplit rows of the factor, and a warp, or a group
+// that gives registers away, to fetch. Two blocks share a processor where each can have a ring of four stages then.
+template <class E, int kWidth, int kParts, int kPositions, int kSplit = 1>
+struct Sm90 : Sizes<E, kWidth, kParts, kPositions, kSplit> {
+  using S = Sizes<E, kWidth, kParts, kPositions, kSplit>;
   using Copies = EngineCopies<Sm90>;
-  static constexpr bool kCompiled = kIsSm90;
+  static constexpr bool kCompiled = kIsSm90, kClusters = true;
   static constexpr bool kWide = kWidth == 128;  // needs more registers than an even share of a block's
   static constexpr int kThreads = S::kWarps * kWarp + (kWide ? kGroup : kWarp);
   static constexpr int kFixed = 2 * S::kSide + S::kWeightBytes + 256;
@@ -327,9 +368,9 @@ struct Sm90 : Sizes<E, kWidth, kParts, kPositions> {
   __device__ static void take_registers() {
     if constexpr (kWide) rise_to_registers<240>();
   }
-  __device__ static void multiply(Fragment<kWidth>& out, const char* stage, int warp, int) {
-    const uint32_t positions = shared_address(stage) + uint32_t(warp / 4 * 64 * kTileRowBytes);
-    const uint32_t factor = shared_address(stage + S::kFactorAt);
+  __device__ static void multiply(Fragment<S::kColumns>& out, const char* stage, int warp, int) {
+    const uint32_t positions = shared_address(stage) + uint32_t(S::row_of(warp / 4 * 4) * kTileRowBytes);
+    const uint32_t factor = shared_address(stage + S::kFactorAt) + uint32_t(S::column_of(warp) * kTileRowBytes);
     begin_products();
 #pragma unroll
     for (int column = 0; column < kTileRowBytes; column += 32) {
@@ -341,7 +382,7 @@ struct Sm90 : Sizes<E, kWidth, kParts, kPositions> {
   __device__ static void wait() {
     wait_for_products<kLeft>();
   }
-  __device__ static void take(Fragment<kWidth>& out) { take_products(out.c); }
+  __device__ static void take(Fragment<S::kColumns>& out) { take_products(out.c); }
 };
 
 }  // namespace lgk::project_grad

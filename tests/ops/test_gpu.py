@@ -127,7 +127,9 @@ def test_project_grad_in_cuda_by_either_path(monkeypatch, path, dtype, k):
         got = lk.project_grad(*args, offsets, backend="cuda")
         exact = reference.project_grad(*(a.double() for a in args), offsets, None)
         assert_as_good_as_naive(got, exact, reference.project_grad(*args, offsets, None))
-        assert torch.equal(lk.project_grad(*args, offsets, backend="cuda"), got)
+        for cluster in (0, 1, 2, 4):
+            monkeypatch.setattr(cuda, "CLUSTER", cluster)
+            assert torch.equal(lk.project_grad(*args, offsets, backend="cuda"), got)
 
 
 @pytest.mark.skipif(_dispatch.cuda_error() is not None, reason="logra_kernels._C_cuda is not built")

@@ -22,8 +22,9 @@ HALVES = [torch.bfloat16, torch.float16]
 ELEMENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDTHS = [(dtype, width) for dtype in ELEMENT for width in (32, 64, 128) if dtype in HALVES or width < 128]
 SM_80 = 0  # positions of a block, where the path knows but one
-SM_90 = [(positions, width) for positions in (64, 128) for width in (32, 64, 128) if (positions, width) != (64, 128)]
+SM_90 = [(positions, width) for positions in (64, 128) for width in (32, 64, 128)]
 LATE_COPIES = 4  # threads in ascending order; copies land when they are waited for, products are computed at once
+DESCENDING = 5  # and else as LATE_COPIES
 EARLY_COPIES = 3  # descending; copies land at once, products are computed when they are waited for
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -39,8 +40,8 @@ def side(v, p, dtype):
     return (ctypes.c_int64 * 10)(v.data_ptr(), *strides, *factor[:3], v.shape[-1], factor[3], v.dtype != dtype)
 
 
-def run(kernels, args, width, chunk=10**6, positions=SM_80, timing=LATE_COPIES):
-    """The kernels' G, written over NaN."""
+def run(kernels, args, width, chunk=10**6, positions=SM_80, timing=LATE_COPIES, blocks=1):
+    """The kernels' G, written over NaN; by clusters of so many blocks where the path has clusters."""
     x, dy, p_in, p_out, offsets, weights = (*args, None, None)[:6]
     n, length = (x.shape[0], x.shape[1]) if offsets is None else (len(offsets) - 1, x.shape[0])
     k_out, k_in = (v.shape[-1] if p is None else p.shape[0] for p, v in ((p_out, dy), (p_in, x)))
@@ -57,17 +58,18 @@ def run(kernels, args, width, chunk=10**6, positions=SM_80, timing=LATE_COPIES):
 
     w = (0, 0) if weights is None else (weights.stride() if weights.dim() == 2 else (0, *weights.stride()))
     kernels(
-        ELEMENT[dy.dtype], positions, width, timing, side(x, p_in, dy.dtype), side(dy, p_out, dy.dtype),
+        ELEMENT[dy.dtype], positions, width, blocks, timing, side(x, p_in, dy.dtype), side(dy, p_out, dy.dtype),
         pointer(weights), *map(ctypes.c_int64, w), pointer(out), pointer(partial), ctypes.c_int64(n),
         ctypes.c_int64(length), pointer(offsets), pointer(ends), ctypes.c_int64(chunk), ctypes.c_int64(chunks),
     )  # fmt: skip
     return out
 
 
-def check(kernels, args, width, chunk=10**6, positions=SM_80):
-    got = run(kernels, args, width, chunk, positions)
+def check(kernels, args, width, chunk=10**6, positions=SM_80, blocks=1):
+    got = run(kernels, args, width, chunk, positions, blocks=blocks)
     assert_as_good_as_naive(got, exactly(*args), reference.project_grad(*args))
-    assert torch.equal(run(kernels, args, width, chunk, positions, EARLY_COPIES), got)  # no race between barriers
+    for timing in (EARLY_COPIES, DESCENDING):  # no race between barriers
+        assert torch.equal(run(kernels, args, width, chunk, positions, timing, blocks), got)
     return got
 
 
@@ -86,6 +88,58 @@ def test_sm_90_tiles_chunks_and_weights(kernels):
     args = case(3, 150, 72, 136, 70, 40, torch.bfloat16)
     check(kernels, (*args, None, position_weights(3, 150)), 32, chunk=64, positions=64)
     check(kernels, (*args, None, position_weights(3, 150)), 64, chunk=128, positions=128)
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+class TestClusters:
+    """The blocks of a cluster fetch shares of the factor for each other, to the bits of a block alone."""
+
+    @pytest.mark.parametrize(("positions", "width"), SM_90)
+    def test_dense(self, kernels, positions, width, blocks):
+        args = case(2, 3 * positions - 20, 200, 72, width, width - 7, torch.bfloat16)  # six chunks: the last have none
+        alone = run(kernels, args, width, positions, positions)
+        assert torch.equal(check(kernels, args, width, positions, positions, blocks), alone)
+
+    def test_several_rounds(self, kernels, blocks):
+        args = case(3, 300, 72, 136, 32, 20, torch.float16)
+        alone = run(kernels, args, 32, 128, 64)
+        assert torch.equal(check(kernels, args, 32, 128, 64, blocks), alone)
+
+    def test_tiles_and_weights(self, kernels, blocks):
+        args = (*case(3, 150, 72, 136, 70, 40, torch.bfloat16), None, position_weights(3, 150))
+        alone = run(kernels, args, 32, 64, 64)
+        assert torch.equal(check(kernels, args, 32, 64, 64, blocks), alone)
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_ragged(self, kernels, blocks, weighted):
+        x, dy, p_in, p_out, offsets = ragged(torch.bfloat16)
+        args = (*map(apart, (x, dy, p_in, p_out)), offsets)
+        args = (*args, position_weights(75)) if weighted else args
+        alone = run(kernels, args, 32, 64, 64)
+        assert torch.equal(check(kernels, args, 32, 64, 64, blocks), alone)
+
+    def test_ragged_lengths_apart(self, kernels, blocks):
+        """Beside a block of many rounds others have one, or none."""
+        lengths = torch.tensor([3, 320, 0, 70, 1])
+        x, dy, p_in, p_out = case(1, int(lengths.sum()), 72, 136, 32, 20, torch.bfloat16)
+        args = (x[0], dy[0], p_in, p_out, torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]))
+        alone = run(kernels, args, 32, 320, 64)
+        assert torch.equal(check(kernels, args, 32, 320, 64, blocks), alone)
+
+    def test_projected_x(self, kernels, blocks):
+        _, dy, _, p_out = case(3, 70, 8, 24, 8, 16, torch.bfloat16)
+        args = (torch.randn(3, 70, 12), dy, None, p_out)
+        assert torch.equal(check(kernels, args, 32, 64, 64, blocks), run(kernels, args, 32, 64, 64))
+
+    def test_nan_stays_where_it_is(self, kernels, blocks):
+        x, dy, p_in, p_out, offsets = ragged(torch.bfloat16)
+        x, dy, p_in, p_out = map(apart, (x, dy, p_in, p_out))
+        clean = run(kernels, (x, dy, p_in, p_out, offsets), 32, 64, 64, blocks=blocks)
+        x[41, 0] = dy[41, 1] = float("nan")
+        bad = run(kernels, (x, dy, p_in, p_out, offsets), 32, 64, 64, blocks=blocks)
+        assert bad[3].isnan().all()
+        bad[3] = clean[3]
+        assert torch.equal(bad, clean)
 
 
 def apart(t):
@@ -179,7 +233,7 @@ class TestLauncher:
         from logra_kernels.ops.project_grad import cuda
 
         def bound(arch, dtype, positions, x, dy, p_in, p_out, weights, offsets, offset_stride, ends, out, partial, n,
-                  length, chunk, chunks, d_in, d_out, k_in, k_out, stream):  # fmt: skip
+                  length, chunk, chunks, d_in, d_out, k_in, k_out, blocks, stream):  # fmt: skip
             assert offset_stride in (0, 1)
             assert stream == 7
             assert chunk % positions == 0
@@ -194,6 +248,7 @@ class TestLauncher:
                 dtype,
                 positions if arch == 90 else SM_80,
                 width,
+                blocks or 4,
                 LATE_COPIES,
                 *sides,
                 *map(ctypes.c_int64, numbers),
@@ -277,10 +332,10 @@ def test_compiles(tmp_path, arch):
     made = tmp_path / "x.cubin"
     spilled, told = machine_code("project_grad", arch, made)
     assert "serialized" not in told  # wgmma that ptxas waits for at once
-    assert len(spilled) == 12 + 10 + 1
+    assert len(spilled) == 12 + 12 + 1
     assert not any(spilled.values())
     if arch == "90a" and CUOBJDUMP is not None:
         listing = subprocess.run([CUOBJDUMP, "-sass", str(made)], capture_output=True, text=True, check=True).stdout
         bodies = [part for part in listing.split("Function :")[1:] if "Sm90" in part.splitlines()[0]]
-        assert len(bodies) == 10
+        assert len(bodies) == 12
         assert all("HGMMA" in body and "UTMALDG" in body and "SYNCS" in body for body in bodies)

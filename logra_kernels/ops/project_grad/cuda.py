@@ -12,6 +12,8 @@ from logra_kernels.ops._device import cuda_arch, programs_of
 from logra_kernels.ops._native import DTYPE_CODE, matrix
 from logra_kernels.ops.project_grad.chunks import cut, partials_of
 
+CLUSTER = 0  # blocks of sm_90a that share what they read of a factor: 1, 2, 4, or 0 for as many as suit the work
+
 
 def launch(
     x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, offsets: Tensor | None, weights: Tensor | None
@@ -59,6 +61,7 @@ def launch(
             d_out,
             k_in,
             k_out,
+            CLUSTER,
             torch.cuda.current_stream(dy.device).cuda_stream,
         )
     return g

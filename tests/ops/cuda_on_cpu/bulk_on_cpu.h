@@ -1,8 +1,8 @@
 // The primitives of common/cuda_bulk.cuh on a CPU, from what the PTX manual says of them: mbarrier, bulk tensor copies,
-// wgmma. Copies land and products are computed at once or as late as can be, when somebody waits for them, as the
-// launch's timing says: late copies show what is read too early, early ones beside late products what is freed too
-// early. What a device would not do in good order throws: a copy to a barrier that the engine cannot see, products
-// without a fence, a descriptor that lanes do not agree on.
+// wgmma, clusters. Copies land and products are computed at once or as late as can be, when somebody waits for them, as
+// the launch's timing says: late copies show what is read too early, early ones beside late products what is freed too
+// early. What a device would not do in good order throws: a copy to a barrier that the engine cannot see or to a block
+// that has ended, products without a fence, a descriptor that lanes do not agree on.
 #pragma once
 #include <map>
 #include <string>
@@ -10,8 +10,6 @@
 #include "cuda_on_cpu.h"
 
 namespace on_cpu {
-
-inline char* shared_memory;  // where shared address 0 is
 
 struct Phases {
   int count = 0, arrivals_left = 0, phase = 0;
@@ -40,13 +38,16 @@ struct Products {
 
 struct Bulk {
   std::map<const void*, Phases> barriers;
-  std::map<int, Products> of_thread;
+  std::map<const Fiber*, Products> of_thread;
+  std::vector<int> at_cluster;  // how many threads have reached the cluster's barrier i
 };
 
 inline Bulk& bulk() {
-  if (!block->bulk) block->bulk = std::make_shared<Bulk>();
-  return *block->bulk;
+  std::shared_ptr<Bulk>& made = cluster->front().bulk;
+  if (!made) made = std::make_shared<Bulk>();
+  return *made;
 }
+inline Products& products_of_thread() { return bulk().of_thread[&self()]; }
 
 inline Phases& barrier_at(const void* barrier) {
   const auto found = bulk().barriers.find(barrier);
@@ -57,6 +58,13 @@ inline Phases& barrier_at(const void* barrier) {
 inline void must(bool holds, const char* what) {
   if (!holds) throw std::runtime_error(what);
 }
+
+inline const bool checks_end = [] {
+  at_end = [] {
+    for (const auto& [_, phases] : bulk().barriers) must(phases.coming.empty(), "a block ends before its copies do");
+  };
+  return true;
+}();
 
 // A matrix in shared memory as wgmma finds it: bits 0-13 start, 16-29 and 32-45 leading and stride offset, all in 16
 // bytes, 49-51 base offset, 62-63 swizzle. K-major with 128-byte swizzle: eight rows of 128 bytes make a pattern, whose
@@ -75,7 +83,7 @@ struct Matrix {
     uint32_t address = start + uint32_t(row / 8) * stride + uint32_t(row % 8) * 128 + uint32_t(byte);
     address ^= (address >> 7 & 7) << 4;
     uint64_t word;
-    std::memcpy(&word, shared_memory + address, 8);
+    std::memcpy(&word, block->memory + address, 8);
     return word;
   }
 };
@@ -88,7 +96,7 @@ void multiply_group(T (&c)[kColumns][4], uint64_t a, uint64_t b) {
   for (int lane = 0; lane < kWarp; ++lane) {
     must(all.words[lane][0] == a && all.words[lane][1] == b, "descriptors differ within a warp");
   }
-  Products& products = bulk().of_thread[block->current];
+  Products& products = products_of_thread();
   must(products.fenced, "products without a fence before them");
   const int lane = block->current % kWarp, row = block->current / kWarp % 4 * 16 + lane / 4;
   T(*sums)[4] = c;
@@ -133,7 +141,7 @@ inline TensorMap tensor_map(const char*, const void* data, int64_t columns, int6
 using Barrier = uint64_t;
 
 inline uint32_t shared_address(const void* shared) {
-  return uint32_t(static_cast<const char*>(shared) - on_cpu::shared_memory);
+  return uint32_t(static_cast<const char*>(shared) - on_cpu::block->memory);
 }
 
 inline void init_barrier(Barrier* barrier, int count) {
@@ -159,32 +167,74 @@ inline void wait_for_phase(Barrier* barrier, int parity) {
     phases.land();
     if (phases.phase == parity) on_cpu::yield();
   }
+  ++on_cpu::self().waits;
+}
+inline void wait_for_cluster(Barrier* barrier, int parity) { wait_for_phase(barrier, parity); }
+inline void show_barriers() {}
+
+inline char* block_memory() { return on_cpu::block->memory; }
+inline int cluster_rank() { return int(on_cpu::block - on_cpu::cluster->data()); }
+
+// What this address of shared memory is in another block of the cluster.
+template <class T>
+T* in_block(T* shared, int rank) {
+  const on_cpu::Block& there = on_cpu::cluster->at(size_t(rank));
+  on_cpu::must(!there.ended(), "the memory of a block is used that has ended");
+  return reinterpret_cast<T*>(there.memory + shared_address(shared));
 }
 
-inline void fetch_tile(char* tile, const TensorMap* map, Barrier* barrier, int column, int row, int sample) {
-  on_cpu::Phases& phases = on_cpu::barrier_at(barrier);
-  on_cpu::must(phases.visible, "the copy engine cannot see a barrier");
-  on_cpu::must(shared_address(tile) % 1024 == 0, "a swizzled tile does not start at a multiple of 1024 bytes");
-  phases.coming.push_back([=] {
-    for (int r = 0; r < map->box_rows; ++r) {
-      for (int c = 0; c < 64; ++c) {
-        uint16_t number = 0;
-        const int64_t at[] = {int64_t(column) + c, int64_t(row) + r, sample};
-        bool inside = true;
-        for (int i = 0; i < 3; ++i) inside = inside && at[i] >= 0 && at[i] < map->sizes[i];
-        if (inside) {
-          std::memcpy(&number, map->data + at[0] * 2 + at[1] * map->strides[0] + at[2] * map->strides[1], 2);
-        }
-        uint32_t address = shared_address(tile) + uint32_t(r * 128 + c * 2);
-        address ^= (address >> 7 & 7) << 4;
-        std::memcpy(on_cpu::shared_memory + address, &number, 2);
-      }
+inline void arrive_at(Barrier* barrier, int rank) { arrive(in_block(barrier, rank)); }
+
+inline void sync_cluster() {
+  const size_t turn = size_t(on_cpu::self().clusters++);
+  auto& counts = on_cpu::bulk().at_cluster;
+  if (counts.size() <= turn) counts.resize(turn + 1, 0);
+  ++counts[turn];
+  const auto missing = [turn] {  // threads that have ended do not count
+    int left = -on_cpu::bulk().at_cluster[turn];
+    for (const on_cpu::Block& block : *on_cpu::cluster) {
+      for (const on_cpu::Fiber& fiber : block.fibers) left += !fiber.done || size_t(fiber.clusters) > turn;
     }
-    on_cpu::Phases& full = on_cpu::barrier_at(barrier);
-    full.bytes_left -= int64_t(map->box_rows) * 128;
-    full.settle();
-  });
-  if (on_cpu::block->timing.copies_at_once) phases.land();
+    return left > 0;
+  };
+  while (missing()) on_cpu::yield();
+}
+
+// To the same place of every block whose bit is set, each of whose barriers counts the bytes.
+inline void fetch_tile_to(char* tile, const TensorMap* map, Barrier* barrier, int column, int row, int sample,
+                          unsigned blocks) {
+  for (int rank = 0; rank < int(on_cpu::cluster->size()); ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    char* const memory = on_cpu::cluster->at(size_t(rank)).memory;
+    const uint32_t begin = shared_address(tile);
+    Barrier* const there = in_block(barrier, rank);
+    on_cpu::Phases& phases = on_cpu::barrier_at(there);
+    on_cpu::must(phases.visible, "the copy engine cannot see a barrier");
+    on_cpu::must(begin % 1024 == 0, "a swizzled tile does not start at a multiple of 1024 bytes");
+    phases.coming.push_back([=] {
+      for (int r = 0; r < map->box_rows; ++r) {
+        for (int c = 0; c < 64; ++c) {
+          uint16_t number = 0;
+          const int64_t at[] = {int64_t(column) + c, int64_t(row) + r, sample};
+          bool inside = true;
+          for (int i = 0; i < 3; ++i) inside = inside && at[i] >= 0 && at[i] < map->sizes[i];
+          if (inside) {
+            std::memcpy(&number, map->data + at[0] * 2 + at[1] * map->strides[0] + at[2] * map->strides[1], 2);
+          }
+          uint32_t address = begin + uint32_t(r * 128 + c * 2);
+          address ^= (address >> 7 & 7) << 4;
+          std::memcpy(memory + address, &number, 2);
+        }
+      }
+      on_cpu::Phases& full = on_cpu::barrier_at(there);
+      full.bytes_left -= int64_t(map->box_rows) * 128;
+      full.settle();
+    });
+    if (on_cpu::block->timing.copies_at_once) phases.land();
+  }
+}
+inline void fetch_tile(char* tile, const TensorMap* map, Barrier* barrier, int column, int row, int sample) {
+  fetch_tile_to(tile, map, barrier, column, row, sample, 1u << cluster_rank());
 }
 
 template <int kThreads>
@@ -198,16 +248,16 @@ void drop_to_registers() {}
 template <int kRegisters>
 void rise_to_registers() {}
 
-inline void begin_products() { on_cpu::bulk().of_thread[on_cpu::block->current].fenced = true; }
+inline void begin_products() { on_cpu::products_of_thread().fenced = true; }
 inline void commit_products() {
-  on_cpu::Products& products = on_cpu::bulk().of_thread[on_cpu::block->current];
+  on_cpu::Products& products = on_cpu::products_of_thread();
   products.groups.push_back(std::move(products.open));
   products.open.clear();
   products.fenced = false;
 }
 template <int kLeft>
 void wait_for_products() {
-  auto& groups = on_cpu::bulk().of_thread[on_cpu::block->current].groups;
+  auto& groups = on_cpu::products_of_thread().groups;
   for (; groups.size() > kLeft; groups.pop_front()) {
     for (const auto& product : groups.front()) product();
   }

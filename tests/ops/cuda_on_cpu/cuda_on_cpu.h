@@ -1,11 +1,13 @@
 // Runs CUDA C++ kernels on a CPU, a fiber a thread, so that indices, barriers, swizzles and fragments are tested where
 // there is no device. The primitives of common/cuda_tile.cuh do here what the PTX manual says of them; an asynchronous
-// copy lands when it is waited for and not before. Fibers of a block run one after the other, from barrier to barrier,
-// in ascending or descending order. Those of common/cuda_bulk.cuh are in bulk_on_cpu.h.
+// copy lands when it is waited for and not before. Fibers of a block, or of a cluster of blocks, run one after the
+// other, from barrier to barrier, in ascending or descending order. The primitives of common/cuda_bulk.cuh are in
+// bulk_on_cpu.h.
 #pragma once
 #define LGK_CUDA_ON_CPU
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -49,7 +51,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   bool done = false;
-  int64_t barriers = 0, firsts = 0, exchanges = 0;
+  int64_t barriers = 0, firsts = 0, exchanges = 0, clusters = 0, waits = 0;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
 };
@@ -64,16 +66,34 @@ struct Timing {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<int> at_barrier, at_first;  // how many fibers have reached barrier i, of all and of the first ones
-  std::shared_ptr<Bulk> bulk;             // of bulk_on_cpu.h
+  std::shared_ptr<Bulk> bulk;             // of bulk_on_cpu.h, the same for the blocks of a cluster
   std::vector<std::vector<Exchange>> warps;
   ucontext_t scheduler;
   int current = 0;
+  unsigned x = 0;  // of blockIdx
+  char* memory = nullptr;
   Timing timing = {};
   std::exception_ptr error;
   std::function<void()> body;
+
+  bool ended() const {
+    for (const Fiber& fiber : fibers) {
+      if (!fiber.done) return false;
+    }
+    return true;
+  }
+  int64_t progress() const {
+    int64_t sum = 0;
+    for (const Fiber& f : fibers) sum += f.barriers + f.firsts + f.exchanges + f.clusters + f.waits + f.done;
+    return sum;
+  }
 };
 
+constexpr size_t kSharedBytes = 256 << 10;  // of a block
+inline char* shared_memory;                 // of the first block of a cluster; the others' follow
+inline std::vector<Block>* cluster;
 inline Block* block;
+inline void (*at_end)() = nullptr;  // of every cluster: throws where something is left undone
 
 inline Fiber& self() { return block->fibers[block->current]; }
 inline void yield() { swapcontext(&self().context, &block->scheduler); }
@@ -129,38 +149,55 @@ T atomicAdd(T* at, T more) {
 
 namespace on_cpu {
 
-// Runs kernel() for every thread of every block. Throws where threads wait for each other for ever.
-inline void launch(Dim3 grid, int threads, Timing timing, const std::function<void()>& kernel) {
+inline void prepare(Block& fresh, int threads, Timing timing, const std::function<void()>& kernel) {
+  fresh.fibers.resize(threads);
+  fresh.warps.resize((threads + kWarp - 1) / kWarp);
+  fresh.body = kernel;
+  fresh.timing = timing;
+  for (Fiber& fiber : fresh.fibers) {
+    getcontext(&fiber.context);
+    fiber.stack.reset(new char[kStackBytes]);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.context, enter, 0);
+  }
+}
+
+// Lets a thread that has not ended run on to where it waits.
+inline void resume(Block& here, int thread, unsigned y) {
+  if (here.fibers[thread].done) return;
+  block = &here;
+  here.current = thread;
+  blockIdx = {here.x, y};
+  threadIdx = {unsigned(thread), 0};
+  swapcontext(&here.scheduler, &here.fibers[thread].context);
+  if (here.error) std::rethrow_exception(here.error);
+}
+
+// Runs kernel() for every thread of every block, `at_once` blocks (which divide grid.x) as a cluster. Throws where
+// threads wait for each other for ever.
+inline void launch(Dim3 grid, int threads, Timing timing, const std::function<void()>& kernel, unsigned at_once = 1) {
   blockDim = {unsigned(threads), 1};
+  if (grid.x % at_once != 0) throw std::runtime_error("a grid is no whole number of clusters");
   for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      Block here;
-      here.fibers.resize(threads);
-      here.warps.resize((threads + kWarp - 1) / kWarp);
-      here.body = kernel;
-      here.timing = timing;
-      block = &here;
-      for (Fiber& fiber : here.fibers) {
-        getcontext(&fiber.context);
-        fiber.stack.reset(new char[kStackBytes]);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = kStackBytes;
-        makecontext(&fiber.context, enter, 0);
+    for (unsigned x = 0; x < grid.x; x += at_once) {
+      std::vector<Block> blocks(at_once);
+      for (unsigned i = 0; i < at_once; ++i) {
+        blocks[i].x = x + i, blocks[i].memory = shared_memory + i * kSharedBytes;
+        prepare(blocks[i], threads, timing, kernel);
       }
-      for (int64_t round = 0;; ++round) {
-        bool any = false;
-        for (int i = 0; i < threads; ++i) {
-          here.current = timing.descending ? threads - 1 - i : i;
-          if (here.fibers[here.current].done) continue;
-          any = true;
-          blockIdx = {x, y};
-          threadIdx = {unsigned(here.current), 0};
-          swapcontext(&here.scheduler, &here.fibers[here.current].context);
-          if (here.error) std::rethrow_exception(here.error);
+      cluster = &blocks;
+      int64_t rounds = 0;
+      while (std::any_of(blocks.begin(), blocks.end(), [](const Block& b) { return !b.ended(); })) {
+        for (Block& here : blocks) {
+          for (int64_t before = -1; before != here.progress(); ++rounds) {
+            before = here.progress();
+            for (int i = 0; i < threads; ++i) resume(here, timing.descending ? threads - 1 - i : i, y);
+          }
         }
-        if (!any) break;
-        if (round > 100'000) throw std::runtime_error("threads wait for each other");
+        if (rounds > 100'000) throw std::runtime_error("threads wait for each other");
       }
+      if (at_end != nullptr) at_end();
     }
   }
 }
