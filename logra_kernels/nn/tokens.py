@@ -6,6 +6,10 @@
 A mode of the taps: the same hooks, and a probe [Q, N, T] whose "gradient" is the share.
 """
 
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
 import torch
 from torch import Tensor
 
@@ -60,7 +64,6 @@ class TokenShares:
         parts = rows.detach().split(widths, dim=1)
         self._m = {name: part.unflatten(1, k) for (name, k), part in zip(layers.items(), parts, strict=True)}
         self._probes: dict[str, Tensor] = {}
-        self._positions: tuple[int, ...] | None = None
 
     def tap(
         self,
@@ -75,14 +78,18 @@ class TokenShares:
         """y, with this layer's shares tapped; what the taps' hooks call."""
         if torch.compiler.is_compiling():
             raise RuntimeError("tokens: a compiled model cannot be tapped for token shares; run the model itself")
-        positions = tuple(adapter.positions(x, y))
-        if len(positions) != 2 or self._positions not in (None, positions):
-            first = "[N, T]" if self._positions is None else f"{self._positions}, as the layers before it"
+        shape = adapter.positions(x, y)
+        positions = shape[0], math.prod(shape[1:])
+        before = self._probes.get(name)
+        if not adapter.samples_first or (before is not None and before.shape[1:] != positions):
+            why = "has its rows cut by experts, not by samples"
+            if adapter.samples_first:
+                assert before is not None
+                why = f"is used at {tuple(before.shape[1:])} positions and at {positions}"
             raise ValueError(
-                f"tokens: the positions of layer {name!r} are {positions}; they must be {first}, so its part of a score"
-                " cannot be shared out over tokens: log the rows without this layer (exclude=) to have token shares"
+                f"tokens: layer {name!r} {why}, so its part of a score cannot be shared out over tokens: log the rows"
+                " without this layer (exclude=) to have token shares"
             )
-        self._positions = positions
         dtype = torch.float64 if torch.float64 in (y.dtype, self._m[name].dtype) else torch.float32
         m = self._m[name].to(y.device, dtype)
         if name not in self._probes:
@@ -97,7 +104,7 @@ class TokenShares:
 
     @property
     def layers(self) -> dict[str, Tensor]:
-        """Layer name -> that layer's part of every share, [Q, N, T].
+        """Layer name -> that layer's part of every share, [Q, N, T]; T is 1 behind a pooling.
 
         Raises:
             LograError: A layer received no gradient.
@@ -108,12 +115,42 @@ class TokenShares:
 
     @property
     def shares(self) -> Tensor:
-        """Every position's part of every score, [Q, N, T] fp32 (fp64 for an fp64 model), on the CPU.
+        """Every position's part of every score, [Q, N, T] fp32 (fp64 for an fp64 model), on the CPU; `of` all layers.
 
         Summed over T it is the dot-mode score of the N samples. A position is where a layer's input and output stand:
         for a language model, the token that is read, whose loss lies in predicting those after it.
 
         Raises:
+            ValueError: The layers have not all the same number of positions.
             LograError: A layer received no gradient.
         """
-        return torch.stack([part.cpu() for part in self.layers.values()]).sum(0)
+        return self.of(["*"])
+
+    def of(self, include: Sequence[str]) -> Tensor:
+        """Every position's part of what these layers add to every score, [Q, N, T] on the CPU.
+
+        An encoder's positions are other ones than its decoder's, even where they are as many.
+
+        Args:
+            include: Glob patterns on layer names, as `["model.encoder.*"]`.
+
+        Raises:
+            ValueError: A pattern matches no layer, or they have not all the same number of positions.
+            LograError: A layer received no gradient.
+        """
+        unmatched = [pattern for pattern in include if not any(fnmatchcase(name, pattern) for name in self._m)]
+        if unmatched or not include:
+            raise ValueError(f"tokens: the patterns {unmatched or list(include)} match none of {', '.join(self._m)}")
+        parts = {
+            name: part for name, part in self.layers.items() if any(fnmatchcase(name, pattern) for pattern in include)
+        }
+        first: dict[int, str] = {}
+        for name, part in parts.items():
+            first.setdefault(part.shape[-1], name)
+        if len(first) > 1:
+            found = ", ".join(f"{length} ({name!r})" for length, name in first.items())
+            raise ValueError(
+                f"tokens: layers see different numbers of positions of a sample, {found}: ask for those of one sequence"
+                " by name, as tokens.of(['*.encoder.*']); all layers' parts are in tokens.layers"
+            )
+        return torch.stack([part.cpu() for part in parts.values()]).sum(0)

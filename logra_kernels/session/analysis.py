@@ -231,7 +231,9 @@ class Analysis(ABC):
             sequence_length: As in `observe`.
 
         Raises:
-            ValueError: The positions of a layer are not [N, T]; the message names it.
+            ValueError: A layer's part cannot be shared out (experts); the message names it. `shares` raises it where
+                layers have other positions than others have, as an encoder's and a decoder's, or those behind a
+                pooling: `TokenShares.of` gives the shares of some.
             LograError: A layer received no gradient.
         """
         factor, _, _ = self._asked(query, "dot", damping)

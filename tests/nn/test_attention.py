@@ -214,10 +214,10 @@ def test_masks_of_another_shape_are_refused_as_pytorch_does(masks):
 
 
 class Translator(nn.Module):
-    def __init__(self, batch_first=True) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.transformer = nn.Transformer(E, H, 2, 2, 12, batch_first=batch_first, dropout=0.0)
+        self.transformer = nn.Transformer(E, H, 2, 2, 12, batch_first=True, dropout=0.0)
         self.head = nn.Linear(E, 4)
 
     def forward(self, x, z, padding):
@@ -228,18 +228,13 @@ class Translator(nn.Module):
         return self.head(h)
 
 
-def translations(dtype=torch.float32):
-    torch.manual_seed(2)
-    padding = torch.zeros(N, L, dtype=torch.bool)
-    padding[1, 3:] = padding[2, 4:] = True
-    return torch.randn(N, L, E, dtype=dtype), torch.randn(N, S, E, dtype=dtype), padding
-
-
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_whole_of_a_run(tmp_path, frozen):
-    model, (x, z, padding) = Translator().double().eval().requires_grad_(not frozen), translations(torch.float64)
+    model = Translator().double().eval().requires_grad_(not frozen)
+    x, z = torch.randn(N, L, E).double(), torch.randn(N, S, E).double()
+    padding = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
 
     def loss(part):
         return (model(x[part], z[part], padding[part]) ** 3).sum()
@@ -284,15 +279,12 @@ def test_token_shares_add_up(tmp_path):
 
 def test_autocast():
     model, x, z = model_of(batch_first=True)
-    model.float()
-    x, z = x.float(), z.float()
-    exact = None
+    model, x, z, exact = model.float(), x.float(), z.float(), None
     for under in (False, True):
         with lk.capture(model, SMALL) as taps, torch.autocast("cpu", torch.bfloat16, enabled=under):
             loss_of(model, x, z).backward()
         exact = exact or taps.grads
-    for name, got in taps.grads.items():
-        assert 0 < (got - exact[name]).norm() < 0.05 * exact[name].norm()
+    assert all(0 < (got - exact[name]).norm() < 0.05 * exact[name].norm() for name, got in taps.grads.items())
 
 
 def test_checkpointing_and_weights_of_positions():
@@ -381,13 +373,13 @@ def test_copies_have_their_own_forward(again):
     torch.testing.assert_close(loss_of(other, x, z), loss_of(model, x, z))
 
 
-def test_some_of_the_projections():
+@pytest.mark.parametrize("include", ["*.in_proj", "*.out_proj"])
+def test_some_of_the_projections(include):
     model, x, z = model_of("cross")
-    for include in (["*.in_proj"], ["*.out_proj"]):
-        with lk.capture(model, SMALL, include) as taps:
-            loss_of(model, x, z).backward()
-        exact = exact_rows(model, lk.capture(model, SMALL), x, z)
-        assert_rows(taps.grads, {name: exact[name] for name in taps.layers})
+    exact = exact_rows(model, lk.capture(model, SMALL), x, z)
+    with lk.capture(model, SMALL, [include]) as taps:
+        loss_of(model, x, z).backward()
+    assert_rows(taps.grads, {name: exact[name] for name in taps.layers})
 
 
 def test_what_is_not_attended_in_pytorchs_way_is_named():

@@ -283,7 +283,7 @@ def test_misuse_is_an_error_that_says_what_to_do():
         taps.reset(3)
         with (
             taps.tokens(torch.randn(1, taps_dim(taps))),
-            pytest.raises(ValueError, match=r"layer 'experts.gate_up_proj.0' are .*exclude="),
+            pytest.raises(ValueError, match=r"layer 'experts.gate_up_proj.0' has its rows cut by experts.*exclude="),
         ):
             model(*batch)
         with taps.covariances(sharing="reduce"), pytest.raises(ValueError, match="not cut by samples"):

@@ -120,15 +120,55 @@ def test_bf16_model_and_autocast(whole):
     assert float((tokens.shares.sum(-1) - exact).abs().max()) <= 2e-3 * float(exact.abs().max())
 
 
-def test_a_layer_without_token_positions_is_named():
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Flatten(1), nn.Linear(T * 8, 3))
-    message = r"positions of layer '3' are \(3,\); they must be \(3, 7\)"
-    with lk.capture(model, SMALL) as taps, taps.tokens(torch.randn(1, 28)), pytest.raises(ValueError, match=message):
-        model(torch.randn(N, T, 6))
-    pooled = nn.Sequential(nn.Linear(6, 8))
-    message = r"layer '0' are \(3,\); they must be \[N, T\].*exclude="
-    with lk.capture(pooled, SMALL) as taps, taps.tokens(torch.randn(1, 16)), pytest.raises(ValueError, match=message):
-        pooled(torch.randn(N, 6))
+def test_layers_with_other_positions_than_others():
+    """A classifier behind a pooling, and images: each layer has its own shares, and some of them can be summed."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Flatten(1), nn.Linear(T * 8, 3)).double()
+    x = torch.randn(N, T, 6).double()
+    with lk.capture(model, SMALL) as taps:
+        model(x).square().sum().backward()
+        rows, widths = taps.rows(), [o * i for o, i in taps.layers.values()]
+        m = torch.randn(2, rows.shape[1]).double()
+        taps.reset()
+        with taps.tokens(m) as tokens:
+            model(x).square().sum().backward()
+    parts = [a @ b.T for a, b in zip(m.split(widths, 1), rows.split(widths, 1), strict=True)]
+    for part, exact in zip(tokens.layers.values(), parts, strict=True):
+        torch.testing.assert_close(part.sum(-1), exact)
+    assert [part.shape[-1] for part in tokens.layers.values()] == [T, T, 1]
+    torch.testing.assert_close(tokens.of(["0", "2"]).sum(-1), parts[0] + parts[1])
+    with pytest.raises(ValueError, match=r"positions of a sample, 7 \('0'\), 1 \('4'\).*tokens.of"):
+        _ = tokens.shares
+    for patterns in (["0", "5"], []):
+        with pytest.raises(ValueError, match="match none of 0, 2, 4"):
+            tokens.of(patterns)
+
+
+def test_pixels_are_positions():
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 1)).double(),
+        torch.randn(N, 3, 5, 6).double(),
+    )
+    with lk.capture(model, SMALL) as taps:
+        model(x).square().sum().backward()
+        rows = taps.rows()
+        m = torch.randn(2, rows.shape[1]).double()
+        for weights in (None, torch.ones(N, 12)):
+            taps.reset(N, weights)
+            with taps.tokens(m) as tokens:
+                model(x).square().sum().backward()
+            assert tokens.shares.shape == (2, N, 12)
+            torch.testing.assert_close(tokens.shares.sum(-1), m @ rows.T)
+
+
+def test_a_layer_whose_part_cannot_be_shared_out_is_named():
+    layer = nn.Linear(6, 6)
+    model = nn.Sequential(layer)
+    with (
+        lk.capture(model, SMALL) as taps,
+        taps.tokens(torch.randn(1, 16)),
+        pytest.raises(ValueError, match=r"layer '0' is used at \(3, 7\) positions and at \(3, 4\).*exclude="),
+    ):
+        layer(layer(torch.randn(N, T, 6))[:, :4])
 
 
 def test_misuse_is_an_error_that_says_what_to_do():
