@@ -1,6 +1,8 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "arguments.h"
 #include "store/ids.h"
@@ -60,7 +62,27 @@ std::vector<std::string_view> strings_at(Address offsets, Address data, int64_t 
   return found;
 }
 
+// Their bytes one after the other; n + 1 offsets into them, as Arrow has strings. None when these are too many for it.
+py::object packed(const py::list& ids, Address offsets, int64_t room) {
+  const auto strings = strings_of(ids);
+  LGK_CHECK(room == static_cast<int64_t>(strings.size()) + 1, "pack_strings: n + 1 offsets are needed");
+  auto* ends = reinterpret_cast<int32_t*>(offsets);
+  int64_t total = *ends++ = 0;
+  for (const std::string_view string : strings) {
+    total += static_cast<int64_t>(string.size());
+    if (total > std::numeric_limits<int32_t>::max()) return py::none();
+    *ends++ = static_cast<int32_t>(total);
+  }
+  auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, total));
+  if (!bytes) throw py::error_already_set();
+  char* to = PyBytes_AS_STRING(bytes.ptr());
+  for (const std::string_view string : strings) to = std::copy(string.begin(), string.end(), to);
+  return bytes;
+}
+
 void bind_ids(py::module_& m) {
+  m.def("pack_strings", packed, py::arg("strings"), py::arg("offsets"), py::arg("room"),
+        "Bytes of a list of str one after the other, and n + 1 int32 offsets; None when these are too many.");
   py::class_<store::IdTable>(m, "IdTable", "Distinct strings and the place of each in the order they came.")
       .def(py::init<>())
       .def("__len__", &store::IdTable::size)

@@ -14,6 +14,13 @@ namespace lgk::quantize_rows {
 namespace {
 
 constexpr int64_t kPadding = 64;  // what pack_rows may write beyond a row
+constexpr int64_t kAhead = 2048;  // numbers that are fetched before their turn: the processor itself stops at each page
+
+// What lies kAhead after n numbers; there may be nothing.
+void fetch(const float* from, int64_t n) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(from) + kAhead * sizeof(float);
+  for (uintptr_t at = first; at < first + n * sizeof(float); at += 64) __builtin_prefetch(reinterpret_cast<void*>(at));
+}
 
 uint32_t mix(uint64_t x) {
   uint32_t h = static_cast<uint32_t>(x ^ (x >> 32));
@@ -68,6 +75,7 @@ struct Encoder {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t start = b * encoding.block, n = std::min(encoding.block, shape.d - start);
       const float* numbers = in_place(row, start);
+      if (numbers != nullptr) fetch(numbers, n);
       if (numbers == nullptr) {
         pack.pack_rows(g, row, 1, start, n, scratch, widest());
         numbers = scratch;

@@ -10,7 +10,7 @@ namespace {
 
 constexpr uint64_t kFirst = 0x9e3779b97f4a7c15u, kSecond = 0xd6e8feb86659fd93u;
 constexpr uint64_t kSlots = 1024;  // of an empty table
-constexpr size_t kAhead = 64;      // strings whose slots are fetched at a time
+constexpr int64_t kAhead = 64;     // strings whose slots are fetched at a time
 
 inline uint64_t folded(uint64_t a, uint64_t b) {
   const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
@@ -19,7 +19,7 @@ inline uint64_t folded(uint64_t a, uint64_t b) {
 
 // Room for so many more, so that nothing that follows can fail halfway.
 template <typename T>
-void reserve(std::vector<T>& held, size_t more) {
+void reserve(Table<T>& held, size_t more) {
   const size_t needed = held.size() + more;
   if (needed > held.capacity()) held.reserve(std::max(needed, held.capacity() + held.capacity() / 2));
 }
@@ -74,38 +74,57 @@ void IdTable::make_room(const std::vector<std::string_view>& ids) {
   uint64_t wanted = slots_.size();
   while ((ends_.size() + count) * 5 > wanted * 3) wanted *= 2;
   if (wanted == slots_.size()) return;
-  std::vector<uint64_t>(wanted).swap(slots_);
+  Table<uint64_t>(wanted).swap(slots_);
   const uint64_t mask = wanted - 1;
-  for (int64_t place = 0; place < size(); ++place) {  // in the order they came, which `drop` relies on
-    const uint64_t key = hash(at(place));
-    uint64_t slot = key & mask;
-    while (holds(slot)) slot = (slot + 1) & mask;
-    slots_[slot] = (key >> 32 << 32) | static_cast<uint64_t>(place + 1);
+  uint64_t keys[kAhead];
+  for (int64_t begin = 0; begin < size(); begin += kAhead) {  // in the order they came, which `drop` relies on
+    const int64_t end = std::min(size(), begin + kAhead);
+    for (int64_t place = begin; place < end; ++place) {
+      keys[place - begin] = hash(at(place));
+      __builtin_prefetch(&slots_[keys[place - begin] & mask], 1);
+    }
+    for (int64_t place = begin; place < end; ++place) {
+      const uint64_t key = keys[place - begin];
+      uint64_t slot = key & mask;
+      while (holds(slot)) slot = (slot + 1) & mask;
+      slots_[slot] = (key >> 32 << 32) | static_cast<uint64_t>(place + 1);
+    }
+  }
+}
+
+void IdTable::look_up(const std::vector<std::string_view>& ids, int64_t begin, int64_t end, uint64_t* keys) const {
+  const uint64_t mask = slots_.size() - 1;
+  for (int64_t i = begin; i < end; ++i) {
+    keys[i - begin] = hash(ids[i]);
+    __builtin_prefetch(&slots_[keys[i - begin] & mask], 1);  // each is a miss in a large table
   }
 }
 
 void IdTable::find(const std::vector<std::string_view>& ids, int64_t* places) const {
-  for (size_t i = 0; i < ids.size(); ++i) {
-    const uint64_t slot = slot_of(ids[i], hash(ids[i]));
-    places[i] = holds(slot) ? place_in(slot) : kNone;
+  const auto count = static_cast<int64_t>(ids.size());
+  uint64_t keys[kAhead];
+  for (int64_t begin = 0; begin < count; begin += kAhead) {
+    const int64_t end = std::min(count, begin + kAhead);
+    look_up(ids, begin, end, keys);
+    for (int64_t i = begin; i < end; ++i) {
+      const uint64_t slot = slot_of(ids[i], keys[i - begin]);
+      places[i] = holds(slot) ? place_in(slot) : kNone;
+    }
   }
 }
 
 int64_t IdTable::add(const std::vector<std::string_view>& ids) {
   make_room(ids);
-  const uint64_t mask = slots_.size() - 1;
+  const auto count = static_cast<int64_t>(ids.size());
   uint64_t keys[kAhead];
-  for (size_t begin = 0; begin < ids.size(); begin += kAhead) {
-    const size_t end = std::min(ids.size(), begin + kAhead);
-    for (size_t i = begin; i < end; ++i) {
-      keys[i - begin] = hash(ids[i]);
-      __builtin_prefetch(&slots_[keys[i - begin] & mask], 1);  // each is a miss in a large table
-    }
-    for (size_t i = begin; i < end; ++i) {
+  for (int64_t begin = 0; begin < count; begin += kAhead) {
+    const int64_t end = std::min(count, begin + kAhead);
+    look_up(ids, begin, end, keys);
+    for (int64_t i = begin; i < end; ++i) {
       const uint64_t slot = slot_of(ids[i], keys[i - begin]);
       if (holds(slot)) {
-        drop(static_cast<int64_t>(i));
-        return static_cast<int64_t>(i);
+        drop(i);
+        return i;
       }
       put(ids[i], keys[i - begin], slot);
     }

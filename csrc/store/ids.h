@@ -4,7 +4,12 @@
 #include <string_view>
 #include <vector>
 
+#include "store/huge_pages.h"
+
 namespace lgk::store {
+
+template <typename T>
+using Table = std::vector<T, HugePages<T>>;
 
 // Strings with places 0, 1, ..., compared in full. Takes the strings' bytes and some 24 bytes for each.
 class IdTable {
@@ -31,15 +36,17 @@ class IdTable {
   std::string_view at(int64_t place) const;
   // The slot that holds the string, or the empty one where it would be.
   uint64_t slot_of(std::string_view id, uint64_t hash) const;
+  // The hashes of strings begin .. end - 1, whose slots are fetched.
+  void look_up(const std::vector<std::string_view>& ids, int64_t begin, int64_t end, uint64_t* keys) const;
   bool holds(uint64_t slot) const { return slots_[slot] != 0; }
   int64_t place_in(uint64_t slot) const { return static_cast<int64_t>(slots_[slot] & 0xffffffffu) - 1; }
   void put(std::string_view id, uint64_t hash, uint64_t slot);
   void make_room(const std::vector<std::string_view>& ids);
 
   uint64_t seed_;
-  std::vector<uint64_t> slots_;  // a power of two; the upper half of the hash and the place + 1, or 0
-  std::vector<uint64_t> ends_;   // of each string in bytes_
-  std::vector<char> bytes_;
+  Table<uint64_t> slots_;  // a power of two; the upper half of the hash and the place + 1, or 0
+  Table<uint64_t> ends_;   // of each string in bytes_
+  Table<char> bytes_;
 };
 
 }  // namespace lgk::store

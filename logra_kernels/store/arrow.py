@@ -8,6 +8,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from logra_kernels.store.native import pack_strings, packs_strings
+
 _MOST_BYTES = (1 << 31) - 1  # of the strings in one array
 
 
@@ -18,15 +20,23 @@ def strings(values: Sequence[str]) -> pa.Array:
         TypeError: One is no str.
         UnicodeEncodeError: One is not to be had in UTF-8.
     """
+    offsets = np.zeros(len(values) + 1, np.int32)
+    data = pack_strings(list(values), offsets) if packs_strings() else _joined(values, offsets)
+    if data is None:
+        return pa.array(values, pa.string())
+    return pa.StringArray.from_buffers(len(values), pa.py_buffer(offsets), pa.py_buffer(data), null_count=0)
+
+
+def _joined(values: Sequence[str], offsets: np.ndarray) -> bytes | None:
+    """`native.pack_strings`, slower."""
     whole = "".join(values)
     data = whole.encode()
     if len(data) > _MOST_BYTES:
-        return pa.array(values, pa.string())
+        return None
     plain = len(data) == len(whole)  # ASCII
     lengths = map(len, values) if plain else (len(value.encode()) for value in values)
-    offsets = np.zeros(len(values) + 1, np.int32)
     np.cumsum(np.fromiter(lengths, np.int64, len(values)), out=offsets[1:])
-    return pa.StringArray.from_buffers(len(values), pa.py_buffer(offsets), pa.py_buffer(data), null_count=0)
+    return data
 
 
 def integers(values: Tensor) -> pa.Array:

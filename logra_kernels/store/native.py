@@ -91,6 +91,23 @@ def gather(parts: Sequence[np.ndarray], out: np.ndarray) -> int:
     return count
 
 
+def packs_strings() -> bool:
+    """Whether `pack_strings` can be called."""
+    return _library() is not None
+
+
+def pack_strings(strings: list[str], offsets: np.ndarray) -> bytes | None:
+    """Their UTF-8 bytes one after the other, and n + 1 int32 offsets; None when these are too many for that.
+
+    Raises:
+        TypeError: One is no str.
+        UnicodeEncodeError: One is not to be had in UTF-8.
+    """
+    library = _library()
+    assert library is not None
+    return library.pack_strings(strings, offsets.ctypes.data, len(offsets))
+
+
 def has_places() -> bool:
     """Whether `NativePlaces` can be made."""
     return _library() is not None

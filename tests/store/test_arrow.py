@@ -13,6 +13,13 @@ from logra_kernels.store.arrow import integers, strings
 from logra_kernels.store.columns import to_parquet
 
 
+@pytest.fixture(params=["native", "without the library"])
+def way(request, monkeypatch):
+    if request.param != "native":
+        monkeypatch.setattr("logra_kernels.store.arrow.packs_strings", lambda: False)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("values", [[], [""], ["a"], ["", "one", "", "two"], ["ä", "", "日本", "a\0b", "🙂"]])
 def test_strings(values):
     made, wanted = strings(values), pa.array(values, pa.string())
@@ -23,6 +30,7 @@ def test_strings(values):
     assert to_parquet(tables[0]) == to_parquet(tables[1])
 
 
+@pytest.mark.usefixtures("way")
 def test_strings_that_are_none():
     with pytest.raises(UnicodeEncodeError):
         strings(["a", "\ud800"])
