@@ -69,6 +69,7 @@ class Taps(TapState):
         self.projection = projection
         self._model, self._layers = model, layers
         self._probes = {layer.name: Probe(layer, projection, projection_dtype) for layer in layers}
+        self.sequence_first = any(adapter.samples_at for layer in layers for _, adapter in layer.holders)
         self._handles: list = []
         self._context: AbstractContextManager | None = None
         self._watch: Watch | None = None
@@ -81,6 +82,7 @@ class Taps(TapState):
             for module, adapter in layer.holders:
                 parameters = adapter.parameters(module)
                 plain = type(module) is nn.Linear and adapter.known and len(parameters) == 1
+                plain = plain and not self.sequence_first
                 hook = (LinearHook if plain else Hook)(layer.name, adapter, self._probes[layer.name], self)
                 if replaced := _REPLACED.get(type(adapter)):
                     inside.setdefault((replaced, module), {})[adapter.part] = hook
@@ -306,7 +308,8 @@ def capture(
 
     Args:
         model: Any module; its inputs must hold the samples in dimension 0 of every tapped layer, unless
-            `Taps.reset` says where they lie (packed documents, flattened positions).
+            `Taps.reset` says where they lie (packed documents, flattened positions), or PyTorch's own transformer
+            layers and attention do (batch_first=False).
         projection: Kind, rank and seed of the factors; default `Projection()`.
         include: Glob patterns on layer names ("*.mlp.*"); default every layer of the kinds.
         exclude: Glob patterns taken away from these.

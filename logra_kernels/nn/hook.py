@@ -29,7 +29,7 @@ class Hook:
 
     def __init__(self, name: str, adapter: Adapter, probe: Probe, taps: TapState) -> None:
         self.name, self.adapter, self.probe, self.taps = name, adapter, probe, taps
-        self._known = adapter.known
+        self._known, self._told_apart = adapter.known, False
 
     def __reduce__(self):
         return _untapped, ()
@@ -37,7 +37,14 @@ class Hook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         if not self.taps.active or not torch.is_grad_enabled():
             return None
-        return self.behind(module, self._input(module, args, kwargs), y)
+        x = self._input(module, args, kwargs)
+        if not self.adapter.samples_at:
+            return self.behind(module, x, y)
+        if x.dim() < 3:
+            raise ValueError(
+                f"capture: layer {self.name!r} got an input {tuple(x.shape)} without samples; give it a batch [T, N, d]"
+            )
+        return self.behind(module, x.transpose(0, 1), y.transpose(0, 1)).transpose(0, 1)
 
     def behind(self, module: nn.Module, x: Tensor, y: Tensor, adapter: Adapter | None = None) -> Tensor:
         """y with the tap behind it; `adapter` is that of this very call, where it is another than the layer's."""
@@ -80,6 +87,8 @@ class Hook:
 
     def _tapped(self, adapter: Adapter, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         leaf = self._leaf(x)
+        if self.taps.sequence_first and self.taps.offsets is None and not self.adapter.samples_at:
+            self._check_told_apart(x, len(leaf))
         if not self._known:
             check_forward(self.name, adapter, module, x, y)
             self._known = True
@@ -93,6 +102,23 @@ class Hook:
             shape = len(leaf), len(x) // len(leaf)
             return self._behind(adapter, y.unflatten(0, shape), x.unflatten(0, shape)).flatten(0, 1)
         return self._behind(adapter, y, x)
+
+    def _check_told_apart(self, x: Tensor, samples: int) -> None:
+        """In a model with layers that take [T, N, d], others may get that as well, which must not look like samples.
+
+        A layer that was given another number of positions before is known to have the samples first.
+        """
+        features = self.adapter.kind != "embedding"
+        if self._told_apart or not self.adapter.flattens or x.dim() < 2 + features or x.shape[0] != samples:
+            return
+        if x.shape[1] == samples > 1:
+            raise MisfitError(
+                f"capture: layer {self.name!r} got an input {tuple(x.shape)} of as many positions as samples, in a"
+                " model with layers that take [T, N, d], so that they cannot be told apart: begin with a batch of"
+                " another size"
+            )
+        if not torch.compiler.is_compiling():
+            self._told_apart = samples > 1
 
     def _behind(self, adapter: Adapter, y: Tensor, x: Tensor) -> Tensor:
         """y with the tap behind it, weights and offsets checked against its positions."""

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from logra_kernels.nn.adapters import DEFAULT_KINDS, KINDS, Adapter, AttentionAdapter, adapt
+from logra_kernels.nn.adapters import DEFAULT_KINDS, KINDS, Adapter, AttentionAdapter, adapt, forwards_as
 
 SEQUENCE_FIRST = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
 
@@ -69,7 +69,10 @@ def find_layers(
         raise ValueError("capture: the filters leave no layer")
     modules = dict(model.named_modules())
     for name in [name for name in found if name in chosen]:
-        _check(name, modules, *found[name])
+        module, adapter = found[name]
+        _check(name, module, adapter)
+        if not isinstance(adapter, AttentionAdapter):  # which knows
+            adapter.samples_at = _samples_at(name, modules)
     weights = {name: adapter.parameters(module)[0] for name, (module, adapter) in found.items() if name in chosen}
     tied: dict[tuple[int, str], list[str]] = {}
     for name, weight in weights.items():
@@ -77,21 +80,30 @@ def find_layers(
     return [Layer(names[0], weights[names[0]], _holders(names, found)) for names in tied.values()]
 
 
-def _check(name: str, modules: Mapping[str, nn.Module], module: nn.Module, adapter: Adapter) -> None:
-    """Raise ValueError for a layer that would give an error later, or rows of something else than samples."""
+def _check(name: str, module: nn.Module, adapter: Adapter) -> None:
+    """Raise ValueError for a layer that would give an error later."""
     weight = adapter.parameters(module)[0]
     if weight.is_complex():
         raise ValueError(f"capture: the weight of layer {name!r} is {weight.dtype}; it must be real: exclude the layer")
-    if isinstance(adapter, AttentionAdapter):  # knows where its samples lie
-        return
+
+
+def _samples_at(name: str, modules: Mapping[str, nn.Module]) -> int:
+    """Which dimension holds the samples: the second one in PyTorch's transformer layers that take [T, N, d].
+
+    Raises:
+        ValueError: The block above the layer is such a one with a forward of its own.
+    """
     path = name.split(".")
     for above in (".".join(path[:i]) for i in range(len(path))):
         block = modules.get(above)
         if isinstance(block, SEQUENCE_FIRST) and not block.self_attn.batch_first:
+            if forwards_as(block, *SEQUENCE_FIRST):
+                return 1
             raise ValueError(
-                f"capture: layer {name!r} is in {above!r}, a {type(block).__name__} that takes [T, N, d]: make it with"
-                " batch_first=True, or exclude it"
+                f"capture: layer {name!r} is in {above!r}, a {type(block).__name__} that takes [T, N, d] and has a"
+                " forward of its own: make it with batch_first=True, or exclude it"
             )
+    return 0
 
 
 def _holders(
@@ -101,7 +113,10 @@ def _holders(
     holders = tuple(found[name] for name in names)
     if len({adapter.d_in for _, adapter in holders}) == 1:
         return holders
-    return tuple((module, adapt(module, (adapter.kind,), bias=False)[adapter.part]) for module, adapter in holders)
+    plain = tuple((module, adapt(module, (adapter.kind,), bias=False)[adapter.part]) for module, adapter in holders)
+    for (_, adapter), (_, before) in zip(plain, holders, strict=True):
+        adapter.samples_at = before.samples_at
+    return plain
 
 
 def tappable(

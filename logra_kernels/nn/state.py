@@ -22,6 +22,7 @@ class TapState:
         sequence_length: Of each sample, where layers may flatten samples and positions.
         samples: N, once it is known.
         begun_by: The layer that told it.
+        sequence_first: Whether some layers take [T, N, d].
     """
 
     def __init__(self, in_graph: bool, shared: SharedInputs | None) -> None:
@@ -36,3 +37,4 @@ class TapState:
         self.sequence_length: int | str | None = None
         self.samples: int | None = None
         self.begun_by: str | None = None
+        self.sequence_first = False

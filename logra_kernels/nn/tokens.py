@@ -63,7 +63,7 @@ class TokenShares:
             raise ValueError(f"tokens: rows {tuple(rows.shape)} must be [Q, {sum(widths)}] with at least one row")
         parts = rows.detach().split(widths, dim=1)
         self._m = {name: part.unflatten(1, k) for (name, k), part in zip(layers.items(), parts, strict=True)}
-        self._probes: dict[str, Tensor] = {}
+        self._probes: dict[str, dict[int, Tensor]] = {}  # of each layer, by the number of positions
 
     def tap(
         self,
@@ -78,40 +78,42 @@ class TokenShares:
         """y, with this layer's shares tapped; what the taps' hooks call."""
         if torch.compiler.is_compiling():
             raise RuntimeError("tokens: a compiled model cannot be tapped for token shares; run the model itself")
-        shape = adapter.positions(x, y)
-        positions = shape[0], math.prod(shape[1:])
-        before = self._probes.get(name)
-        if not adapter.samples_first or (before is not None and before.shape[1:] != positions):
-            why = "has its rows cut by experts, not by samples"
-            if adapter.samples_first:
-                assert before is not None
-                why = f"is used at {tuple(before.shape[1:])} positions and at {positions}"
+        if not adapter.samples_first:
             raise ValueError(
-                f"tokens: layer {name!r} {why}, so its part of a score cannot be shared out over tokens: log the rows"
-                " without this layer (exclude=) to have token shares"
+                f"tokens: layer {name!r} has its rows cut by experts, not by samples, so its part of a score cannot be"
+                " shared out over tokens: log the rows without this layer (exclude=) to have token shares"
             )
+        samples, *rest = adapter.positions(x, y)
+        positions = math.prod(rest)
         dtype = torch.float64 if torch.float64 in (y.dtype, self._m[name].dtype) else torch.float32
         m = self._m[name].to(y.device, dtype)
-        if name not in self._probes:
+        probes = self._probes.setdefault(name, {})
+        if positions not in probes:
             zero = torch.zeros((), dtype=dtype, device=y.device)
-            self._probes[name] = zero.expand(len(m), *positions).requires_grad_()
-        return TokenTap.apply(y, x, self._probes[name], m, p_in, p_out, weights, adapter)
+            probes[positions] = zero.expand(len(m), samples, positions).requires_grad_()
+        return TokenTap.apply(y, x, probes[positions], m, p_in, p_out, weights, adapter)
 
     def check(self) -> None:
         """Raise LograError unless every layer received a gradient."""
-        heard = [name for name, probe in self._probes.items() if probe.grad is not None]
+        heard = [name for name, probes in self._probes.items() if any(p.grad is not None for p in probes.values())]
         check_heard("tokens", self._m, heard, "run forward and backward of the same model that was logged")
 
     @property
     def layers(self) -> dict[str, Tensor]:
-        """Layer name -> that layer's part of every share, [Q, N, T]; T is 1 behind a pooling.
+        """Layer name -> that layer's part of every share, [Q, N, T].
+
+        T is 1 behind a pooling. A layer that is used at several numbers of positions, as an attention's projection of
+        queries and of another sequence's keys and values, has those of one use behind those of the other.
 
         Raises:
             LograError: A layer received no gradient.
         """
         self.check()
-        grads = {name: self._probes[name].grad for name in self._m}
-        return {name: grad for name, grad in grads.items() if grad is not None}
+        of = {name: self._probes[name].values() for name in self._m}
+        return {
+            name: torch.cat([torch.zeros_like(p) if p.grad is None else p.grad for p in probes], dim=-1)
+            for name, probes in of.items()
+        }
 
     @property
     def shares(self) -> Tensor:

@@ -157,20 +157,6 @@ def test_layers_without_a_shape_complex_ones_and_offloaded_ones_are_named():
         model.to_empty(device="cpu")(torch.randn(N, WIDTH))
 
 
-@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
-def test_torchs_own_blocks_that_take_samples_second(kind):
-    model = nn.Sequential(kind(WIDTH, 2, 16, dropout=0.0))
-    with pytest.raises(ValueError, match=rf"'0.linear1' is in '0', a {kind.__name__} that takes \[T, N, d\]"):
-        lk.capture(model)
-    with pytest.raises(ValueError, match="leave no layer"):
-        lk.capture(model, exclude=["0.*"])
-    assert all(
-        ".self_attn." in name or ".multihead_attn." in name for name in lk.capture(model, exclude=["*.linear?"]).layers
-    )
-    first = nn.Sequential(kind(WIDTH, 2, 16, batch_first=True))
-    assert {"0.self_attn.in_proj", "0.self_attn.out_proj", "0.linear1", "0.linear2"} <= set(lk.capture(first).layers)
-
-
 def test_what_a_silent_layer_may_be_is_said():
     model = Net(lambda model, x: model.last(x))
     with lk.capture(model, SMALL) as taps:

@@ -160,15 +160,17 @@ def test_pixels_are_positions():
             torch.testing.assert_close(tokens.shares.sum(-1), m @ rows.T)
 
 
-def test_a_layer_whose_part_cannot_be_shared_out_is_named():
-    layer = nn.Linear(6, 6)
-    model = nn.Sequential(layer)
-    with (
-        lk.capture(model, SMALL) as taps,
-        taps.tokens(torch.randn(1, 16)),
-        pytest.raises(ValueError, match=r"layer '0' is used at \(3, 7\) positions and at \(3, 4\).*exclude="),
-    ):
-        layer(layer(torch.randn(N, T, 6))[:, :4])
+def test_a_layer_of_queries_and_of_the_keys_of_another_sequence():
+    model, x, z = nn.MultiheadAttention(8, 2, batch_first=True).double(), torch.randn(N, T, 8), torch.randn(N, 4, 8)
+    with lk.capture(model, SMALL) as taps:
+        model(x.double(), z.double(), z.double())[0].square().sum().backward()
+        rows = taps.rows()
+        m = torch.randn(2, rows.shape[1]).double()
+        taps.reset()
+        with taps.tokens(m) as tokens:
+            model(x.double(), z.double(), z.double())[0].square().sum().backward()
+    assert [part.shape for part in tokens.layers.values()] == [(2, N, T + 4), (2, N, T)]
+    torch.testing.assert_close(sum(part.sum(-1) for part in tokens.layers.values()), m @ rows.T)
 
 
 def test_misuse_is_an_error_that_says_what_to_do():

@@ -1,5 +1,5 @@
 from logra_kernels.nn.adapters.attention import AttentionAdapter
-from logra_kernels.nn.adapters.base import Adapter
+from logra_kernels.nn.adapters.base import Adapter, forwards_as
 from logra_kernels.nn.adapters.experts import ExpertAdapter
 from logra_kernels.nn.adapters.forward import check_forward
 from logra_kernels.nn.adapters.linear import LinearAdapter
@@ -17,5 +17,6 @@ __all__ = [
     "ReplacedForward",
     "adapt",
     "check_forward",
+    "forwards_as",
     "parallel",
 ]
