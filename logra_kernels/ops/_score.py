@@ -11,9 +11,29 @@ from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._codes import as_bytes, fields_of, integer_of, number_of
-from logra_kernels.ops._device import device_of, pieces_of, programs_of
+from logra_kernels.ops._device import PROGRAMS_PER_PROCESSOR, device_of, pieces_of, programs_of
 from logra_kernels.ops._format import EncodedRows
-from logra_kernels.ops._tile import INTERPRETED, OPTIONS, accumulator, block, dot_tile, fp32_precision, must_upcast
+from logra_kernels.ops._score_tiles import TILES, ScoreTile, candidates, key_of
+from logra_kernels.ops._tile import (
+    INTERPRETED,
+    OPTIONS,
+    accumulator,
+    block,
+    describable,
+    descriptor,
+    dot_tile,
+    dot_tile_described,
+    fp32_precision,
+    must_upcast,
+)
+from logra_kernels.ops._tune import tile_for
+
+
+@triton.jit
+def _place(Q, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A program's first query and row; the tiles of the same rows are neighbours, who find them in L2."""
+    tiles_q = tl.cdiv(Q, BLOCK_Q)
+    return (tl.program_id(0) % tiles_q) * BLOCK_Q, (tl.program_id(0) // tiles_q).to(tl.int64) * BLOCK_N
 
 
 @triton.jit
@@ -21,17 +41,24 @@ def _score_kernel(
     queries, rows, row_scale, scores,
     Q, N, D, PIECE, stride_qq, stride_qd, stride_rn, stride_rd, stride_s,
     ACC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """scores[p,q,n] = row_scale[n] sum_{d of piece p} queries[q,d] rows[n,d]"""
-    q = tl.program_id(1).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    p = tl.program_id(2).to(tl.int64)
+    q0, n0 = _place(Q, BLOCK_Q, BLOCK_N)
+    q, n = q0.to(tl.int64) + tl.arange(0, BLOCK_Q), n0 + tl.arange(0, BLOCK_N)
+    p = tl.program_id(1).to(tl.int64)
     first = p * PIECE
-    tile = dot_tile(
-        queries + first * stride_qd + q * stride_qq, rows + first * stride_rd + n * stride_rn, q < Q, n < N,
-        stride_qd, stride_rd, tl.minimum(D - first, PIECE).to(tl.int32), ACC, BLOCK_D, PRECISION, UPCAST,
-    )  # fmt: skip
+    length = tl.minimum(D - first, PIECE).to(tl.int32)
+    if DESCRIBED:
+        tile = dot_tile_described(
+            queries, rows, q0, n0.to(tl.int32), BLOCK_Q, BLOCK_N, first.to(tl.int32), first.to(tl.int32) + length,
+            ACC, BLOCK_D, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        tile = dot_tile(
+            queries + first * stride_qd + q * stride_qq, rows + first * stride_rd + n * stride_rn, q < Q, n < N,
+            stride_qd, stride_rd, length, ACC, BLOCK_D, PRECISION, UPCAST,
+        )  # fmt: skip
     if row_scale is not None:
         tile = tile * tl.load(row_scale + n * stride_s, mask=n < N, other=0.0)[None, :]
     tl.store(scores + p * Q * N + q[:, None] * N + n[None, :], tile, mask=(q < Q)[:, None] & (n < N)[None, :])
@@ -48,9 +75,9 @@ def _score_encoded_kernel(
 
     A step lies within one block, so that the codes, exact in bf16, are multiplied first and scaled in fp32.
     """
-    q = tl.program_id(1).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    p = tl.program_id(2)
+    q0, n0 = _place(Q, BLOCK_Q, BLOCK_N)
+    q, n = q0.to(tl.int64) + tl.arange(0, BLOCK_Q), n0 + tl.arange(0, BLOCK_N)
+    p = tl.program_id(1)
     acc = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
     for start in range(p * PIECE, tl.minimum(D, (p + 1) * PIECE), BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -91,9 +118,9 @@ def _score_int8_kernel(
     d goes through piece p. A span lies within one block of the rows, so that its bytes add up as integers and are
     scaled once.
     """
-    q = tl.program_id(1).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    p = tl.program_id(2)
+    q0, n0 = _place(Q, BLOCK_Q, BLOCK_N)
+    q, n = q0.to(tl.int64) + tl.arange(0, BLOCK_Q), n0 + tl.arange(0, BLOCK_N)
+    p = tl.program_id(1)
     acc = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
     for first in range(p * PIECE, tl.minimum(D, (p + 1) * PIECE), SPAN):
         whole = tl.zeros([BLOCK_Q, BLOCK_N], tl.int32)
@@ -122,13 +149,13 @@ def _score_int8_kernel(
 
 
 def _cut(
-    q: int, n: int, d: int, block_q: int, block_n: int, step: int, rows: Tensor, most: int | None
-) -> tuple[int, tuple[int, int, int]]:
+    q: int, n: int, d: int, block_q: int, block_n: int, step: int, programs: int, most: int | None
+) -> tuple[int, tuple[int, int]]:
     """(numbers of a piece of D, the grid)"""
     tiles_q, steps = triton.cdiv(q, block_q), max(1, triton.cdiv(d, step))
-    pieces = pieces_of(triton.cdiv(most or n, block_n) * tiles_q, steps, programs_of(rows))
+    pieces = pieces_of(triton.cdiv(most or n, block_n) * tiles_q, steps, programs)
     piece = step * triton.cdiv(steps, pieces)
-    return piece, (triton.cdiv(n, block_n), tiles_q, max(1, triton.cdiv(d, piece)))
+    return piece, (triton.cdiv(n, block_n) * tiles_q, max(1, triton.cdiv(d, piece)))
 
 
 def _room(pieces: int, q: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -154,8 +181,8 @@ def score_encoded(
         return torch.empty((q, n), dtype=torch.float32, device=rows.device)
     block_q, block_n = block(q, 64), block(most or n, 64)
     block_d = 32 if queries.element_size() > 2 else min(form.block or 64, 64)
-    piece, grid = _cut(q, n, d, block_q, block_n, block_d, rows.codes, most)
-    scores = _room(grid[2], q, n, torch.float32, rows.device)
+    piece, grid = _cut(q, n, d, block_q, block_n, block_d, programs_of(rows.codes), most)
+    scores = _room(grid[1], q, n, torch.float32, rows.device)
     with device_of(rows.codes):
         _score_encoded_kernel[grid](
             queries, as_bytes(rows.codes), rows.scales, row_scale, scores, q, n, d, piece,
@@ -177,8 +204,8 @@ def _score_int8(queries: EncodedRows, rows: EncodedRows, row_scale: Tensor | Non
     if not q * n or rows.scales is None or queries.scales is None or span is None:
         return torch.empty((q, n), dtype=torch.float32, device=rows.device)
     block_q, block_n = block(q, 64), block(most or n, 128)
-    piece, grid = _cut(q, n, d, block_q, block_n, span, rows.codes, most)
-    scores = _room(grid[2], q, n, torch.float32, rows.device)
+    piece, grid = _cut(q, n, d, block_q, block_n, span, programs_of(rows.codes), most)
+    scores = _room(grid[1], q, n, torch.float32, rows.device)
     with device_of(rows.codes):
         _score_int8_kernel[grid](
             queries.codes, queries.scales, as_bytes(rows.codes), rows.scales, row_scale, scores, q, n, d, piece,
@@ -190,20 +217,58 @@ def _score_int8(queries: EncodedRows, rows: EncodedRows, row_scale: Tensor | Non
         return _whole(scores)
 
 
-def score(queries: Tensor, rows: Tensor, row_scale: Tensor | None = None, most: int | None = None) -> Tensor:
-    """[Q, N] scores on the rows' device; `most` as in `score_encoded`."""
-    (q, d), n = queries.shape, rows.shape[0]
+def score(
+    queries: Tensor,
+    rows: Tensor,
+    row_scale: Tensor | None = None,
+    most: int | None = None,
+    capability: tuple[int, int] | None = None,
+) -> Tensor:
+    """[Q, N] scores on the rows' device.
+
+    Args:
+        most: As in `score_encoded`.
+        capability: Whose tiles are taken; by default the device's.
+    """
+    q, n = queries.shape[0], rows.shape[0]
+    scores = torch.empty((q, n), dtype=accumulator_dtype(rows.dtype), device=rows.device)
     if not q * n:
-        return torch.empty((q, n), dtype=accumulator_dtype(rows.dtype), device=rows.device)
-    block_q, block_n, block_d = block(q, 64), block(most or n, 64), block(d, 32 if queries.element_size() > 2 else 64)
-    piece, grid = _cut(q, n, d, block_q, block_n, block_d, rows, most)
-    scores = _room(grid[2], q, n, accumulator_dtype(rows.dtype), rows.device)
+        return scores
+    if capability is None:
+        capability = torch.cuda.get_device_capability(rows.device) if rows.is_cuda else (8, 0)
+    key = key_of(capability, max(queries.element_size(), rows.element_size()), q)
+
+    def run(tile: ScoreTile) -> Tensor:
+        return _score_by(tile, queries, rows, row_scale, scores, most or n, described=capability[0] >= 9)
+
     with device_of(rows):
-        _score_kernel[grid](
-            queries, rows, row_scale, scores, q, n, d, piece, *queries.stride(), *rows.stride(),
-            0 if row_scale is None else row_scale.stride(0),
-            ACC=accumulator(rows.dtype), BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=block_d,
-            PRECISION=fp32_precision(), UPCAST=must_upcast(queries.dtype, rows.dtype),
-            num_warps=4, **OPTIONS,
-        )  # fmt: skip
-        return _whole(scores)
+        return run(tile_for("score_block", TILES, key, candidates, run, triton.testing.do_bench))
+
+
+def _score_by(
+    tile: ScoreTile,
+    queries: Tensor,
+    rows: Tensor,
+    row_scale: Tensor | None,
+    scores: Tensor,
+    most: int,
+    *,
+    described: bool,
+) -> Tensor:
+    (q, d), n = queries.shape, rows.shape[0]
+    block_q, block_n, block_d = block(q, tile.block_q), block(most, tile.block_n), block(d, tile.block_d)
+    programs = programs_of(rows) * tile.at_once // PROGRAMS_PER_PROCESSOR
+    piece, grid = _cut(q, n, d, block_q, block_n, block_d, programs, most)
+    pieces = scores if grid[1] == 1 else scores.new_empty((grid[1], q, n))
+    mixed = must_upcast(queries.dtype, rows.dtype)
+    described = described and queries.dtype == rows.dtype and describable(queries) and describable(rows)
+    _score_kernel[grid](
+        descriptor(queries, block_q, block_d) if described else queries,
+        descriptor(rows, block_n, block_d) if described else rows,
+        row_scale, pieces, q, n, d, piece, *queries.stride(), *rows.stride(),
+        0 if row_scale is None else row_scale.stride(0),
+        ACC=accumulator(rows.dtype), BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=block_d,
+        PRECISION=fp32_precision(), UPCAST=mixed, DESCRIBED=described,
+        num_warps=tile.warps, **(OPTIONS | {"num_stages": tile.stages}),
+    )  # fmt: skip
+    return _whole(pieces)

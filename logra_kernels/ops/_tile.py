@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
@@ -45,13 +46,16 @@ def dot_tile(
 
 @triton.jit
 def dot_tile_described(
-    a, b, row_a, row_b, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, D,
+    a, b, row_a, row_b, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, first, end,
     ACC: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     IN_B: tl.constexpr = False,
 ):  # fmt: skip
-    """C[m,n] = sum_d A[row_a + m, d] B[row_b + n, d], both through tensor descriptors: beyond their ends are zeros."""
+    """C[m,n] = sum_{first <= d < end} A[row_a + m, d] B[row_b + n, d], both through tensor descriptors
+
+    What lies beyond their ends counts as zeros; end - first is a multiple of BLOCK_D where end is not the last one.
+    """
     acc = tl.zeros([ROWS_A, ROWS_B], ACC)
-    for start in range(0, D, BLOCK_D):
+    for start in range(first, end, BLOCK_D):
         left = a.load([row_a.to(tl.int32), start])
         right = b.load([row_b, start]).T
         if IN_B:
@@ -64,6 +68,25 @@ def dot_tile_described(
 
 INTERPRETED = isinstance(dot_tile, InterpretedFunction)
 OPTIONS = {"num_stages": 3, "enable_fp_fusion": True}  # fused multiply-add is Triton's default only before 3.10
+
+
+def describable(m: torch.Tensor) -> bool:
+    """Whether a tensor descriptor (TMA) can describe the matrix: aligned rows of neighbours."""
+    size = m.element_size()
+    return (
+        size < 8
+        and m.stride(1) == 1
+        and m.stride(0) >= m.shape[1]
+        and m.stride(0) * size % 16 == 0
+        and m.data_ptr() % 16 == 0
+        and m.numel() > 0
+        and m.shape[0] < 2**31
+    )
+
+
+def descriptor(m: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """The matrix, to be loaded in blocks [rows, columns]."""
+    return TensorDescriptor(m, list(m.shape), list(m.stride()), [rows, columns])
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -16,7 +16,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from logra_kernels.ops._check import accumulator_dtype
 from logra_kernels.ops._format import EncodedRows, RowFormat
+from logra_kernels.ops._score import score
 from logra_kernels.ops.accumulate_gram.triton import launch as accumulate_gram
 from logra_kernels.ops.dequantize_rows.triton import launch as dequantize_rows
 from logra_kernels.ops.factor_rows.triton import launch as factor_rows
@@ -121,6 +123,16 @@ def chunks(dtype: torch.dtype, arch: int) -> dict[str, Callable]:
     return {name: at(*sizes) for name, sizes in (halved | whole).items()}
 
 
+def score_tiles(dtype: torch.dtype, arch: int) -> dict[str, Callable]:
+    """Scores by the architecture's own tiles, through descriptors where it has them."""
+
+    def at(q: int) -> Callable:
+        asked, rows = zeros(dtype, q, 1024), zeros(dtype, 600, 1024)
+        return lambda: score(asked, rows, zeros(accumulator_dtype(dtype), 600), capability=(arch // 10, 0))
+
+    return {f"score_block, {q} queries": at(q) for q in (8, 50, 200)}
+
+
 def variants(dtype: torch.dtype) -> dict[str, Callable]:
     """More signatures of the same kernels: unaligned, ragged and weighted, projected, k beyond one tile, mixed."""
     odd, dy = zeros(dtype, 192, 257)[:, 1:], zeros(dtype, 192, 384)
@@ -160,7 +172,8 @@ def main(arch: int, name: str) -> None:
     if name == "tf32":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     dtype = getattr(torch, "float32" if name == "tf32" else name)
-    for case, launch in (cases(dtype) | chunks(dtype, arch) | (variants(dtype) if name == "bfloat16" else {})).items():
+    made = cases(dtype) | chunks(dtype, arch) | score_tiles(dtype, arch)
+    for case, launch in (made | (variants(dtype) if name == "bfloat16" else {})).items():
         kernels: list[str] = []
         machine: list[str] = []
         JITFunction.run = compiling_instead(arch, kernels, machine)

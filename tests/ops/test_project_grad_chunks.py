@@ -97,7 +97,7 @@ def test_same_bits_again(chunks):
 def test_operands_through_descriptors(chunks, half, cuts, monkeypatch):
     used = []
     descriptor = implementation.TensorDescriptor
-    monkeypatch.setattr(implementation, "_describable", lambda m: used.append(m) or m.data_ptr() % 16 == 0)
+    monkeypatch.setattr(implementation, "describable", lambda m: used.append(m) or m.data_ptr() % 16 == 0)
     x, dy, p_in, p_out = case(1 if cuts else 3, 75, 40, 24, 17, 10, half, DEVICE)
     offsets = torch.tensor([0, 0, 5, 5, 42, 70, 73], device=DEVICE) if cuts else None
     x, dy = (x[0], dy[0]) if cuts else (x, dy)
@@ -112,9 +112,9 @@ def test_operands_through_descriptors(chunks, half, cuts, monkeypatch):
 
 def test_descriptors_are_refused_where_they_do_not_fit():
     good = torch.zeros(8, 64, dtype=torch.bfloat16)
-    assert implementation._describable(good)
+    assert implementation.describable(good)
     bad = [good[:, 1:], good[:, ::2], good.mT, torch.zeros(8, 63, dtype=torch.bfloat16), good.double()]
-    assert not any(implementation._describable(m) for m in bad)
+    assert not any(implementation.describable(m) for m in bad)
 
 
 def test_projected_side_beside_a_described_one(chunks):

@@ -18,6 +18,8 @@ from logra_kernels.ops._tile import (
     OPTIONS,
     accumulator,
     block,
+    describable,
+    descriptor,
     dot_tile,
     dot_tile_described,
     fp32_precision,
@@ -74,7 +76,7 @@ def _projected(
 ):  # fmt: skip
     """[T, K] = v p^T, or v itself where there is no p; zeros where not ok."""
     if DESCRIBED:
-        tile = dot_tile_described(v, p, row, k0, ok.shape[0], k.shape[0], D, ACC, BLOCK_D, PRECISION, UPCAST, IN_P)
+        tile = dot_tile_described(v, p, row, k0, ok.shape[0], k.shape[0], 0, D, ACC, BLOCK_D, PRECISION, UPCAST, IN_P)
         tile = tl.where(ok[:, None], tile, 0.0)  # a block of rows may run on into the next sample
     elif p is None:
         rows = v + (row + tl.arange(0, ok.shape[0])).to(tl.int64) * stride_vt
@@ -287,30 +289,14 @@ def _operands(
 ) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor | None]:
     """A side as the kernel takes it: through descriptors (TMA) where layout and dtype allow, else as pointers."""
     rows = v if v.dim() == 2 else v.flatten(0, 1) if _flat(v) else None
-    if p is None or not described or rows is None or not (_describable(rows) and _describable(p)):
+    if p is None or not described or rows is None or not (describable(rows) and describable(p)):
         return v, p
-    return (
-        TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [block_t, block_d]),
-        TensorDescriptor(p, list(p.shape), list(p.stride()), [block_k, block_d]),
-    )
+    return descriptor(rows, block_t, block_d), descriptor(p, block_k, block_d)
 
 
 def _flat(v: Tensor) -> bool:
     """Whether [N, T, d] is [N * T, d] with one row stride."""
     return v.shape[0] == 1 or v.stride(0) == v.shape[1] * v.stride(1)
-
-
-def _describable(m: Tensor) -> bool:
-    size = m.element_size()
-    return (
-        size < 8
-        and m.stride(1) == 1
-        and m.stride(0) >= m.shape[1]
-        and m.stride(0) * size % 16 == 0
-        and m.data_ptr() % 16 == 0
-        and m.numel() > 0
-        and m.shape[0] < 2**31
-    )
 
 
 def _three(v: Tensor) -> tuple[int, ...]:
