@@ -41,31 +41,18 @@ class Answer:
     rows: list[Row]
 
 
-class Worth:
-    """What every source is worth to all queries together: the sum of its rows' scores."""
+def providers(store: GradientStore, scores: Tensor) -> list[Provider]:
+    """What every source is worth: the sum of its rows' scores [N], highest first; none where none are stored."""
+    import pyarrow as pa
 
-    def __init__(self, store: GradientStore) -> None:
-        self._store = store
-        self._total: Tensor | None = None
+    from logra_kernels.report import Provider
 
-    def add(self, scores: Tensor) -> None:
-        """Add the scores of some queries, [Q, N]."""
-        total = scores.double().sum(dim=0).cpu()
-        self._total = total if self._total is None else self._total + total
-
-    def providers(self) -> list[Provider]:
-        """Sources by value, highest first; none where the store keeps no sources."""
-        from logra_kernels.report import Provider
-
-        if self._total is None or "source" not in self._store.table.column_names:
-            return []
-        rows: dict[str, int] = {}
-        values: dict[str, float] = {}
-        for source, value in zip(self._store.columns["source"], self._total.tolist(), strict=True):
-            rows[source] = rows.get(source, 0) + 1
-            values[source] = values.get(source, 0.0) + value
-        found = [Provider(source, rows[source], values[source]) for source in rows]
-        return sorted(found, key=lambda provider: -provider.value)
+    if "source" not in store.table.column_names:
+        return []
+    table = pa.table({"source": store.table.column("source"), "score": scores.double().cpu().numpy()})
+    sums = table.group_by("source", use_threads=False).aggregate([("score", "count"), ("score", "sum")])
+    found = [Provider(row["source"], row["score_count"], row["score_sum"]) for row in sums.to_pylist()]
+    return sorted(found, key=lambda provider: -provider.value)
 
 
 def as_json(args: argparse.Namespace, answers: list[Answer]) -> dict[str, Any]:
@@ -80,7 +67,7 @@ def as_json(args: argparse.Namespace, answers: list[Answer]) -> dict[str, Any]:
     }
 
 
-def write_report(args: argparse.Namespace, store: GradientStore, answers: list[Answer], worth: Worth) -> Path:
+def write_report(args: argparse.Namespace, store: GradientStore, answers: list[Answer], worth: list[Provider]) -> Path:
     """Write the HTML page that `--report` names; gives its absolute path.
 
     Raises:
@@ -94,7 +81,7 @@ def write_report(args: argparse.Namespace, store: GradientStore, answers: list[A
         raise LograError("--report needs jinja2; pip install 'logra-kernels[report]'") from error
 
 
-def _as_report(args: argparse.Namespace, store: GradientStore, answers: list[Answer], worth: Worth) -> Report:
+def _as_report(args: argparse.Namespace, store: GradientStore, answers: list[Answer], worth: list[Provider]) -> Report:
     from logra_kernels import report
     from logra_kernels.curvature import Damping
     from logra_kernels.store import spread_of
@@ -128,7 +115,7 @@ def _as_report(args: argparse.Namespace, store: GradientStore, answers: list[Ans
         f"{len(answers)} {'query' if len(answers) == 1 else 'queries'}.",
         answers=shown,
         score="l-RelatIF" if args.mode == "relatif" else "influence (dot)",
-        providers=worth.providers(),
+        providers=worth,
         facts=[("Setting", facts)],
     )
 

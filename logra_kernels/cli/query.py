@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logra_kernels.cli import session
-from logra_kernels.cli.answer import Answer, Row, Worth, as_json, print_answer, write_report
+from logra_kernels.cli.answer import Answer, Row, as_json, print_answer, providers, write_report
 from logra_kernels.errors import LograError
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from logra_kernels.run import Query, Run
     from logra_kernels.store import GradientStore
+
+_TOGETHER = 64  # queries that are scored in one pass over the store
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     questions = _questions(args)
 
+    import torch
+
     from logra_kernels.integrations import causal_lm
-    from logra_kernels.run import Run
+    from logra_kernels.run import Query, Run
     from logra_kernels.store import GradientStore
 
     # Before the model is loaded, which takes longer than to see that there is no store.
@@ -75,14 +79,17 @@ def run(args: argparse.Namespace) -> int:
     facts = session.fingerprints(tokenizer, longest)
     known = {name: value for name, value in facts.items() if name in store.fingerprints}
     answers: list[Answer] = []
-    worth = Worth(store)
     with Run(args.store, model, fingerprints=known, curvature=args.curvature) as asking:
-        for start in range(0, len(questions), args.batch_size):
-            batch = questions[start : start + args.batch_size]
-            query, asked = _ask(asking, model, tokenizer, batch, longest, args)
+        total = torch.zeros(store.dim, dtype=torch.float64, device="cpu")
+        together = max(_TOGETHER, args.batch_size)
+        for start in range(0, len(questions), together):
+            query, asked = _ask(asking, model, tokenizer, questions[start : start + together], longest, args)
             answers += asked
-            if args.report:
-                worth.add(asking.scores(query, mode=args.mode, damping=args.damping))
+            total += query.rows.double().sum(dim=0)
+        if args.report:
+            # a score is linear in its query
+            everything = Query(["all"], total.float()[None])
+            worth = providers(store, asking.scores(everything, mode=args.mode, damping=args.damping)[0])
     if args.json:
         print(json.dumps(as_json(args, answers), indent=1, ensure_ascii=False))
     else:
@@ -97,21 +104,14 @@ def run(args: argparse.Namespace) -> int:
 def _ask(
     asking: Run, model: nn.Module, tokenizer: Any, questions: list[Question], longest: int, args: argparse.Namespace
 ) -> tuple[Query, list[Answer]]:
-    """The gradients of one batch of questions, and the answers."""
-    from logra_kernels.integrations import causal_lm
-
+    """The gradients of some questions, and the answers."""
     completions = [
         question.completion
         if question.completion is not None
         else _continue(model, tokenizer, question, args.max_new_tokens)
         for question in questions
     ]
-    ids = [question.id for question in questions]
-    prompts = [question.prompt for question in questions]
-    batch = causal_lm.encode(tokenizer, prompts, completions=completions, max_length=longest, ids=ids)
-    with asking.query(ids=ids, sequence_length=batch.sequence_length) as query:
-        nll, tokens = causal_lm.losses(model, batch.to(next(model.parameters()).device))
-        nll.sum().backward()
+    query, losses = _gradients(asking, model, tokenizer, questions, completions, longest, args.batch_size)
     top = asking.topk(
         query,
         k=args.k,
@@ -127,13 +127,43 @@ def _ask(
             prompt=question.prompt,
             completion=completion,
             generated=question.completion is None,
-            loss=float(nll[i].detach()),
-            tokens=int(tokens[i]),
+            loss=losses[i][0],
+            tokens=losses[i][1],
             rows=_rows(asking.store, top.values[i].tolist(), top.indices[i].tolist(), top.ids[i]),
         )
         for i, (question, completion) in enumerate(zip(questions, completions, strict=True))
     ]
     return query, answers
+
+
+def _gradients(
+    asking: Run,
+    model: nn.Module,
+    tokenizer: Any,
+    questions: list[Question],
+    completions: list[str],
+    longest: int,
+    batch_size: int,
+) -> tuple[Query, list[tuple[float, int]]]:
+    """The questions' gradients, and of each the loss and how many tokens it is of."""
+    from logra_kernels.integrations import causal_lm
+    from logra_kernels.run import Query
+
+    ids, prompts = [question.id for question in questions], [question.prompt for question in questions]
+    found: dict[int, tuple[float, int]] = {}
+    parts: list[Query] = []
+    batches = causal_lm.batches_of_like_length(
+        tokenizer, prompts, batch_size, completions=completions, max_length=longest, ids=ids
+    )
+    for places, batch in batches:
+        with asking.query(ids=batch.ids, sequence_length=batch.sequence_length) as part:
+            nll, tokens = causal_lm.losses(model, batch.to(next(model.parameters()).device))
+            nll.sum().backward()
+        parts.append(part)
+        found.update(zip(places, zip(nll.tolist(), tokens.tolist(), strict=True), strict=True))
+    coming = list(found)
+    back = sorted(range(len(coming)), key=coming.__getitem__)
+    return Query(ids, Query.cat(parts).rows[back]), [found[i] for i in range(len(ids))]
 
 
 def _continue(model: nn.Module, tokenizer: Any, question: Question, max_new_tokens: int) -> str:

@@ -141,12 +141,18 @@ def encode(
 
 
 def batches_of_like_length(
-    tokenizer: Any, texts: Sequence[str], size: int, *, max_length: int = 512, ids: Sequence[str] | None = None
+    tokenizer: Any,
+    texts: Sequence[str],
+    size: int,
+    *,
+    completions: Sequence[str] | None = None,
+    max_length: int = 512,
+    ids: Sequence[str] | None = None,
 ) -> Iterator[tuple[list[int], Batch]]:
     """`encode` texts in batches that have little padding: those of most tokens first, equal ones in their order.
 
     Args:
-        tokenizer, texts, max_length, ids: As in `encode`.
+        tokenizer, texts, completions, max_length, ids: As in `encode`.
         size: Texts in a batch.
 
     Yields:
@@ -155,7 +161,7 @@ def batches_of_like_length(
     Raises:
         LograError, ValueError: As `encode`, before the first batch.
     """
-    tokens, given, names = _encode(tokenizer, texts, None, max_length, ids)
+    tokens, given, names = _encode(tokenizer, texts, completions, max_length, ids)
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
     for start in range(0, len(order), size):
         part = order[start : start + size]
