@@ -15,7 +15,7 @@ FLOORS = [
     {"curvature"},
     {"influence"},
     {"session"},
-    {"run"},
+    {"run", "one_pass"},
     {"compat", "distributed", "integrations", "plan", "report", "selftest"},
     {"demo"},
     {"cli"},

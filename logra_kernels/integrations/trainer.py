@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer as the loop that logs: its data, batches, devices and autocast, and no training."""
+"""Hugging Face's Trainer as the loop that logs into a run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
 
 from logra_kernels.errors import LograError
 from logra_kernels.integrations.causal_lm import IGNORED, Batch, loss_sum
+from logra_kernels.one_pass import one_pass_trainer
 from logra_kernels.run import Run
 
 FIELDS, ROWS = "logra_kernels fields", "logra_kernels rows"  # names that no model takes
@@ -60,30 +60,16 @@ def logging_trainer(
         LograError: transformers is not installed; by `train`, rows lack a field, or are to be numbered by several
             processes.
     """
-    try:
-        from transformers import Trainer, TrainerCallback
-    except ImportError:
-        raise LograError("logging_trainer needs transformers: pip install 'logra-kernels[hf]'") from None
     fields = [*([] if ids is None or observe else [ids]), *([] if observe else columns)]
+    one_pass: Any = one_pass_trainer(base, "logging_trainer")
 
-    class OnePass(TrainerCallback):
-        """Ends with the first epoch, and saves nothing."""
-
-        def on_step_end(self, args, state, control, **_):
-            control.should_save = control.should_evaluate = False
-
-        def on_epoch_end(self, args, state, control, **_):
-            control.should_save = control.should_evaluate = False
-            control.should_training_stop = True
-
-    class LoggingTrainer(base or Trainer):  # type: ignore[misc]
+    class LoggingTrainer(one_pass):
         def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(*args, **settings)
             if ids is None and not observe and self.args.world_size > 1:
                 raise LograError("logging_trainer: several processes cannot number rows; give ids= a field of the data")
             self._numbered = 0
             self.data_collator: Any = _Collator(self.data_collator, fields, self._taken())
-            self.add_callback(OnePass())
 
         def train(self, *args: Any, **settings: Any) -> Any:
             self._numbered = 0
@@ -98,10 +84,7 @@ def logging_trainer(
             super()._set_signature_columns_if_needed()
             return list(self._signature_columns)
 
-        def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-            return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
-
-        def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        def log_batch(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
             kept = inputs.pop(FIELDS)
             batch = self._prepare_inputs(inputs)
             first, self._numbered = self._numbered, self._numbered + kept[ROWS]
@@ -110,13 +93,11 @@ def logging_trainer(
             )
             if not observe and run.committed(names):
                 return torch.zeros((), dtype=torch.float32, device=self.args.device)
-            model.eval()
             with self._gathering(names, kept, batch.get("attention_mask")):
                 with self.compute_loss_context_manager():
                     value = loss(model, batch)
                 value.backward()  # not accelerator.backward, which divides by the accumulation steps
-            model.zero_grad(set_to_none=True)  # so that a run without `freeze` moves no weight
-            return value.detach()
+            return value
 
         def _gathering(
             self, names: list[str], kept: Mapping[str, Any], mask: Tensor | None
