@@ -1,7 +1,7 @@
 """LogIX's names on top of `Run`: `import logra_kernels.compat.logix as logix`.
 
-`session` says what is as in LogIX and what is not. Its Trainer and Lightning patches are not here; a Trainer that logs
-is in `logra_kernels.integrations.trainer`.
+`session` says what is as in LogIX and what is not. `compat.logix.huggingface` and `compat.logix.lightning` are its
+patches of transformers' Trainer and of Lightning, imported by themselves; `passes` says what differs in them.
 """
 
 from logra_kernels.compat.logix import analysis, config, statistic, utils

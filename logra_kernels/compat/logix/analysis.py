@@ -37,14 +37,19 @@ class InfluenceFunction:
 
     Attributes:
         influence_scores: Results of `compute_influence_all(save=True)`, of all queries so far.
+        self_influence_scores: Of a patched trainer's last `self_influence`.
     """
 
     def __init__(self, project: Project) -> None:
         self._project = project
         self.influence_scores: Result = {}
+        self.self_influence_scores: Result = {}
 
     def get_influence_scores(self) -> Result:
         return self.influence_scores
+
+    def get_self_influence_scores(self) -> Result:
+        return self.self_influence_scores
 
     def precondition(self, src_log: Log, damping: float | None = None, hessian: str = "auto") -> Log:
         """(H + lambda I)^-1 g of every row of a log, as a log."""
@@ -187,6 +192,14 @@ def _joined(results: Sequence[Result]) -> Result:
         raise ValueError("logix: the loader gives no logs, so there is nothing to score")
     ids = [name for result in results for name in result["tgt_ids"]]
     return {"tgt_ids": ids, "influence": _cat([result["influence"] for result in results], 1)}
+
+
+def joined_queries(results: Sequence[Result]) -> Result:
+    """Self-influences of one batch after another."""
+    if not results:
+        return {}
+    ids = [name for result in results for name in result["src_ids"]]
+    return {"src_ids": ids, "influence": _cat([result["influence"] for result in results], 0)}
 
 
 def _more_queries(before: Result, result: Result) -> Result:

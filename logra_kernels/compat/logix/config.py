@@ -124,7 +124,7 @@ def _made(part: type, given: Mapping[str, Any], what: str) -> Any:
 def _read(file: str | os.PathLike) -> Mapping[str, Any]:
     path = Path(file)
     if not path.exists():
-        if os.fspath(file) != DEFAULT_FILE:
+        if path != Path(DEFAULT_FILE):
             warnings.warn(f"logix: the configuration {path} is missing, so the defaults are used", stacklevel=2)
         return {}
     try:
