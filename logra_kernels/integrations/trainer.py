@@ -53,12 +53,14 @@ def logging_trainer(
         ids: The dataset's field with each row's id, which neither model nor collator needs to know; None numbers the
             rows "0", "1", ...
         columns: Fields that are stored as columns of the rows.
-        loss: Of the model and a collated batch, the sum over samples and positions.
-        observe: `Run.observe` the data in place of logging it; positions whose "attention_mask" is 0 do not count.
+        loss: Of the model and a collated batch, the sum over samples and positions. The default is a causal language
+            model's.
+        observe: `Run.observe` the data in place of logging it; positions whose "attention_mask" is 0 do not count, but
+            in an encoder-decoder, whose mask does not tell of the decoder's positions.
 
     Raises:
-        LograError: transformers is not installed; by `train`, rows lack a field, or are to be numbered by several
-            processes.
+        LograError: transformers is not installed; by the class, the default loss is meant for a masked language model
+            or an encoder-decoder; by `train`, rows lack a field, or are to be numbered by several processes.
     """
     fields = [*([] if ids is None or observe else [ids]), *([] if observe else columns)]
     one_pass: Any = one_pass_trainer(base, "logging_trainer")
@@ -68,8 +70,26 @@ def logging_trainer(
             super().__init__(*args, **settings)
             if ids is None and not observe and self.args.world_size > 1:
                 raise LograError("logging_trainer: several processes cannot number rows; give ids= a field of the data")
+            if loss is next_token_loss:
+                self._check_causal()
             self._numbered = 0
             self.data_collator: Any = _Collator(self.data_collator, fields, self._taken())
+
+        def _check_causal(self) -> None:
+            from transformers.models.auto import modeling_auto
+
+            masked = set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+            masked -= set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+            found = [type(module).__name__ for module in self.model.modules()]
+            other = next((name for name in found if name in masked), found[0] if self._encodes_and_decodes() else None)
+            if other is not None:
+                raise LograError(
+                    f"logging_trainer: a {other} does not predict each next token of its input, which the default loss"
+                    " is of: give loss=, the sum of the samples' losses of (model, batch)"
+                )
+
+        def _encodes_and_decodes(self) -> bool:
+            return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
 
         def train(self, *args: Any, **settings: Any) -> Any:
             self._numbered = 0
@@ -93,18 +113,24 @@ def logging_trainer(
             )
             if not observe and run.committed(names):
                 return torch.zeros((), dtype=torch.float32, device=self.args.device)
-            with self._gathering(names, kept, batch.get("attention_mask")):
+            with self._gathering(names, kept, batch):
                 with self.compute_loss_context_manager():
                     value = loss(model, batch)
                 value.backward()  # not accelerator.backward, which divides by the accumulation steps
             return value
 
         def _gathering(
-            self, names: list[str], kept: Mapping[str, Any], mask: Tensor | None
+            self, names: list[str], kept: Mapping[str, Any], batch: Mapping[str, Any]
         ) -> AbstractContextManager[None]:
+            tokens, mask = batch.get("input_ids"), batch.get("attention_mask")
+            length = None  # for models that flatten samples and positions, as OPT does
+            if self._encodes_and_decodes():
+                mask = None
+            elif isinstance(tokens, Tensor) and tokens.dim() == 2:
+                length, mask = tokens.shape[1], torch.ones_like(tokens) if mask is None else mask
             if observe:
-                return run.observe(weights=None if mask is None else mask.bool())
-            return run.log(names, {name: kept[name] for name in columns} or None)
+                return run.observe(weights=None if mask is None else mask.bool(), sequence_length=length)
+            return run.log(names, {name: kept[name] for name in columns} or None, sequence_length=length)
 
     return LoggingTrainer
 

@@ -141,3 +141,61 @@ def test_a_field_that_rows_lack_is_named(tmp_path):
         with pytest.raises(LograError, match="no field 'name'; it has"):
             logged(run, model, tmp_path / "out", Rows(), ids="name")
         assert not lk.GradientStore.exists(tmp_path / "s")
+
+
+SMALL = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def opt():
+    widths = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "max_position_embeddings": 32}
+    config = transformers.OPTConfig(**SMALL, **widths, num_hidden_layers=1, num_attention_heads=2)
+    return transformers.OPTForCausalLM(config)
+
+
+def t5():
+    widths = {"d_model": 16, "d_kv": 8, "d_ff": 24}
+    config = transformers.T5Config(**SMALL, **widths, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def bert():
+    widths = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 32}
+    config = transformers.BertConfig(**SMALL, **widths, num_hidden_layers=1, num_attention_heads=2)
+    return transformers.BertForMaskedLM(config)
+
+
+def reconstruction(model, inputs):
+    """Of an encoder-decoder whose target is the first tokens of its input."""
+    labels = inputs["input_ids"][:, :4].contiguous()
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize(("make", "loss"), [(opt, None), (t5, reconstruction)])
+def test_models_that_flatten_positions_and_encoder_decoders(tmp_path, make, loss):
+    torch.manual_seed(0)
+    model, data, options = make().eval(), Rows(), {} if loss is None else {"loss": loss}
+    projection = lk.Projection(rank=3, kind="pca")
+    with lk.Run(tmp_path / "s", model, projection=projection) as run:
+        logged(run, model, tmp_path / "out", data, observe=True, **options)
+        logged(run, model, tmp_path / "out", data, **options)
+        run.commit()
+        assert run.store.ids == [f"row{i}" for i in range(N)]
+        tokens = data.tokens[4][None]
+        batch = Batch(tokens, torch.ones_like(tokens), tokens)
+        with run.query(["q"], sequence_length=tokens.shape[1]) as query:
+            if loss is None:
+                loss_sum(model, batch).backward()
+            else:
+                loss(model, {"input_ids": tokens, "attention_mask": batch.attention_mask}).backward()
+        exact = query.rows[0]
+        assert exact.abs().max() > 0
+        torch.testing.assert_close(run.store.read(4, 5)[0], exact, rtol=1e-3, atol=1e-4 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("make", [t5, bert])
+def test_the_default_loss_of_a_model_it_is_not_of_is_refused(tmp_path, make):
+    model = make()
+    with lk.Run(tmp_path / "s", model) as run, pytest.raises(LograError, match=f"a {type(model).__name__} does not"):
+        logged(run, model, tmp_path / "out", Rows())
+    assert not (tmp_path / "s").exists()

@@ -381,12 +381,6 @@ def test_a_layer_the_loss_does_not_reach_is_named():
         _ = taps.grads
 
 
-def test_multihead_attention_output_is_not_offered():
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
-    assert list(lk.capture(layer, SMALL).layers) == ["linear1", "linear2"]
-    check(layer, torch.randn(3, 7, 16), torch.randn(3, 7, 16))
-
-
 def test_frozen_weights_keep_no_linear_input_alive():
     """Taps hold a = P_in x: k numbers a position and layer, where the gradients of weights need d."""
 
