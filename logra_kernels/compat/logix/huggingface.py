@@ -4,10 +4,11 @@
 
     - it takes what the patched class takes, and `tokenizer=` for `processing_class=`; LogIX's passes its arguments by
       position, and fails with transformers >= 4.46;
-    - data is gone over in its order; LogIX's is shuffled, in an order of its own in every pass;
+    - data is gone over in its order, and once for `influence`; LogIX's is shuffled, and asked about as often as the
+      scheduler has passes;
     - a causal language model's loss passes over each sample's first label, which is not counted in the sum's scale
-      either; LogIX counts it, and with `label_key="input_ids"` padding too, so that a row with T labels is
-      T / (T - 1) as large, and rows of batches with unequal padding compare wrongly;
+      either; LogIX counts it, and with `label_key="input_ids"` padding too: the rows of a batch with T labels a sample
+      are T / (T - 1) as large, and with padding more, so that rows of different batches compare wrongly;
     - several processes, and several GPUs in one, are refused.
 """
 

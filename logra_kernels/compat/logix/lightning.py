@@ -45,7 +45,7 @@ OFF = {  # what a pass has no use for
     "gradient_clip_val": None,
     "limit_val_batches": 0,
     "logger": False,
-    "max_epochs": -1,
+    "max_epochs": 1,
     "min_epochs": None,
     "min_steps": None,
     "num_sanity_val_steps": 0,
@@ -198,6 +198,7 @@ def patch(
         def _go_over(self, model: Any, *args: Any, **settings: Any) -> None:
             if not isinstance(model, PatchedModule):
                 raise LograError(f"patch: fit the module's patched class, not a {type(model).__name__}")
+            self.fit_loop.max_epochs = self.current_epoch + 1  # those of earlier passes count
             with _modes(model):
                 super().fit(model, *args, **settings)
 

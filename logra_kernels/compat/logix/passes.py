@@ -6,8 +6,7 @@ Both differ from LogIX 0.1.1's in these:
       logs through dropout, and moves the statistics of batch norms;
     - gradient accumulation does not divide the gradients;
     - `self_influence` returns the scores, as `compute_self_influence` does, where LogIX returns None;
-    - `influence` goes over the data once; LogIX's goes as often as the scheduler has passes, and a second call adds to
-      the first one's scores;
+    - a second `influence` returns its own scores alone; LogIX's has the first one's before them;
     - `influence` without `extract_log` before it begins with `initialize_from_log`; LogIX's asks the stored rows with
       other random factors, and without a curvature;
     - `extract_log` may be called again, and goes on where it was interrupted; LogIX's scheduler is spent;
