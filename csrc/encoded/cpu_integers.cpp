@@ -55,23 +55,6 @@ struct Tiles {
   }
 };
 
-// The cache lines of some rows' units, which are fetched a few at a time.
-struct Ahead {
-  const uint8_t* row;
-  int64_t stride, row_bytes, left, step, at = 0;
-
-  void fetch() {
-    for (int64_t lines = std::min(step, left); lines > 0; --lines, --left) {
-      __builtin_prefetch(row + at, 0, 2);
-      at += kCacheLine;
-      if (at == row_bytes) {
-        at = 0;
-        row += stride;
-      }
-    }
-  }
-};
-
 struct WideProduct : Codes {
   static constexpr int64_t kLd = kRunUnits * kUnit + 64;  // rows a power of 2 apart would share cache sets
   const Tiles& b;
@@ -96,15 +79,6 @@ struct WideProduct : Codes {
     }
   }
 
-  // The rows after these, or the units after them.
-  Ahead ahead(int64_t row, int64_t first, int64_t end, int64_t unit, int64_t tiles) const {
-    const bool on = row + kTileCodes < end;
-    const int64_t bytes = round_up(std::min(kRunUnits, plan.units() - unit) * a.encoding.bytes(kUnit), kCacheLine);
-    const int64_t count = kTileCodes * bytes / kCacheLine;
-    const uint8_t* from = on ? at(row + kTileCodes, unit) : at(first, std::min(unit + kRunUnits, plan.units() - 1));
-    return {from, a.code_stride, bytes, count, ceil_div(count, tiles)};
-  }
-
   void multiply(int64_t row, int64_t rows, float* scratch) const {
     const int64_t end = row + round_up(rows, kTileCodes);
     float *sums = scratch, *a_scale = sums + (end - row) * ld(), *scales = a_scale + kTileCodes * kRunUnits;
@@ -119,7 +93,7 @@ struct WideProduct : Codes {
           copy_scales(i + r, plan.span, first, spans, scales);
           for (int64_t s = 0; s < spans; ++s) a_scale[s * kTileCodes + r] = scales[s];
         }
-        Ahead next = ahead(i, row, end, unit, spans * b.groups());
+        CodesAhead next = ahead(i, row, end, kTileCodes, unit, kRunUnits, spans * b.groups());
         for (int64_t g = 0; g < b.groups(); ++g) {
           for (int64_t s = 0; s < spans; ++s) {
             next.fetch();

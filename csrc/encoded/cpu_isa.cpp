@@ -3,6 +3,7 @@
 
 #include "common/isa.h"
 #include "common/kernels.h"
+#include "encoded/f8.h"
 #include "encoded/integers.h"
 #include "encoded/kernels.h"
 #include "encoded/signs.h"
@@ -14,6 +15,7 @@ extern const EncodedKernels kEncodedBase;
 extern const EncodedKernels kEncodedV3, kEncodedV4;
 extern const IntegerKernels kIntegersV4Vnni;
 extern const SignKernels kSignsV4Vbmi;
+extern const F8Kernels kF8V4;
 extern const decltype(EncodedKernels::few_f8) kFewF8V4Vbmi;
 #endif
 
@@ -57,6 +59,15 @@ const SignKernels* sign_kernels() {
 #if LGK_HAS_X86_SETS
   static const bool have = __builtin_cpu_supports("avx512vbmi");
   return have && integer_kernels() != nullptr ? &kSignsV4Vbmi : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
+const F8Kernels* f8_kernels() {
+#if LGK_HAS_X86_SETS
+  static const bool have = __builtin_cpu_supports("avx512vbmi") && isa_name() == std::string("v4bf16");
+  return have && integer_kernels() != nullptr ? &kF8V4 : nullptr;
 #else
   return nullptr;
 #endif

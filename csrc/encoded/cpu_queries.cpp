@@ -5,6 +5,7 @@
 
 #include "common/kernels.h"
 #include "common/threads.h"
+#include "encoded/f8.h"
 #include "encoded/integer_product.h"
 #include "encoded/kernels.h"
 #include "encoded/product.h"
@@ -45,12 +46,17 @@ EncodedQueries::EncodedQueries(const Rows& b, int64_t n, int64_t depth, const En
     : b_(b), depth_(depth), groups_(ceil_div(n, kAtOnce)) {
   if (digits == 0 || n == 0 || depth == 0) return;
   const int64_t span = std::min(encoding.block, kMostSpan);
-  bool integers = integer_kernels() != nullptr && encoding.code != Code::kF8 && encoding.block >= kUnit;
-  for (int64_t g = 0; integers && g < static_cast<int64_t>(groups_.size()); ++g) {
+  const bool f8 = encoding.code == Code::kF8;
+  const bool parts = encoding.block >= kUnit && (f8 ? f8_kernels() != nullptr : integer_kernels() != nullptr);
+  for (int64_t g = 0; parts && g < static_cast<int64_t>(groups_.size()); ++g) {
     const Plan plan = {encoding.code, depth, std::min(kAtOnce, n - g * kAtOnce), digits, span};
     const int threads = threads_for(kPacking * plan.queries * depth, n_threads);
     const bool few = plan.queries <= kFewColumns;
-    const auto pack = !few ? pack_many_integers : tables_pay(plan) ? pack_few_signs : pack_few_integers;
+    if (f8 && few) continue;
+    const auto pack = f8                 ? pack_many_f8
+                      : !few             ? pack_many_integers
+                      : tables_pay(plan) ? pack_few_signs
+                                         : pack_few_integers;
     groups_[g] = pack(plan, b.from(g * kAtOnce), threads);
   }
   const auto laid_out = [](const auto& group) { return group != nullptr; };

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "common/kernels.h"
+#include "encoded/f8.h"
 #include "encoded/kernels.h"
 
 #pragma GCC target("avx,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vbmi")
@@ -26,19 +27,6 @@ struct alignas(64) F8Tables {
   uint8_t high[128], low[128];  // of the bf16 that a magnitude is
   uint8_t order[64];            // so that byte pairs of an in-lane interleaving come apart as neighbours
 };
-
-constexpr uint16_t bf16_of_f8(int size) {
-  if (size == 127) return 0x7fc0;
-  if (size >= 8) return static_cast<uint16_t>((size << 4) + (120 << 7));
-  int exponent = 127 - 9, mantissa = size;  // size * 2^-9
-  if (size == 0) return 0;
-  while (mantissa >> 1) {
-    mantissa >>= 1;
-    ++exponent;
-  }
-  const int top = exponent - (127 - 9);
-  return static_cast<uint16_t>((exponent << 7) | ((size - (1 << top)) << (7 - top)));
-}
 
 constexpr F8Tables make_tables() {
   F8Tables tables = {};

@@ -41,7 +41,24 @@ const float* span_numbers(const Plan& plan, const Rows& b, int64_t query, int64_
 // Packs one span of a query; false if it holds NaN or Inf.
 bool pack_span(const Plan& plan, const Rows& b, int64_t query, int64_t s, float* x, Span& to);
 
-// What both ways need of the rows.
+// The cache lines of some rows' units, which are fetched a few at a time.
+struct CodesAhead {
+  const uint8_t* row;
+  int64_t stride, row_bytes, left, step, at = 0;
+
+  void fetch() {
+    for (int64_t lines = std::min(step, left); lines > 0; --lines, --left) {
+      __builtin_prefetch(row + at, 0, 2);
+      at += kCacheLine;
+      if (at == row_bytes) {
+        at = 0;
+        row += stride;
+      }
+    }
+  }
+};
+
+// What all ways need of the rows.
 struct Codes {
   const Plan& plan;
   const EncodedRows& a;
@@ -82,6 +99,17 @@ struct Codes {
     if (scales_lie_whole()) return whole_scales(row, unit);
     copy_scales(row, kUnit, unit, units, copy);
     return copy;
+  }
+
+  // What is read after `step` rows of first .. end - 1 and `run` units of theirs: the rows after these, or the units
+  // after them. It is fetched in so many calls.
+  CodesAhead ahead(int64_t row, int64_t first, int64_t end, int64_t step, int64_t unit, int64_t run,
+                   int64_t calls) const {
+    const bool on = row + step < end;
+    const int64_t bytes = round_up(std::min(run, plan.units() - unit) * a.encoding.bytes(kUnit), kCacheLine);
+    const int64_t count = step * bytes / kCacheLine;
+    const uint8_t* from = on ? at(row + step, unit) : at(first, std::min(unit + run, plan.units() - 1));
+    return {from, a.code_stride, bytes, count, ceil_div(count, calls)};
   }
 
   // A row's codes from `unit` on, no more than kUnit bytes, filled up so that they can be read whole.
@@ -141,6 +169,7 @@ struct IntegerQueries {
 // Null if a query holds NaN or Inf.
 std::unique_ptr<IntegerQueries> pack_few_integers(const Plan& plan, const Rows& b, int n_threads);
 std::unique_ptr<IntegerQueries> pack_many_integers(const Plan& plan, const Rows& b, int n_threads);
+std::unique_ptr<IntegerQueries> pack_many_f8(const Plan& plan, const Rows& b, int n_threads);
 std::unique_ptr<IntegerQueries> pack_few_signs(const Plan& plan, const Rows& b, int n_threads);
 
 // Whether few queries are faster on sign codes by tables of sums. The tables of one query must fit the cache: they are

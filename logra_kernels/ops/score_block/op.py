@@ -123,9 +123,11 @@ def score_block(
             fixed point: each number is rounded by at most 1/65000 of the largest one of those it shares a scale with
             in the rows, 512 at most; beside sign rows sums of four may be, by four times that at most. A score is off
             by at most sum_d max|q| |g_d| / 65000, in practice by 3e-5 of a score's standard deviation over rows, 100
-            times less than by int8 rows' own rounding. "fp32": never coarser than fp32, half as fast there. "int8":
-            rounded to int8 with scales as above on every device, the fastest but for few queries beside sign rows; a
-            score is off by 0.7 % of a standard deviation.
+            times less than by int8 rows' own rounding. One that multiplies bf16 too may take more than 8 of them,
+            beside such fp8 rows, as bf16 numbers and bytes of what those leave, off by as little in practice and by
+            sum_d max|q| (|g_d| + max|g|) / 65000 at most. "fp32": never coarser than fp32, half as fast there.
+            "int8": rounded to int8 with scales as above on every device, the fastest but for few queries beside sign
+            rows; a score is off by 0.7 % of a standard deviation.
         backend: "auto", "cpp", "triton", "cuda" or "reference"; an unavailable one raises RuntimeError.
 
     Returns:

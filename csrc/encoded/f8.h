@@ -1,0 +1,53 @@
+// Products of fp8 codes with many queries, for machines that multiply bf16 and bytes.
+//
+// Every code is a bf16 number. A query's number is one too, and a rest: it is 2^-9 of the number at most, so that its
+// product may take codes rounded to bytes and the rest in bytes, twice as many at a time as numbers of bf16.
+#pragma once
+#include "encoded/integers.h"
+
+namespace lgk {
+
+constexpr int64_t kF8Rows = 6;          // of a tile
+constexpr int64_t kF8Columns = 32;      // queries of a tile
+constexpr int64_t kF8Unit = 3 * kUnit;  // bytes of a unit of a row: as bf16, then as bytes
+constexpr int64_t kF8Step = 4;          // numbers that a tile takes at a time: two pairs of bf16, four bytes
+constexpr float kMostF8 = 448, kRestUnits = 127 * 0x1p7f;  // of 1, for numbers below 4
+
+// Bytes of a step's numbers of kF8Columns queries: [pair][query][2] of bf16, then [query][4] of the rests.
+constexpr int64_t f8_step(bool rests) { return kF8Columns * kF8Step * (rests ? 3 : 2); }
+
+// The numbers of a unit lie in this order as pairs of bf16, in their own as bytes.
+constexpr int64_t f8_pair(int64_t i) { return i / 32 * 64 + i % 4 * 2 + i / 4 % 4 * 16 + i / 16 % 2 * 8; }
+
+// The bf16 number that a magnitude of e4m3 is.
+constexpr uint16_t bf16_of_f8(int size) {
+  if (size == 127) return 0x7fc0;
+  if (size >= 8) return static_cast<uint16_t>((size << 4) + (120 << 7));
+  int exponent = 127 - 9, mantissa = size;  // size * 2^-9
+  if (size == 0) return 0;
+  while (mantissa >> 1) {
+    mantissa >>= 1;
+    ++exponent;
+  }
+  const int top = exponent - (127 - 9);
+  return static_cast<uint16_t>((exponent << 7) | ((size - (1 << top)) << (7 - top)));
+}
+
+struct F8Kernels {
+  // Codes of whole units to out [kF8Unit] each. A byte is 128 + 127 / kMostF8 of the number, rounded.
+  void (*expand)(const uint8_t* codes, int64_t units, uint8_t* out);
+
+  // x [kUnit] * inverse as bf16, and what is missing in kRestUnits; `whole`: rounded to integers, with no rests.
+  // Returns the sum of the rests.
+  int32_t (*split)(const float* x, float inverse, bool whole, uint16_t* numbers, int8_t* rests);
+
+  // c[i][q] += a_scale[i] b_scale[q] sum over units of one span of a(i, k) b(q, k), for kF8Rows rows lda apart and
+  // kF8Columns queries; b [steps][f8_step(rests)]. start [queries] is added to the sums of bytes.
+  void (*tile)(const uint8_t* a, int64_t lda, const uint8_t* b, bool rests, int64_t units, const int32_t* start,
+               const float* a_scale, const float* b_scale, float* c, int64_t ldc);
+};
+
+// Null where the instruction set in use has none.
+const F8Kernels* f8_kernels();
+
+}  // namespace lgk
