@@ -105,6 +105,13 @@ void bind_ids(py::module_& m) {
           },
           py::arg("offsets"), py::arg("data"), py::arg("n"), "`add` of an Arrow array's int32 offsets and bytes.")
       .def(
+          "add_new",
+          [](store::IdTable& table, Address offsets, Address data, int64_t n, Address fresh) {
+            table.add_new(strings_at(offsets, data, n), reinterpret_cast<bool*>(fresh));
+          },
+          py::arg("offsets"), py::arg("data"), py::arg("n"), py::arg("new"),
+          "Give the next places to those of an Arrow array that are not there; for each, whether it was one.")
+      .def(
           "drop",
           [](store::IdTable& table, int64_t count) {
             LGK_CHECK(0 <= count && count <= table.size(), "IdTable: drop of more ids than there are");

@@ -132,6 +132,21 @@ int64_t IdTable::add(const std::vector<std::string_view>& ids) {
   return kNone;
 }
 
+void IdTable::add_new(const std::vector<std::string_view>& ids, bool* fresh) {
+  make_room(ids);
+  const auto count = static_cast<int64_t>(ids.size());
+  uint64_t keys[kAhead];
+  for (int64_t begin = 0; begin < count; begin += kAhead) {
+    const int64_t end = std::min(count, begin + kAhead);
+    look_up(ids, begin, end, keys);
+    for (int64_t i = begin; i < end; ++i) {
+      const uint64_t slot = slot_of(ids[i], keys[i - begin]);
+      fresh[i] = !holds(slot);
+      if (fresh[i]) put(ids[i], keys[i - begin], slot);
+    }
+  }
+}
+
 // No string that is still there has passed over the slot of one that came later.
 void IdTable::drop(int64_t count) {
   for (; count > 0; --count) {

@@ -28,6 +28,9 @@ class IdTable {
   // kNone. std::length_error when there are more than kMost.
   int64_t add(const std::vector<std::string_view>& ids);
 
+  // Gives the next places to those that are not there, the first of equal ones; for each, whether it was one.
+  void add_new(const std::vector<std::string_view>& ids, bool* fresh);
+
   // Forgets those that came last.
   void drop(int64_t count);
 

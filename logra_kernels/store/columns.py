@@ -168,5 +168,6 @@ def is_intact(data: bytes) -> bool:
         return False
 
 
-def from_parquet(data: bytes) -> pa.Table:
-    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).replace_schema_metadata(None)
+def from_parquet(data: bytes, names: list[str] | None = None) -> pa.Table:
+    """All columns, or some."""
+    return pq.ParquetFile(pa.BufferReader(data)).read(names, use_threads=False).replace_schema_metadata(None)

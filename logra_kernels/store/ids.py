@@ -40,6 +40,9 @@ class Places(Protocol):
     def add_arrow(self, ids: pa.Array) -> int:
         """`add` of an array of strings."""
 
+    def add_new(self, ids: pa.Array) -> np.ndarray:
+        """Give the next places to those that are not there, bool [n]: which. Of equal ones it is the first."""
+
     def drop(self, count: int) -> None:
         """Forget those that came last."""
 
@@ -70,9 +73,19 @@ class PythonPlaces:
     def add_arrow(self, ids: pa.Array) -> int:
         return self.add(ids.to_pylist())
 
+    def add_new(self, ids: pa.Array) -> np.ndarray:
+        begin = len(self)
+        places = [self._place_of.setdefault(name, len(self)) for name in ids.to_pylist()]
+        return np.diff(np.maximum.accumulate([begin - 1, *places])) > 0
+
     def drop(self, count: int) -> None:
         for _ in range(count):
             self._place_of.popitem()
+
+
+def new_places() -> Places:
+    """An empty table."""
+    return NativePlaces() if has_places() else PythonPlaces()
 
 
 class KnownIds:
@@ -88,7 +101,7 @@ class KnownIds:
     """
 
     def __init__(self, shown: pa.ChunkedArray, deleted: Iterable[str]):
-        self._places: Places = NativePlaces() if has_places() else PythonPlaces()
+        self._places = new_places()
         for chunk in shown.chunks:
             clash = self._places.add_arrow(chunk)
             if clash >= 0:

@@ -132,10 +132,19 @@ class NativePlaces:
         return places
 
     def add_arrow(self, ids: pa.Array) -> int:
-        if not len(ids):
-            return -1
-        _, offsets, data = ids.buffers()
-        return self._table.add_arrow(offsets.address + 4 * ids.offset, data.address if data else 0, len(ids))
+        return self._table.add_arrow(*_strings_at(ids)) if len(ids) else -1
+
+    def add_new(self, ids: pa.Array) -> np.ndarray:
+        new = np.empty(len(ids), np.bool_)
+        if len(ids):
+            self._table.add_new(*_strings_at(ids), new.ctypes.data)
+        return new
+
+
+def _strings_at(ids: pa.Array) -> tuple[int, int, int]:
+    """Where Arrow has its offsets, its bytes, and how many they are."""
+    _, offsets, data = ids.buffers()
+    return offsets.address + 4 * ids.offset, data.address if data else 0, len(ids)
 
 
 def has_writes() -> bool:

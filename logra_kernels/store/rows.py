@@ -166,8 +166,10 @@ def rows_to_delete(directory: Path, known: KnownIds, ids: Iterable[str], missing
     return {name: number for name, number in found.items() if number >= 0}
 
 
-def shorten(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+def shorten(names: Sequence[str], count: int | None = None) -> str:
+    """The first of so many names; `count` where not all are given."""
+    count = len(names) if count is None else count
+    more = f" and {count - SHOWN} more" if count > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 

@@ -260,8 +260,8 @@ def _read_all(jobs: Sequence[tuple[int, np.ndarray, int]]) -> None:
             left, offset = left[count:], offset + count
 
 
-def read_columns(directory: Path, shard: Shard) -> pa.Table:
-    """The id and user columns of a shard.
+def read_columns(directory: Path, shard: Shard, names: list[str] | None = None) -> pa.Table:
+    """The id and user columns of a shard, or some.
 
     Raises:
         FileNotFoundError: The file is gone.
@@ -271,7 +271,7 @@ def read_columns(directory: Path, shard: Shard) -> pa.Table:
     data = path.read_bytes()
     if digest(data) != shard.columns.checksum:
         raise damaged(path, "its checksum does not fit its content")
-    table = from_parquet(data)
+    table = from_parquet(data, names)
     if table.num_rows != shard.count:
         raise damaged(path, f"it has {table.num_rows} lines for {shard.count} rows")
     return table

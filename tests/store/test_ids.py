@@ -55,6 +55,20 @@ def test_places(kind, seed):
         assert places.find(asked).tolist() == [place_of.get(name, -1) for name in asked]
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_only_what_is_not_there_is_added(kind, seed):
+    chance, places, there = random.Random(seed), kind(), []
+    for count in (0, 1, 3, 70, 500, 2000):
+        names = [*drawn(chance, count), *chance.sample(there, min(len(there), 5))]
+        chance.shuffle(names)
+        wanted = [name not in there and name not in names[:row] for row, name in enumerate(names)]
+        new = places.add_new(pa.array(["x", *names], pa.string())[1:])
+        assert (new.dtype, new.tolist()) == (bool, wanted)
+        there += [name for name, is_new in zip(names, wanted, strict=True) if is_new]
+        assert len(places) == len(there)
+        assert places.find(there).tolist() == [*range(len(there))]
+
+
 def test_many_places(kind):
     """The table grows several times, and forgets what came last across that."""
     names = [f"row-{i}" for i in range(30_000)]
@@ -138,7 +152,7 @@ def test_a_deletion_reads_no_ids_but_the_tails(tmp_path, monkeypatch):
     with GradientStore.open(tmp_path / "s", mode="append") as store:
         read = []
         real = shard.from_parquet
-        monkeypatch.setattr(shard, "from_parquet", lambda data: read.append(data) or real(data))
+        monkeypatch.setattr(shard, "from_parquet", lambda data, names: read.append(data) or real(data))
         for i in (0, 17, 38):
             assert store.delete([f"row-{i}"]) == 1
     assert len(read) == 3

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import shutil
 
 import pytest
@@ -130,6 +131,57 @@ def test_duplicate_ids(tmp_path):
     kept = [*range(12), *range(10, 20), 11, 12]
     ids = [*ids_of(12), "row-10#2", "row-11#2", *ids_of(20)[12:], "row-11#3", "row-12#2"]
     assert_holds(store, kept, ids)
+
+
+def names_of_all(given):
+    """By sets: what the rows of stores with these ids are called in one."""
+    known, seen, found = {name for ids in given for name in ids}, set(), []
+    for ids in given:
+        for name in ids:
+            if name in seen:
+                number = next(n for n in range(2, 10**6) if f"{name}#{n}" not in known)
+                name = f"{name}#{number}"
+                known.add(name)
+            seen.add(name)
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_duplicate_ids(tmp_path, seed, monkeypatch):
+    """Names that others get when they are numbered, deleted rows, several shards; with the native table and without."""
+    if seed % 2:
+        monkeypatch.setattr("logra_kernels.store.ids.has_places", lambda: False)
+    chance = random.Random(seed)
+    pool = [f"{name}{end}" for name in ("a", "b", "ä", "", "a#2") for end in ("", "#2", "#3", "#2#2", "\0")]
+    given, places = [], []
+    for number in range(4):
+        ids = list(dict.fromkeys(chance.choices(pool, k=20)))
+        places.append(tmp_path / str(number))
+        with GradientStore.create(places[-1], {"l": (1, 2)}, rows_per_shard=5) as store:
+            store.append(torch.randn(len(ids), 2), ids)
+            gone = chance.sample(ids, 3)
+            store.delete(gone)
+        given.append([name for name in ids if name not in gone])
+    names = names_of_all(given)
+    twice = sum(map(len, given)) - len(set().union(*given))
+    with pytest.raises(StoreError, match=f"^{twice} ids are in more than one of the stores: '.*' and {twice - 5} more"):
+        merge(places, tmp_path / "out")
+    store = merge(places, tmp_path / "out", duplicates="keep")
+    assert store.ids == names
+    rows = [GradientStore.open(place) for place in places]
+    assert torch.equal(store.read(0, len(store)), torch.cat([part.read(0, len(part)) for part in rows]))
+    assert fsck(store.path).faults == []
+
+
+def test_an_id_that_one_store_has_twice(tmp_path, monkeypatch):
+    """As damage may leave it: every row has an id of its own afterwards."""
+    with monkeypatch.context() as patch:
+        patch.setattr("logra_kernels.store.writing.append.add_ids", lambda known, ids: None)
+        with GradientStore.create(tmp_path / "a", {"l": (1, 2)}, rows_per_shard=4) as store:
+            store.append(torch.randn(6, 2), ["x", "x", "x", "y", "x", "z"])
+    store = merge([tmp_path / "a"], tmp_path / "out", duplicates="keep")
+    assert store.ids == ["x", "x#2", "x#3", "y", "x#4", "z"]
 
 
 def test_an_interrupted_merge_is_taken_up(parts, tmp_path, monkeypatch):

@@ -18,15 +18,15 @@ from typing import Any
 import pyarrow as pa
 
 from logra_kernels.errors import StoreError, StoreMismatch
-from logra_kernels.store.arrow import integers, strings
+from logra_kernels.store.arrow import integers
 from logra_kernels.store.columns import ID, to_parquet
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.durable import TEMPORARY, ZEROS, digest, remove_files, sync_directory, write_file
 from logra_kernels.store.entry import File, Shard, shard_names
 from logra_kernels.store.format import MERGE_PLAN, MERGED, is_sealed, seal_text, write_manifest, write_origin
+from logra_kernels.store.life.distinct import Renamed, Renames, distinct_ids
 from logra_kernels.store.lock import WriterLock
 from logra_kernels.store.observed import take_observed
-from logra_kernels.store.rows import shorten
 from logra_kernels.store.shard import MappedShard, read_columns, write_shard
 from logra_kernels.store.sidecar import write_sidecar
 from logra_kernels.store.skipped import add_skipped, read_skipped
@@ -62,14 +62,17 @@ def merge(
     stores = [GradientStore.open(path) for path in sources]
     if not stores:
         raise StoreError("there are no stores to merge; name at least one")
-    _check_equal(stores)
-    ids = _distinct_ids(stores, duplicates)
+    try:
+        _check_equal(stores)
+        renames = distinct_ids(stores, duplicates == "keep")
+    except FileNotFoundError as error:
+        raise _gone(error) from None
     directory = Path(out)
     with contextlib.suppress(OSError):  # where it cannot be made, taking the lock will say why
         directory.mkdir(parents=True, exist_ok=True)
     lock = WriterLock(directory)
     try:
-        _Merge(directory, stores, ids, duplicates, link).run()
+        _Merge(directory, stores, renames, duplicates, link).run()
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise StoreError(
@@ -115,52 +118,15 @@ def _facts(store: GradientStore) -> dict[str, Any]:
 
 
 def _columns(store: GradientStore) -> str:
-    return ", ".join(f"{field.name}: {field.type}" for field in store.table.schema)
-
-
-def _distinct_ids(stores: Sequence[GradientStore], duplicates: str) -> list[list[str]]:
-    """The ids that each store's rows get.
-
-    Raises:
-        StoreError: Some are in several stores, and that is refused.
-    """
-    given = [store.ids for store in stores]
-    known = {name for ids in given for name in ids}
-    seen: set[str] = set()
-    twice: list[str] = []
-    found = []
-    for ids in given:
-        kept = []
-        for name in ids:
-            if name in seen:
-                twice.append(repr(name))
-                name = _next_name(name, known)
-                known.add(name)
-            seen.add(name)
-            kept.append(name)
-        found.append(kept)
-    if twice and duplicates == "refuse":
-        raise StoreError(
-            f"{len(twice)} ids are in more than one of the stores: {shorten(twice)}; delete them from all but one, or"
-            " merge with duplicates='keep', which appends #2 to the later row's id"
-        )
-    return found
-
-
-def _next_name(name: str, known: set[str]) -> str:
-    number = 2
-    while f"{name}#{number}" in known:
-        number += 1
-    return f"{name}#{number}"
+    schema = read_columns(store.path, store.manifest.shards[0]).schema
+    return ", ".join(f"{field.name}: {field.type}" for field in schema)
 
 
 class _Merge:
-    def __init__(
-        self, directory: Path, stores: Sequence[GradientStore], ids: list[list[str]], duplicates: str, link: bool
-    ):
+    def __init__(self, directory: Path, stores: Sequence[GradientStore], renames: Renames, duplicates: str, link: bool):
         self._directory = directory
         self._stores = stores
-        self._ids = ids
+        self._renames = renames
         self._link = link
         first = stores[0].manifest
         most = max(store.manifest.rows_per_shard for store in stores)
@@ -178,13 +144,11 @@ class _Merge:
             self._take_skipped()
             take_observed(self._stores, directory)
             shards: list[Shard] = []
-            for store, ids in zip(self._stores, self._ids, strict=True):
-                taken = 0
+            for number, store in enumerate(self._stores):
                 for shard in store.manifest.shards:
                     if shard.shown:
                         start = shards[-1].stop if shards else 0
-                        shards.append(self._take(store, shard, start, ids[taken : taken + shard.shown]))
-                        taken += shard.shown
+                        shards.append(self._take(store, shard, start, self._renames.get((number, shard.start))))
             sync_directory(directory)
             write_manifest(directory, replace(self._manifest, shards=tuple(shards)))
             sync_directory(directory)
@@ -218,37 +182,34 @@ class _Merge:
     def _take_skipped(self) -> None:
         add_skipped(self._directory, [name for store in self._stores for name in read_skipped(store.path)])
 
-    def _take(self, store: GradientStore, shard: Shard, start: int, ids: list[str]) -> Shard:
+    def _take(self, store: GradientStore, shard: Shard, start: int, renamed: Renamed | None) -> Shard:
         """The shard's shown rows as a shard of the new store that begins with number `start`."""
         try:
-            table = read_columns(store.path, shard)
             if shard.hidden:
-                return self._rewrite(store, shard, start, table, ids)
+                return self._rewrite(store, shard, start, renamed)
             rows_name, columns_name = shard_names(start, start + shard.count)
             self._share(store.path / shard.rows.name, rows_name)
             columns = replace(shard.columns, name=columns_name)
-            if table.column(ID).to_pylist() == ids:
+            if renamed is None:
                 self._share(store.path / shard.columns.name, columns_name)
             else:
-                data = to_parquet(_renamed(table, ids))
+                data = to_parquet(_with_ids(read_columns(store.path, shard), renamed))
                 write_file(self._directory, columns_name, [data])
                 columns = File(columns_name, len(data), digest(data))
         except FileNotFoundError as error:
-            raise StoreError(
-                f"{error.filename} is gone, its store changed while it was merged; run the same merge again"
-            ) from None
+            raise _gone(error) from None
         taken = Shard(start, start + shard.count, replace(shard.rows, name=rows_name), columns)
         if not os.path.samefile(store.path / shard.rows.name, self._directory / rows_name):
             MappedShard(self._directory, self._manifest, taken).verify()
             read_columns(self._directory, taken)
         return taken
 
-    def _rewrite(self, store: GradientStore, shard: Shard, start: int, table: pa.Table, ids: list[str]) -> Shard:
+    def _rewrite(self, store: GradientStore, shard: Shard, start: int, renamed: Renamed | None) -> Shard:
         shown = shown_lines(store.path, shard)
         tensors = MappedShard(store.path, store.manifest, shard).tensors()
         payload = {name: [as_bytes(lines[shown])] for name, lines in tensors.items()}
-        renamed = _renamed(table.take(integers(shown)), ids)
-        return write_shard(self._directory, start, self._manifest, payload, renamed).settle()
+        table = _with_ids(read_columns(store.path, shard).take(integers(shown)), renamed)
+        return write_shard(self._directory, start, self._manifest, payload, table).settle()
 
     def _share(self, path: Path, name: str) -> None:
         """The file under another name in the new store: as a link, or copied. One that is there is whole already."""
@@ -264,5 +225,9 @@ class _Merge:
         write_file(self._directory, name, [map_file(path)])
 
 
-def _renamed(table: pa.Table, ids: list[str]) -> pa.Table:
-    return table.set_column(0, table.schema.field(0), strings(ids))
+def _with_ids(table: pa.Table, renamed: Renamed | None) -> pa.Table:
+    return table if renamed is None else table.set_column(0, table.schema.field(0), renamed.among(table.column(ID)))
+
+
+def _gone(error: FileNotFoundError) -> StoreError:
+    return StoreError(f"{error.filename} is gone, its store changed while it was merged; run the same merge again")
