@@ -131,6 +131,18 @@ __device__ inline void arrive_at(Barrier* barrier, int rank) {
       : "memory");
 }
 
+// The grid that was launched to overlap with this one's end may start, and waits there for this one's results.
+__device__ inline void let_next_grid_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void wait_for_grid_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // A barrier of the block's first kThreads threads.
 template <int kThreads>
 __device__ inline void sync_first() {

@@ -25,15 +25,30 @@ int width_class(Element element, int64_t width, bool dy_projected) {
 
 constexpr int kMostBlocks = 4;  // of a cluster: with more, fewer clusters fit the processors that can share
 
-template <class Path>
-cudaLaunchConfig_t config_of(int64_t grid, cudaStream_t stream, cudaLaunchAttribute& cluster, int blocks) {
+cudaLaunchConfig_t config_of(int64_t grid, int threads, size_t bytes, cudaStream_t stream, cudaLaunchAttribute* more) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid)), config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = bytes, config.stream = stream;
+  config.attrs = more, config.numAttrs = more == nullptr ? 0 : 1;
+  return config;
+}
+
+cudaLaunchAttribute cluster_of(int blocks) {
+  cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = static_cast<unsigned>(blocks), cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(grid)), config.blockDim = dim3(Path::kThreads);
-  config.dynamicSmemBytes = Path::kBytes, config.stream = stream;
-  config.attrs = &cluster, config.numAttrs = blocks > 1 ? 1 : 0;
-  return config;
+  return cluster;
+}
+
+// Sums of chunks; on sm_90 the grid is set up while the one before it ends.
+void add_chunks(const CudaArgs& args, bool overlapping, cudaStream_t stream) {
+  constexpr int kThreads = 128;
+  const int64_t runs = (args.dy.k * args.x.k + kThreads - 1) / kThreads;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  const auto config = config_of(runs * args.shape.samples, kThreads, 0, stream, overlapping ? &overlap : nullptr);
+  check(cudaLaunchKernelEx(&config, add_chunks_kernel, args), "launch of the sum");
 }
 
 // How many clusters of so many blocks the current device runs at once.
@@ -44,9 +59,8 @@ int clusters_at_once(int blocks) {
   check(cudaGetDevice(&device), "device");
   const auto [found, is_new] = known.try_emplace({device, blocks}, 0);
   if (is_new) {
-    cudaLaunchAttribute cluster = {};
-    auto config = config_of<Path>(blocks, nullptr, cluster, blocks);
-    config.numAttrs = 1;  // the question is for a size, be it 1
+    cudaLaunchAttribute cluster = cluster_of(blocks);
+    const auto config = config_of(blocks, Path::kThreads, Path::kBytes, nullptr, &cluster);
     if (cudaOccupancyMaxActiveClusters(&found->second, project_grad_kernel<Path>, &config) != cudaSuccess) {
       cudaGetLastError();  // none, then
       found->second = 0;
@@ -82,15 +96,11 @@ void launch(const CudaArgs& args, int blocks, cudaStream_t stream) {
   } else {
     blocks = 1;
   }
-  cudaLaunchAttribute cluster = {};
+  cudaLaunchAttribute cluster = cluster_of(blocks);
   const int64_t grid = (shape.chunks + blocks - 1) / blocks * blocks * tiles;
-  const auto config = config_of<Path>(grid, stream, cluster, blocks);
+  const auto config = config_of(grid, Path::kThreads, Path::kBytes, stream, blocks > 1 ? &cluster : nullptr);
   check(cudaLaunchKernelEx(&config, kernel, args, Path::Copies::maps(args, blocks)), "launch");
-  if (shape.offsets == nullptr && shape.length <= shape.chunk) return;
-  constexpr int kThreads = 128;
-  const int64_t runs = (args.dy.k * args.x.k + kThreads - 1) / kThreads;
-  add_chunks_kernel<<<static_cast<unsigned>(runs * shape.samples), kThreads, 0, stream>>>(args);
-  check(cudaGetLastError(), "launch of the sum");
+  if (shape.offsets != nullptr || shape.length > shape.chunk) add_chunks(args, Path::kClusters, stream);
 }
 
 template <class E>

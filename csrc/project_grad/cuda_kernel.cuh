@@ -204,6 +204,7 @@ template <class Path>
 __global__ void __launch_bounds__(Path::kThreads, Path::kBlocks)
     project_grad_kernel(const CudaArgs args, const __grid_constant__ typename Path::Copies::Maps maps) {
   if constexpr (Path::kCompiled) {
+    let_next_grid_start();
     char* const shared = block_memory();
     const int64_t tiles_in = (args.x.k + Path::kWidth - 1) / Path::kWidth;
     const int64_t tiles = tiles_in * ((args.dy.k + Path::kWidth - 1) / Path::kWidth);
@@ -230,6 +231,7 @@ __global__ void __launch_bounds__(Path::kThreads, Path::kBlocks)
 
 // out[n] = the sum of n's partial sums, in order; a sample of one chunk is there already, one of none is zero.
 __global__ void add_chunks_kernel(const CudaArgs args) {
+  wait_for_grid_before();
   const CudaShape& shape = args.shape;
   const int64_t size = args.dy.k * args.x.k, runs = (size + blockDim.x - 1) / blockDim.x;
   const int64_t n = blockIdx.x / runs, e = blockIdx.x % runs * blockDim.x + threadIdx.x;

@@ -172,6 +172,9 @@ inline void wait_for_phase(Barrier* barrier, int parity) {
 inline void wait_for_cluster(Barrier* barrier, int parity) { wait_for_phase(barrier, parity); }
 inline void show_barriers() {}
 
+inline void let_next_grid_start() {}
+inline void wait_for_grid_before() {}
+
 inline char* block_memory() { return on_cpu::block->memory; }
 inline int cluster_rank() { return int(on_cpu::block - on_cpu::cluster->data()); }
 
