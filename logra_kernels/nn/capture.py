@@ -299,9 +299,10 @@ def capture(
 
     The layers, the loss and the weights' own gradients are untouched; weights may be frozen. The loss must be a sum
     over samples (a batch mean would divide every gradient by the batch size). A weight that is computed from others (a
-    parametrization, weight norm, a pruning mask) counts as the layer multiplies with it. Weights of modules of other
-    kinds, as LSTMs' or PEFT's vectors, have no part in the rows; without `include`, a warning names those of PyTorch's
-    own modules.
+    parametrization, weight norm, a pruning mask) counts as the layer multiplies with it. Of a weight that is tied to a
+    module's that is not tapped (a head's to its embedding's, without kind "embedding"), rows hold the part of the
+    gradient that goes by the tapped one. Weights of modules of other kinds, as LSTMs' or PEFT's vectors, have no part
+    in the rows; without `include`, a warning names those of PyTorch's own modules.
 
     The projections of nn.MultiheadAttention are layers "<module>.in_proj" ([3 E, E], as its parameter; or "q_proj",
     "k_proj", "v_proj" where kdim or vdim are given) and "<module>.out_proj", with the samples where batch_first says.
