@@ -1,4 +1,4 @@
-"""The best rows of blocks of scores, merged by a stable sort."""
+"""The best rows of blocks of scores: a block's own are selected, and merged with those before by a stable sort."""
 
 from collections.abc import Callable
 
@@ -34,10 +34,25 @@ def select(
     with device_of(values):
         for start in range(0, n, step):
             span = slice(start, start + step)
-            scores = scores_of(span)
-            numbers = torch.arange(start, start + scores.shape[1], device=device).expand(q, -1)
-            values, index = _best(torch.cat([values, scores], 1), torch.cat([index, numbers], 1), k, largest)
+            own, numbers = _best_of_block(scores_of(span), k, largest)
+            values, index = _best(torch.cat([values, own], 1), torch.cat([index, numbers + start], 1), k, largest)
     return values, index
+
+
+def _best_of_block(scores: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The [q, k] best scores, or all, and their columns.
+
+    fp32 scores are selected by integers that no two columns share: a score's bits in its order, then the column. So
+    equal scores go by column, and the selection reads the block a few times where a sort would move it.
+    """
+    if scores.shape[1] <= k or scores.dtype != torch.float32:
+        return scores, torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
+    ordered = scores if largest else -scores
+    bits = (ordered + 0.0).view(torch.int32)  # -0 becomes 0
+    bits = torch.where(ordered.isnan(), torch.iinfo(torch.int32).max, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    last = torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
+    columns = scores.shape[1] - 1 - ((bits.long() << 32) + last).topk(k, dim=1).values % (1 << 32)
+    return scores.gather(1, columns), columns
 
 
 def _best(scores: Tensor, numbers: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:

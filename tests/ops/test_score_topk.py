@@ -116,6 +116,19 @@ def test_merging_many_blocks(kernel, monkeypatch, largest):
         assert torch.equal(index, want_index)
 
 
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_block_gives_its_best_as_a_stable_sort_would(largest):
+    """Also equal scores, both zeros, infinities and NaN."""
+    for n, k in ((1, 3), (40, 7), (400, 60), (400, 400)):
+        scores = torch.randn(5, n).mul(2).round()
+        for special in (-0.0, float("inf"), float("-inf"), float("nan"), -float("nan")):
+            scores[torch.rand(5, n) < 0.05] = special
+        values, columns = _best._best_of_block(scores, k, largest)
+        order = torch.sort(scores if largest else -scores, dim=1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(columns, order if k < n else torch.arange(n).expand(5, n))
+        assert torch.equal(values.nan_to_num(7e7), scores.gather(1, columns).nan_to_num(7e7))
+
+
 def test_all_nan(target):
     queries, rows = case(2, 30, 8, device=target.device)
     values, index = lk.score_topk(queries, rows * float("nan"), 5, backend=target.backend)
