@@ -26,7 +26,7 @@ constexpr int64_t chunk_units(Code code) { return code == Code::kI2 ? 2 : code =
 // hand, and their products take less time than the rows take to arrive.
 constexpr int64_t streams(Code code, int64_t units, int64_t queries, int digits) {
   if (queries > 1 || units * kUnit * digits > kStreamBytes) return kFewRows;
-  return code == Code::kI8 ? 1 : code == Code::kI4 ? 2 : kFewRows;
+  return code == Code::kI8 || code == Code::kI4 ? 2 : kFewRows;
 }
 
 struct IntegerKernels {
