@@ -89,6 +89,8 @@ class Hook:
         leaf = self._leaf(x)
         if self.taps.sequence_first and self.taps.offsets is None and not self.adapter.samples_at:
             self._check_told_apart(x, len(leaf))
+        elif self.adapter.kind == "embedding" and self.taps.offsets is None:
+            self._check_ids(x)
         if not self._known:
             check_forward(self.name, adapter, module, x, y)
             self._known = True
@@ -119,6 +121,18 @@ class Hook:
             )
         if not torch.compiler.is_compiling():
             self._told_apart = samples > 1
+
+    def _check_ids(self, x: Tensor) -> None:
+        """Ids of positions, which a model adds to all samples, must not look like samples where they are as many."""
+        if self._told_apart or torch.compiler.is_compiling() or len(x) < 2:
+            return
+        if self.adapter.counts_positions(x):
+            raise MisfitError(
+                f"capture: layer {self.name!r} got ids {tuple(x.shape)} that count positions, of which there are as"
+                " many as samples: exclude it if all samples share it; if they are the samples' own ids, begin with a"
+                " batch in another order"
+            )
+        self._told_apart = True
 
     def _behind(self, adapter: Adapter, y: Tensor, x: Tensor) -> Tensor:
         """y with the tap behind it, weights and offsets checked against its positions."""

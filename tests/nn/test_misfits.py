@@ -163,3 +163,40 @@ def test_what_a_silent_layer_may_be_is_said():
         loss_of(model, torch.randn(N, WIDTH)).backward()
     with pytest.raises(LograError, match=r"\(first\): .*use_reentrant=False.*does not call"):
         _ = taps.grads
+
+
+class WithPositions(nn.Module):
+    """Embeddings of tokens, and of positions or of their distances, which all samples share."""
+
+    def __init__(self, relative):
+        super().__init__()
+        self.tokens, self.places, self.relative = nn.Embedding(20, 6), nn.Embedding(20, 6), relative
+
+    def forward(self, ids):
+        steps = torch.arange(ids.shape[1])
+        if not self.relative:
+            return self.tokens(ids) + self.places(steps)
+        return self.tokens(ids) + self.places(steps[:, None] - steps + len(steps)).sum(1)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_positions_as_many_as_samples_are_no_samples(relative):
+    model = WithPositions(relative)
+    ids = torch.randint(0, 20, (5, 5))
+    with lk.capture(model, SMALL, kinds=["embedding"], include=["places"]) as taps:
+        taps.reset(5)
+        with pytest.raises(ValueError, match="'places' got ids .* that count positions"):
+            model(ids).square().sum().backward()
+    with lk.capture(model, SMALL, kinds=["embedding"], include=["tokens"]) as taps:
+        taps.reset(5)
+        model(ids).square().sum().backward()
+        assert taps.rows().isfinite().all()
+
+
+def test_ids_of_the_samples_need_only_another_order():
+    model = nn.Embedding(20, 6)
+    with lk.capture(nn.Sequential(model), SMALL, kinds=["embedding"]) as taps:
+        for ids in (torch.tensor([0, 2, 1]), torch.arange(3)):
+            taps.reset(3)
+            model(ids).square().sum().backward()
+            assert taps.rows().isfinite().all()

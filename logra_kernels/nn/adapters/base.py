@@ -49,6 +49,10 @@ class Adapter(ABC):
     def check(self, name: str, x: Tensor) -> None:
         """Raise ValueError unless x is a batch this layer can be tapped on."""
 
+    def counts_positions(self, x: Tensor) -> bool:
+        """Whether x says of positions alone, the same for any samples, and so is none of theirs."""
+        return False
+
     def positions(self, x: Tensor, y: Tensor) -> tuple[int, ...]:
         """The shape [N, ...] that position weights must have (up to flattening)."""
         return y.shape[:-1]

@@ -29,6 +29,12 @@ class EmbeddingAdapter(Adapter):
             got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else f"of type {type(x).__name__}"
             raise ValueError(f"capture: layer {name!r} got ids {got}; they must be [N, ...] integers; exclude it")
 
+    def counts_positions(self, x: Tensor) -> bool:
+        """0, 1, 2, ..., or what depends on the distance of a row and a column, as relative positions do."""
+        if x.dim() == 1:
+            return torch.equal(x, torch.arange(len(x), dtype=x.dtype, device=x.device))
+        return x.dim() == 2 and torch.equal(x[1:, 1:], x[:-1, :-1]) and not bool((x == x[0, 0]).all())
+
     def keep(self, x: Tensor, p_in: Tensor | None) -> Tensor:
         return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
