@@ -92,59 +92,52 @@ void IdTable::make_room(const std::vector<std::string_view>& ids) {
   }
 }
 
-void IdTable::look_up(const std::vector<std::string_view>& ids, int64_t begin, int64_t end, uint64_t* keys) const {
+template <class Visit>
+void IdTable::each(const std::vector<std::string_view>& ids, const Visit& visit) const {
   const uint64_t mask = slots_.size() - 1;
-  for (int64_t i = begin; i < end; ++i) {
-    keys[i - begin] = hash(ids[i]);
-    __builtin_prefetch(&slots_[keys[i - begin] & mask], 1);  // each is a miss in a large table
+  const auto count = static_cast<int64_t>(ids.size());
+  uint64_t keys[kAhead];
+  for (int64_t begin = 0; begin < count; begin += kAhead) {
+    const int64_t end = std::min(count, begin + kAhead);
+    for (int64_t i = begin; i < end; ++i) {
+      keys[i - begin] = hash(ids[i]);
+      __builtin_prefetch(&slots_[keys[i - begin] & mask], 1);  // each is a miss in a large table
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      if (!visit(i, keys[i - begin], slot_of(ids[i], keys[i - begin]))) return;
+    }
   }
 }
 
 void IdTable::find(const std::vector<std::string_view>& ids, int64_t* places) const {
-  const auto count = static_cast<int64_t>(ids.size());
-  uint64_t keys[kAhead];
-  for (int64_t begin = 0; begin < count; begin += kAhead) {
-    const int64_t end = std::min(count, begin + kAhead);
-    look_up(ids, begin, end, keys);
-    for (int64_t i = begin; i < end; ++i) {
-      const uint64_t slot = slot_of(ids[i], keys[i - begin]);
-      places[i] = holds(slot) ? place_in(slot) : kNone;
-    }
-  }
+  each(ids, [&](int64_t i, uint64_t, uint64_t slot) {
+    places[i] = holds(slot) ? place_in(slot) : kNone;
+    return true;
+  });
 }
 
 int64_t IdTable::add(const std::vector<std::string_view>& ids) {
   make_room(ids);
-  const auto count = static_cast<int64_t>(ids.size());
-  uint64_t keys[kAhead];
-  for (int64_t begin = 0; begin < count; begin += kAhead) {
-    const int64_t end = std::min(count, begin + kAhead);
-    look_up(ids, begin, end, keys);
-    for (int64_t i = begin; i < end; ++i) {
-      const uint64_t slot = slot_of(ids[i], keys[i - begin]);
-      if (holds(slot)) {
-        drop(i);
-        return i;
-      }
-      put(ids[i], keys[i - begin], slot);
+  int64_t there = kNone;
+  each(ids, [&](int64_t i, uint64_t key, uint64_t slot) {
+    if (holds(slot)) {
+      there = i;
+      return false;
     }
-  }
-  return kNone;
+    put(ids[i], key, slot);
+    return true;
+  });
+  if (there != kNone) drop(there);
+  return there;
 }
 
 void IdTable::add_new(const std::vector<std::string_view>& ids, bool* fresh) {
   make_room(ids);
-  const auto count = static_cast<int64_t>(ids.size());
-  uint64_t keys[kAhead];
-  for (int64_t begin = 0; begin < count; begin += kAhead) {
-    const int64_t end = std::min(count, begin + kAhead);
-    look_up(ids, begin, end, keys);
-    for (int64_t i = begin; i < end; ++i) {
-      const uint64_t slot = slot_of(ids[i], keys[i - begin]);
-      fresh[i] = !holds(slot);
-      if (fresh[i]) put(ids[i], keys[i - begin], slot);
-    }
-  }
+  each(ids, [&](int64_t i, uint64_t key, uint64_t slot) {
+    fresh[i] = !holds(slot);
+    if (fresh[i]) put(ids[i], key, slot);
+    return true;
+  });
 }
 
 // No string that is still there has passed over the slot of one that came later.

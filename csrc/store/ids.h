@@ -39,8 +39,9 @@ class IdTable {
   std::string_view at(int64_t place) const;
   // The slot that holds the string, or the empty one where it would be.
   uint64_t slot_of(std::string_view id, uint64_t hash) const;
-  // The hashes of strings begin .. end - 1, whose slots are fetched.
-  void look_up(const std::vector<std::string_view>& ids, int64_t begin, int64_t end, uint64_t* keys) const;
+  // visit(index, hash, slot) of each string in order, as long as it returns true.
+  template <class Visit>
+  void each(const std::vector<std::string_view>& ids, const Visit& visit) const;
   bool holds(uint64_t slot) const { return slots_[slot] != 0; }
   int64_t place_in(uint64_t slot) const { return static_cast<int64_t>(slots_[slot] & 0xffffffffu) - 1; }
   void put(std::string_view id, uint64_t hash, uint64_t slot);
