@@ -4,20 +4,20 @@
 #include <limits>
 
 #include "common/kernels.h"
-#include "encoded/integer_product.h"
+#include "encoded/many_product.h"
 
 namespace lgk {
 namespace {
 
-constexpr int64_t kRunUnits = 16;   // units of kTileCodes rows that are expanded at a time, into the L1 cache
-constexpr int64_t kMostRows = 288;  // rows whose sums a thread holds in the L2 cache
 // Queries as tiles take them: groups, each with its units, span starts and span scales.
 struct Tiles {
+  static constexpr int64_t kRunUnits = 16, kRows = kTileCodes, kUnitBytes = kUnit;
   Plan plan;
   int64_t width;  // queries of a group
   Buffer<int8_t> digits;
   Buffer<int32_t> starts;
   Buffer<float> scales;
+  const IntegerKernels& kernels = *integer_kernels();
 
   explicit Tiles(const Plan& plan)
       : plan(plan),
@@ -33,9 +33,17 @@ struct Tiles {
   }
 
   int64_t groups() const { return ceil_div(plan.queries, width); }
+  int64_t columns() const { return width; }
   int8_t* digits_of(int64_t group) const { return digits.data() + group * kTileColumns * plan.units() * kUnit; }
   int32_t* starts_of(int64_t group) const { return starts.data() + group * kTileColumns * plan.spans(); }
   float* scales_of(int64_t group) const { return scales.data() + group * width * plan.spans(); }
+
+  void expand(const uint8_t* codes, int64_t units, uint8_t* to) const { kernels.expand(plan.code, codes, units, to); }
+  void tile(int64_t group, int64_t s, int64_t unit, int64_t units, const uint8_t* rows, int64_t ld_rows,
+            const float* row_scales, float* sums, int64_t ld) const {
+    kernels.tile(rows, ld_rows, digits_of(group) + unit * kTileColumns * kUnit, plan.digits, units,
+                 starts_of(group) + s * kTileColumns, row_scales, scales_of(group) + s * width, sums, ld);
+  }
 
   void place(int64_t query, int64_t s, const Span& from) const {
     const int64_t group = query / width, lane = query % width;
@@ -55,79 +63,12 @@ struct Tiles {
   }
 };
 
-struct WideProduct : Codes {
-  static constexpr int64_t kLd = kRunUnits * kUnit + 64;  // rows a power of 2 apart would share cache sets
-  const Tiles& b;
-  Output<float> c;
-
-  int64_t ld() const { return b.groups() * b.width + 16; }
-  int64_t scratch_size(int64_t rows) const {
-    return round_up(rows * ld() + kTileCodes * (kLd / 4 + kRunUnits + 1) + kRunUnits, kCacheLine);
-  }
-
-  void expand(int64_t row, int64_t unit, int64_t units, uint8_t* to) const {
-    if (row >= m) {
-      std::memset(to, 0, units * kUnit);
-      return;
-    }
-    const bool ragged = unit + units == plan.units() && plan.depth % kUnit != 0;
-    kernels.expand(plan.code, at(row, unit), units - ragged, to);
-    if (ragged) {
-      uint8_t last[kUnit];
-      copy_last(row, plan.units() - 1, last);
-      kernels.expand(plan.code, last, 1, to + (units - 1) * kUnit);
-    }
-  }
-
-  void multiply(int64_t row, int64_t rows, float* scratch) const {
-    const int64_t end = row + round_up(rows, kTileCodes);
-    float *sums = scratch, *a_scale = sums + (end - row) * ld(), *scales = a_scale + kTileCodes * kRunUnits;
-    uint8_t* codes = reinterpret_cast<uint8_t*>(scales + round_up(kRunUnits, kFewLanes));
-    std::fill(sums, a_scale, 0.0f);
-    for (int64_t unit = 0; unit < plan.units(); unit += kRunUnits) {
-      const int64_t units = std::min(kRunUnits, plan.units() - unit), first = unit / plan.span_units();
-      const int64_t spans = ceil_div(units, plan.span_units());
-      for (int64_t i = row; i < end; i += kTileCodes) {
-        for (int64_t r = 0; r < kTileCodes; ++r) {
-          expand(i + r, unit, units, codes + r * kLd);
-          copy_scales(i + r, plan.span, first, spans, scales);
-          for (int64_t s = 0; s < spans; ++s) a_scale[s * kTileCodes + r] = scales[s];
-        }
-        CodesAhead next = ahead(i, row, end, kTileCodes, unit, kRunUnits, spans * b.groups());
-        for (int64_t g = 0; g < b.groups(); ++g) {
-          for (int64_t s = 0; s < spans; ++s) {
-            next.fetch();
-            const int64_t u = s * plan.span_units();
-            kernels.tile(codes + u * kUnit, kLd, b.digits_of(g) + (unit + u) * kTileColumns * kUnit, plan.digits,
-                         std::min(plan.span_units(), units - u), b.starts_of(g) + (first + s) * kTileColumns,
-                         a_scale + s * kTileCodes, b.scales_of(g) + (first + s) * b.width,
-                         sums + (i - row) * ld() + g * b.width, ld());
-          }
-        }
-      }
-    }
-    for (int64_t q = 0; q < plan.queries; ++q) {
-      for (int64_t r = 0; r < std::min(rows, m - row); ++r) {
-        c.data[(row + r) * c.row_stride + q * c.column_stride] = sums[r * ld() + q];
-      }
-    }
-  }
-};
-
-// Rows of a task: every thread gets as many tasks as the next, and a task's sums fit the cache.
-int64_t rows_of_task(int64_t m, int n_threads) {
-  const int64_t tasks = std::max<int64_t>(1, ceil_div(m, kMostRows * n_threads)) * n_threads;
-  return std::max(kTileCodes, round_up(ceil_div(m, tasks), kTileCodes));
-}
-
 struct ManyQueries : IntegerQueries {
   Tiles tiles;
 
   explicit ManyQueries(const Plan& plan) : tiles(plan) {}
   void multiply(const EncodedRows& a, int64_t m, Output<float> c, int n_threads) const override {
-    const WideProduct product = {{tiles.plan, a, m}, tiles, c};
-    const int64_t task = rows_of_task(m, n_threads);
-    multiply_tasks(product, task, kTileCodes, product.scratch_size(task), n_threads);
+    multiply_many(tiles, a, m, c, n_threads);
   }
 };
 
