@@ -93,8 +93,6 @@ void launch(const CudaArgs& args, int blocks, cudaStream_t stream) {
   const int64_t tiles = tiles_of(args.x.k) * tiles_of(args.dy.k);
   if constexpr (Path::kClusters) {
     if (blocks == 0) blocks = blocks_of_cluster<Path>(shape.chunks, tiles);
-  } else {
-    blocks = 1;
   }
   cudaLaunchAttribute cluster = cluster_of(blocks);
   const int64_t grid = (shape.chunks + blocks - 1) / blocks * blocks * tiles;

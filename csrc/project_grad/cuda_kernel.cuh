@@ -187,16 +187,9 @@ __device__ inline void add_span(typename Path::Copies& copies, char* shared, con
   if (Share<Path>::has(warp)) write_share<Path>(g, sums, args, o0, i0, warp, lane);
 }
 
-// How often the block takes positions: as often as that one of its cluster with the most of them.
 template <class Path>
-__device__ inline int64_t rounds_of(const CudaShape& shape, int64_t first_chunk, int blocks) {
-  int64_t most = 0;
-  for (int i = 0; i < blocks; ++i) {
-    const Span span = span_of(shape, first_chunk + i);
-    const int64_t rounds = (span.end - span.first + Path::kPositions - 1) / Path::kPositions;
-    if (rounds > most) most = rounds;
-  }
-  return most;
+__device__ inline int64_t rounds_of(const Span& span) {
+  return (span.end - span.first + Path::kPositions - 1) / Path::kPositions;
 }
 
 // The blocks of a cluster have one tile and chunks that follow each other.
@@ -211,9 +204,14 @@ __global__ void __launch_bounds__(Path::kThreads, Path::kBlocks)
     const int64_t cluster = int64_t(blockIdx.x) / maps.blocks, tile = cluster % tiles;
     const int64_t first_chunk = cluster / tiles * maps.blocks, chunk = first_chunk + Path::Copies::rank();
     const int64_t o0 = tile / tiles_in * Path::kWidth, i0 = tile % tiles_in * Path::kWidth;
-    const int64_t rounds = rounds_of<Path>(args.shape, first_chunk, maps.blocks);
-    if (rounds == 0) return;
     const Span span = span_of(args.shape, chunk);
+    int64_t rounds = rounds_of<Path>(span);  // in which the cluster's block with the most positions takes them
+    for (int i = 0; i < maps.blocks; ++i) {
+      if (first_chunk + i == chunk) continue;
+      const int64_t others = rounds_of<Path>(span_of(args.shape, first_chunk + i));
+      if (others > rounds) rounds = others;
+    }
+    if (rounds == 0) return;
     typename Path::Copies copies(shared, maps);
     if constexpr (Path::kThreads > Path::kWarps * kWarp) {
       if (int(threadIdx.x) >= Path::kWarps * kWarp) {
