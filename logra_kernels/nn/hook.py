@@ -89,7 +89,7 @@ class Hook:
         leaf = self._leaf(x)
         if self.taps.sequence_first and self.taps.offsets is None and not self.adapter.samples_at:
             self._check_told_apart(x, len(leaf))
-        elif self.adapter.kind == "embedding" and self.taps.offsets is None:
+        if self.adapter.kind == "embedding" and self.taps.offsets is None:
             self._check_ids(x)
         if not self._known:
             check_forward(self.name, adapter, module, x, y)

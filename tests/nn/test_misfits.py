@@ -193,6 +193,22 @@ def test_positions_as_many_as_samples_are_no_samples(relative):
         assert taps.rows().isfinite().all()
 
 
+def test_positions_as_many_as_samples_beside_layers_of_sequences_first():
+    class Model(WithPositions):
+        def __init__(self):
+            super().__init__(relative=False)
+            self.block = nn.TransformerEncoderLayer(6, 1, 8, dropout=0.0)
+
+        def forward(self, ids):
+            return self.block(super().forward(ids).transpose(0, 1))
+
+    model = Model()
+    with lk.capture(model, SMALL, kinds=["linear", "embedding"], include=["places", "block.*"]) as taps:
+        taps.reset(5)
+        with pytest.raises(ValueError, match="'places' got ids .* that count positions"):
+            model(torch.randint(0, 20, (5, 5))).square().sum().backward()
+
+
 def test_ids_of_the_samples_need_only_another_order():
     model = nn.Embedding(20, 6)
     with lk.capture(nn.Sequential(model), SMALL, kinds=["embedding"]) as taps:
