@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ def one_pass_trainer(base: type | None, caller: str) -> type:
             control.should_training_stop = True
 
     class OnePassTrainer(base or Trainer):  # type: ignore[misc]
+        log_batch: Callable[[nn.Module, dict[str, Any]], Tensor]
+
         def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(*args, **settings)
             if self.args.n_gpu > 1:
@@ -47,9 +50,6 @@ def one_pass_trainer(base: type | None, caller: str) -> type:
                     " CUDA_VISIBLE_DEVICES"
                 )
             self.add_callback(OnePass())
-
-        def log_batch(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-            raise NotImplementedError
 
         def create_optimizer(self, *args: Any, **settings: Any) -> Any:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # which prepare a model only with an optimizer

@@ -15,6 +15,7 @@ Both differ from LogIX 0.1.1's in these:
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ HELD = 1 << 28  # bytes of queries between two readings of the stored rows
 
 
 @dataclass
-class Arguments:
+class Arguments(ABC):
     """What LogIX's arguments have in common.
 
     Args:
@@ -54,9 +55,9 @@ class Arguments:
     log_batch_size: int = 16
     log_num_workers: int = 1
 
+    @abstractmethod
     def scoring(self) -> dict[str, Any]:
         """Keywords of `InfluenceFunction.compute_influence_all`."""
-        raise NotImplementedError
 
 
 class Passes:

@@ -1,5 +1,6 @@
 """A module's forward that is replaced while taps are on it, because what they need never leaves it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ def _as_it_was(forward: Callable) -> Callable:
     return forward
 
 
-class ReplacedForward:
+class ReplacedForward(ABC):
     """Stands in for a module's forward until it is removed. A copied or pickled model has its own forward again.
 
     Several may stand in for one module, each in front of those before it; they may be removed in any order.
@@ -35,5 +36,6 @@ class ReplacedForward:
     def __reduce__(self):
         return _as_it_was, (self._forward,)
 
+    @abstractmethod
     def __call__(self, *args, **kwargs):
-        raise NotImplementedError
+        """What the module gives instead."""
