@@ -20,7 +20,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Torch-free kernels of logra_kernels; arguments are raw addresses, checked by the Python caller.";
   m.def("isa", &lgk::isa_name,
         "The instruction set in use; ValueError if LOGRA_KERNELS_ISA names none of this machine's.");
-  m.def("isas", &lgk::supported_isas, "The instruction sets this machine can run, narrowest first.");
+  m.def("isas", &lgk::supported_isas, "The instruction sets this machine can run, slowest first.");
   m.def(
       "multiplies_bf16", [] { return lgk::products<float>(lgk::Dtype::kBF16, lgk::Dtype::kBF16).terms > 1; },
       "Whether the set in use multiplies bf16 itself: project_grad then rounds projected positions of bf16 sides.");

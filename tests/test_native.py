@@ -192,6 +192,7 @@ def test_each_instruction_set_is_exact_for_any_thread_count(isa):
 def test_bf16_instructions_are_used_where_there_are_any():
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     assert ("v4bf16" in _C.isas()) == ("avx512_bf16" in flags and "v4" in _C.isas())
+    assert ("v4amx" in _C.isas()) == ("amx_bf16" in flags and "v4bf16" in _C.isas())
 
 
 def test_an_unknown_instruction_set_raises():

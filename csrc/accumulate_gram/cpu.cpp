@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "common/amx.h"
 #include "common/buffer.h"
 #include "common/kernels.h"
 #include "common/threads.h"
@@ -92,6 +93,7 @@ void add_in_place(const Products<T>& products, const Rows& g, T* out, Shape shap
   const Buffer<T> packed(round_up(shape.rows, slice) / terms * ld);
 #pragma omp parallel num_threads(n_threads)
   {
+    const TileScope tiles;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < shape.rows; r += slice) {
       products.pack_terms(g, r, std::min(slice, shape.rows - r), 0, shape.d, packed.data() + r / terms * ld, ld);
@@ -119,6 +121,7 @@ void accumulate_gram(const Rows& g, T* out, Shape shape, int n_threads) {
 
 #pragma omp parallel num_threads(n_threads)
   {
+    const TileScope tiles;
     T* mine = scratch.data() + size * omp_get_thread_num();
     const Tile<T> tile = {products, ld, mine, mine + (kPanel + 8) * ld, mine + 2 * (kPanel + 8) * ld};
 #pragma omp for schedule(dynamic)

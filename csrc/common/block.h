@@ -12,10 +12,10 @@ constexpr int64_t kMostTileRows = 180;
 // ahead for one row is evicted by the next: each row is read in pieces of at least a quarter of a page.
 constexpr int64_t kPanelsPerStrip = 4;
 
-// Rows of a tile, so that each thread gets as many tiles as the next.
-inline int64_t tile_rows(int64_t rows, int64_t row_tile, int n_threads) {
+// Rows of a tile, a multiple of `step`, so that each thread gets as many tiles as the next.
+inline int64_t tile_rows(int64_t rows, int64_t step, int n_threads) {
   const int64_t tiles = std::max<int64_t>(1, ceil_div(rows, kMostTileRows * n_threads)) * n_threads;
-  return std::max(row_tile, round_up(ceil_div(rows, tiles), row_tile));
+  return std::max(step, round_up(ceil_div(rows, tiles), step));
 }
 
 // Rows column .. column + columns - 1 of b, and depth columns of them from depth_start on.

@@ -1,6 +1,7 @@
 // The run-time choice of an instruction set, made once.
 #include <cstdlib>
 
+#include "common/amx.h"
 #include "common/check.h"
 #include "common/isa.h"
 #include "common/kernels.h"
@@ -11,6 +12,9 @@ extern const KernelSet kKernelsBase;
 #if LGK_HAS_X86_SETS
 extern const KernelSet kKernelsV3, kKernelsV4;
 extern const Products<float> kPairsV4Bf16;
+#endif
+#if LGK_HAS_AMX
+Products<float> tile_products(const Products<float>& pairs);
 #endif
 
 namespace {
@@ -35,8 +39,17 @@ const std::vector<Isa>& isas() {
                     __builtin_cpu_supports("avx512vl");
     found.push_back({"v3", &kKernelsV3, nullptr, v3});
     found.push_back({"v4", &kKernelsV4, nullptr, v4});
-    found.push_back({"v4vnni", &kKernelsV4, nullptr, v4 && __builtin_cpu_supports("avx512vnni")});
-    found.push_back({"v4bf16", &kKernelsV4, &kPairsV4Bf16, v4 && __builtin_cpu_supports("avx512bf16")});
+    const bool has_pairs = v4 && __builtin_cpu_supports("avx512bf16");
+    const Isa vnni = {"v4vnni", &kKernelsV4, nullptr, v4 && __builtin_cpu_supports("avx512vnni")};
+    const Isa pairs = {"v4bf16", &kKernelsV4, &kPairsV4Bf16, has_pairs};
+    // Intel's vdpbf16ps multiplies half as many numbers a second as its fp32 instruction.
+    const bool slow_pairs = __builtin_cpu_is("intel");
+    found.push_back(slow_pairs ? pairs : vnni);
+    found.push_back(slow_pairs ? vnni : pairs);
+#endif
+#if LGK_HAS_AMX
+    static const Products<float> tiles = tile_products(kPairsV4Bf16);
+    found.push_back({"v4amx", &kKernelsV4, &tiles, has_pairs && amx_usable()});
 #endif
     return found;
   }();
@@ -45,17 +58,17 @@ const std::vector<Isa>& isas() {
 
 const Isa& choose() {
   const char* asked = std::getenv("LOGRA_KERNELS_ISA");
-  const Isa* widest = nullptr;
+  const Isa* fastest = nullptr;
   std::string have;
   for (const Isa& isa : isas()) {
     if (!isa.supported) continue;
     have += std::string(have.empty() ? "" : ", ") + isa.name;
-    widest = &isa;
+    fastest = &isa;
     if (asked != nullptr && std::string(asked) == isa.name) return isa;
   }
   LGK_CHECK(asked == nullptr,
             std::string("LOGRA_KERNELS_ISA=") + asked + " is unknown or not supported here (have: " + have + ")");
-  return *widest;
+  return *fastest;
 }
 
 const Isa& chosen() {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "common/amx.h"
 #include "common/block.h"
 #include "common/buffer.h"
 #include "common/few.h"
@@ -56,7 +57,7 @@ void multiply_tiles(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t 
                     T* laid_out) {
   const Products<T>& products = lgk::products<T>(a.number(), b.number());
   n_threads = threads_for(double(m) * n * depth, n_threads);
-  const int64_t tile = tile_rows(m, products.row_tile, n_threads), run = kRun * products.terms;
+  const int64_t tile = tile_rows(m, products.tile_step, n_threads), run = kRun * products.terms;
   const Block<T> widest = {products, b, 0, std::min(n, kColumns), 0, std::min(depth, run), nullptr};
   const int64_t ld = widest.padded() + products.lanes, strip_size = widest.scratch_size(tile);
   const int64_t scratch_size = round_up(strip_size + round_up(tile, products.row_tile) * ld, products.lanes);
@@ -64,6 +65,7 @@ void multiply_tiles(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t 
 
 #pragma omp parallel num_threads(n_threads)
   {
+    const TileScope tiles;
     T* strip = scratch.data() + scratch_size * omp_get_thread_num();
     T* c_tile = strip + strip_size;
     for (int64_t j = 0; j < n; j += kColumns) {

@@ -123,6 +123,7 @@ extern const Products<float> kPairsV4Bf16;
 const Products<float> kPairsV4Bf16 = {Dtype::kBF16,
                                       kLanes<float>,
                                       LGK_ROW_STEP,
+                                      LGK_ROW_STEP,
                                       LGK_ROWS,
                                       2,
                                       kFew / 2,

@@ -44,6 +44,7 @@ struct Products {
   Dtype dtype;        // rows of this are laid out as packed ones are
   int64_t lanes;      // packed columns are padded to a multiple of this
   int64_t row_tile;   // packed rows are padded to a multiple of this
+  int64_t tile_step;  // tiles of rows that are multiplied at once have a multiple of this, but for a last one
   int64_t row_block;  // rows that multiply takes at a time
   int64_t terms;      // what a packed number holds: 1 number, or a pair of bf16
   int64_t few;        // up to so many columns are multiplied by dot products instead
@@ -57,7 +58,7 @@ struct Products {
   void (*pack_columns)(const Rows& src, int64_t row, int64_t rows, int64_t column, int64_t columns, T* dst, T* scratch);
 
   // c[i][j] (+)= sum_k a[i][k] b[j][k]: a's rows `stride` bytes apart, from pack_rows or, when their number is a
-  // multiple of row_tile, as they lie; b from pack_columns; k ascending. depth counts packed numbers.
+  // multiple of row_tile, as they lie; b from pack_columns; k ascending. depth counts packed numbers, at most kPanel.
   void (*multiply)(const void* a, int64_t stride, int64_t rows, const T* b, int64_t columns, int64_t depth, T* c,
                    int64_t ldc, bool add, const Fetch& fetch);
 
@@ -105,7 +106,7 @@ struct KernelSet {
   FactorKernels<double> factors_f64;
 };
 
-// The table for the instruction set in use: the widest this machine has, or the one LOGRA_KERNELS_ISA names. Throws
+// The table for the instruction set in use: the fastest this machine has, or the one LOGRA_KERNELS_ISA names. Throws
 // std::invalid_argument when that one is unknown or missing here.
 template <typename T>
 const Kernels<T>& kernels();
@@ -119,7 +120,7 @@ const Products<T>& products(Dtype a, Dtype b);
 
 const char* isa_name();
 
-// The sets this machine can run, narrowest first.
+// The sets this machine can run, slowest first.
 std::vector<std::string> supported_isas();
 
 }  // namespace lgk

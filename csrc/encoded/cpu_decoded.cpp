@@ -45,7 +45,7 @@ void multiply_wide(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, in
   const EncodedKernels& kernels = encoded_kernels();
   const Products<float>& products = lgk::products<float>(Dtype::kF32, Dtype::kF32);
   n_threads = threads_for(double(m) * n * depth, n_threads);
-  const int64_t tile = round_up(tile_rows(m, products.row_tile, n_threads), products.row_tile);
+  const int64_t tile = round_up(tile_rows(m, products.tile_step, n_threads), products.row_tile);
   const Run widest = {products, b, 0, std::min(n, kColumns), 0, std::min(depth, kRun), nullptr};
   const int64_t ld = round_up(widest.columns, products.lanes) + products.lanes;
   const int64_t sums_size = tile * ld;

@@ -24,7 +24,7 @@ namespace {
 #if LGK_HAS_X86_SETS
 bool beyond_v4() {
   const std::string isa = isa_name();
-  return isa == "v4vnni" || isa == "v4bf16";
+  return isa == "v4vnni" || isa == "v4bf16" || isa == "v4amx";
 }
 #endif
 
@@ -66,7 +66,8 @@ const SignKernels* sign_kernels() {
 
 const F8Kernels* f8_kernels() {
 #if LGK_HAS_X86_SETS
-  static const bool have = __builtin_cpu_supports("avx512vbmi") && isa_name() == std::string("v4bf16");
+  static const bool have = __builtin_cpu_supports("avx512vbmi") &&
+                           (isa_name() == std::string("v4bf16") || isa_name() == std::string("v4amx"));
   return have && integer_kernels() != nullptr ? &kF8V4 : nullptr;
 #else
   return nullptr;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/amx.h"
 #include "common/block.h"
 #include "common/buffer.h"
 #include "common/kernels.h"
@@ -190,10 +191,15 @@ void share_tasks(int64_t tasks, int n_threads, F run) {
 }
 
 template <typename T>
+int64_t tile_step(const Projector<T>& x, const Projector<T>& dy) {
+  return std::max(x.projection.products.tile_step, dy.projection.products.tile_step);
+}
+
+template <typename T>
 void run_block(const Projector<T>& x, const Projector<T>& dy, const Rows& weights, const Accumulator<T>& sums,
                const Part* parts, int64_t count, T* scratch, int n_threads) {
   const int64_t start = parts[0].start, positions = parts[count - 1].start + parts[count - 1].count - start;
-  const int64_t tile = tile_rows(positions, x.kernels.row_tile, n_threads), tiles = ceil_div(positions, tile);
+  const int64_t tile = tile_rows(positions, tile_step(x, dy), n_threads), tiles = ceil_div(positions, tile);
   const bool dy_first = dy.work() > x.work();  // the larger tasks first, so that the threads end together
   share_tasks(2 * tiles, n_threads, [&](int64_t task) {
     const int64_t at = task % tiles * tile, rows = std::min(tile, positions - at);
@@ -225,7 +231,7 @@ void project_grad(const Side& x_side, const Side& dy_side, const Rows& weights, 
   // one allocation: a tiny layer's time is its library calls
   const auto whole_lines = [](int64_t numbers) { return round_up(numbers, kCacheLine / int64_t{sizeof(T)}); };
   const Accumulator<T> sums = {x, dy, outer_products<T>(x_side, dy_side), out, shape.add, std::min(kPanel, capacity)};
-  const int64_t tile = std::min(kMostTileRows, capacity);
+  const int64_t tile = round_up(std::min(kMostTileRows, capacity), tile_step(x, dy));
   const int64_t scratch_size =
       whole_lines(std::max({x.scratch_size(tile), dy.scratch_size(tile), sums.scratch_size()}));
   const int64_t block_rows = capacity + kernels.row_tile;
@@ -239,6 +245,7 @@ void project_grad(const Side& x_side, const Side& dy_side, const Rows& weights, 
   T* scratch = dy.block + whole_lines(block_rows * dy.ld());
 
   const auto work = [&](int thread) {
+    const TileScope tiles;
     T* mine = scratch + scratch_size * thread;
     share_tasks(x.pack_tasks() + dy.pack_tasks(), n_threads, [&](int64_t task) {
       task < x.pack_tasks() ? x.projection.pack(task, mine) : dy.projection.pack(task - x.pack_tasks(), mine);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "common/amx.h"
 #include "common/buffer.h"
 #include "common/kernels.h"
 #include "common/threads.h"
@@ -292,6 +293,7 @@ void run(const Way& way, T* out, int64_t n_rows, int n_threads) {
 
 #pragma omp parallel num_threads(n_threads)
   {
+    const TileScope tiles;
     T* mine = scratch.data() + size * omp_get_thread_num();
     Tile<T> tile;
     tile.pack = mine;

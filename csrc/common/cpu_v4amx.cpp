@@ -1,0 +1,231 @@
+// Intel's matrix unit beside AVX-512: products of two operands of bf16.
+//
+// Operands are packed as pairs, as for AVX512-BF16: so a panel's columns are what a tile of the right operand is. A
+// product of tiles adds 16 pairs to an fp32 sum, their even terms and their odd ones on their own, rounds to nearest
+// even, takes subnormal operands for 0 and flushes subnormal results to 0.
+#include "common/isa.h"
+
+#if LGK_HAS_AMX
+#include <immintrin.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "common/amx.h"
+#include "common/kernels.h"
+
+#pragma GCC target( \
+    "avx,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,amx-tile,amx-bf16,amx-int8")
+
+#define LGK_VECTOR_BYTES 64
+#define LGK_F16C
+#include "common/tile_unit.inc"
+#include "common/vectors.inc"
+
+namespace lgk {
+namespace {
+
+constexpr int64_t kSide = 16;       // rows of a tile, and packed numbers of a row
+constexpr int64_t kStepBytes = 64;  // of a row, that a product of tiles reads
+constexpr int64_t kMostRows = 192;  // that multiply takes at a time: a panel of columns stays in the L1 cache meanwhile
+constexpr int kSums = 4;            // tiles of sums
+
+// Rows of an operand as tiles read them: whole steps where they lie, and the last one of fewer packed numbers, filled
+// up with zeros, where there is one.
+struct Operand {
+  const char *steps, *last;
+  int64_t stride, last_stride;  // bytes from a row to the next
+};
+
+// Adds the products of kRows tiles of rows and kColumns tiles of columns to the sums: tiles 0 to 3. Tiles 4 and 5 are
+// of rows, 6 and 7 of columns.
+template <int kRows, int kColumns>
+LGK_INLINE void add_step(const char* a, int64_t lda, const char* const* b, const int64_t* ldb, int64_t at) {
+  constexpr auto row = [](int r) { return 4 + r % 2; };
+  constexpr auto column = [](int c) { return 6 + c % 2; };
+  if constexpr (kColumns == 1) {
+    load_tile<6>(b[0] + at * ldb[0], ldb[0]);
+    each<kRows>([&](auto r) LGK_ALWAYS {
+      load_tile<row(r)>(a + r * kSide * lda, lda);
+      add_pairs<r, row(r), 6>();
+    });
+  } else {
+    each<kRows>([&](auto r) LGK_ALWAYS { load_tile<row(r)>(a + r * kSide * lda, lda); });
+    each<kColumns>([&](auto c) LGK_ALWAYS {
+      load_tile<column(c)>(b[c] + at * ldb[c], ldb[c]);
+      each<kRows>([&](auto r) LGK_ALWAYS { add_pairs<r * kColumns + c, row(r), column(c)>(); });
+    });
+  }
+}
+
+// c[i][j] (+)= the sums over depth packed numbers, `rows` of them in no more than kRows tiles.
+template <int kRows, int kColumns>
+LGK_INLINE void multiply_tiles(const Operand& a, const Operand* b, int64_t depth, int64_t rows, float* c, int64_t ldc,
+                               bool add) {
+  static_assert(kRows * kColumns <= kSums && (kRows <= 2 || kColumns == 1));
+  const char *columns[kColumns], *last[kColumns];
+  int64_t strides[kColumns], last_strides[kColumns];
+  for (int j = 0; j < kColumns; ++j) {
+    columns[j] = b[j].steps, strides[j] = b[j].stride;
+    last[j] = b[j].last, last_strides[j] = b[j].last_stride;
+  }
+  each<kRows * kColumns>([&](auto sum) LGK_ALWAYS { clear_tile<sum>(); });
+  for (int64_t k = 0; k < depth / kSide; ++k) {
+    add_step<kRows, kColumns>(a.steps + k * kStepBytes, a.stride, columns, strides, k * kSide);
+  }
+  if (depth % kSide != 0) add_step<kRows, kColumns>(a.last, a.last_stride, last, last_strides, 0);
+
+  alignas(64) float sums[kRows * kSide][kColumns * kSide];
+  const bool in_place = !add && rows == kRows * kSide;
+  float* to = in_place ? c : &sums[0][0];
+  const int64_t ld = in_place ? ldc : kColumns * kSide;
+  each<kRows>([&](auto r) LGK_ALWAYS {
+    each<kColumns>(
+        [&](auto j) LGK_ALWAYS { store_tile<r * kColumns + j>(to + r * kSide * ld + j * kSide, ld * sizeof(float)); });
+  });
+  if (in_place) return;
+  for (int64_t i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; ++j) {
+      const Vec<float> sum = load(&sums[i][j * kSide]);
+      float* out = c + i * ldc + j * kSide;
+      store(out, add ? load(out) + sum : sum);
+    }
+  }
+}
+
+// `rows` rows of `numbers` packed numbers, with zeros up to whole tiles.
+LGK_INLINE void fill_up(const char* from, int64_t stride, int64_t rows, int64_t numbers, char* to, int64_t to_stride) {
+  for (int64_t r = 0; r < rows || r % kSide != 0; ++r) {
+    for (int64_t k = 0; k < numbers; k += kSide) {
+      const int64_t count = r < rows ? numbers - k : 0;
+      const __mmask16 kept = count < kSide ? static_cast<__mmask16>((1 << count) - 1) : __mmask16{0xffff};
+      _mm512_store_si512(to + r * to_stride + 4 * k, _mm512_maskz_loadu_epi32(kept, from + r * stride + 4 * k));
+    }
+  }
+}
+
+// At most four tiles' columns of a right operand.
+struct Columns {
+  Operand tiles[kSums];
+  alignas(64) char last[kSums][kSide * kStepBytes];
+
+  // Packed rows of tile j's columns, ldb numbers apart.
+  LGK_METHOD void place(int j, const float* from, int64_t ldb, int64_t depth) {
+    tiles[j] = {reinterpret_cast<const char*>(from), last[j], 4 * ldb, kStepBytes};
+    const int64_t whole = depth / kSide * kSide;
+    if (whole < depth) {
+      fill_up(tiles[j].steps + whole * 4 * ldb, 4 * ldb, depth - whole, kSide, last[j], kStepBytes);
+    }
+  }
+};
+
+// Rows of a left operand: whole tiles, or fewer rows than one.
+struct LeftRows {
+  static constexpr int64_t kStride = kTileLd * sizeof(float);
+  alignas(64) char copy[kSums * kSide * kStride];
+
+  LGK_METHOD Operand place(const char* from, int64_t stride, int64_t rows, int64_t depth) {
+    const int64_t whole = depth / kSide * kSide;
+    if (rows < kSide) {
+      fill_up(from, stride, rows, depth, copy, kStride);
+      return {copy, copy + 4 * whole, kStride, kStride};
+    }
+    if (whole < depth) fill_up(from + 4 * whole, stride, rows, depth - whole, copy, kStride);
+    return {from, copy, stride, kStride};
+  }
+};
+
+template <int kRows, int kColumns>
+void multiply_columns(const char* a, int64_t stride, int64_t rows, const Columns& b, int64_t depth, float* c,
+                      int64_t ldc, bool add) {
+  constexpr int64_t kMany = kRows * kSide;
+  LeftRows left;
+  int64_t i = 0;
+  for (; i + kMany <= rows; i += kMany) {
+    const Operand many = left.place(a + i * stride, stride, kMany, depth);
+    multiply_tiles<kRows, kColumns>(many, b.tiles, depth, kMany, c + i * ldc, ldc, add);
+  }
+  for (; i < rows; i += kSide) {
+    const int64_t count = rows - i < kSide ? rows - i : kSide;
+    const Operand few = left.place(a + i * stride, stride, count, depth);
+    multiply_tiles<1, kColumns>(few, b.tiles, depth, count, c + i * ldc, ldc, add);
+  }
+}
+
+// Tiles of rows are read once for as many columns as the sums allow.
+void multiply(const void* a, int64_t stride, int64_t rows, const float* b, int64_t columns, int64_t depth, float* c,
+              int64_t ldc, bool add, const Fetch&) {
+  const TileScope scope;
+  const char* from = static_cast<const char*>(a);
+  const int64_t tiles = (columns + kSide - 1) / kSide;
+  for (int64_t j = 0; j < tiles; j += kSums) {
+    Columns right;
+    const int64_t count = tiles - j < kSums ? tiles - j : kSums;
+    for (int64_t t = j; t < j + count; ++t) {
+      const bool wide = t % 2 == 1 || t + 1 < tiles;  // panels are two tiles wide, but for the last
+      right.place(static_cast<int>(t - j), b + t / 2 * 2 * kSide * depth + t % 2 * kSide, wide ? 2 * kSide : kSide,
+                  depth);
+    }
+    const auto run = count == 4   ? multiply_columns<1, 4>
+                     : count == 3 ? multiply_columns<1, 3>
+                     : count == 2 ? multiply_columns<2, 2>
+                                  : multiply_columns<4, 1>;
+    run(from, stride, rows, right, depth, c + j * kSide, ldc, add);
+  }
+}
+
+// The terms of at most kSide of the left operand's columns as rows.
+LGK_INLINE void transpose_terms(const float* a, int64_t lda, int64_t depth, float* to) {
+  alignas(64) float last[kSide * kSide];
+  for (int64_t k = 0; k < depth; k += kSide) {
+    if (depth - k >= kSide) {
+      transpose_square(a + k * lda, lda, to + k, kTileLd);
+    } else {
+      fill_up(reinterpret_cast<const char*>(a + k * lda), 4 * lda, depth - k, kSide, reinterpret_cast<char*>(last), 64);
+      transpose_square(last, kSide, to + k, kTileLd);
+    }
+  }
+}
+
+void outer(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t columns, int64_t depth,
+           float* c, int64_t ldc, bool add) {
+  const TileScope scope;
+  alignas(64) float terms[kSide * kTileLd];
+  const char* left = reinterpret_cast<const char*>(terms);
+  const int64_t tiles = (columns + kSide - 1) / kSide, whole = depth / kSide * kSide;
+  const Operand a_rows = {left, left + 4 * whole, 4 * kTileLd, 4 * kTileLd};
+  for (int64_t i = 0; i < rows; i += kSide) {
+    const int64_t count = rows - i < kSide ? rows - i : kSide;
+    transpose_terms(a + i, lda, depth, terms);
+    for (int64_t j = 0; j < tiles; j += kSums) {
+      Columns right;
+      const int64_t here = tiles - j < kSums ? tiles - j : kSums;
+      for (int t = 0; t < here; ++t) right.place(t, b + (j + t) * kSide, ldb, depth);
+      float* to = c + i * ldc + j * kSide;
+      for (int64_t r = 0; r < count && add; ++r) {  // what is added to may lie in memory
+        for (int64_t t = 0; t < here; ++t) __builtin_prefetch(to + r * ldc + t * kSide, 1);
+      }
+      const auto run = here == 4   ? multiply_tiles<1, 4>
+                       : here == 3 ? multiply_tiles<1, 3>
+                       : here == 2 ? multiply_tiles<1, 2>
+                                   : multiply_tiles<1, 1>;
+      run(a_rows, right.tiles, depth, count, to, ldc, add);
+    }
+  }
+}
+
+}  // namespace
+
+// The pairs' products by tiles.
+Products<float> tile_products(const Products<float>& pairs) {
+  Products<float> products = pairs;
+  products.tile_step = kSide;
+  products.row_block = kMostRows;
+  products.multiply = multiply;
+  products.outer = outer;
+  return products;
+}
+
+}  // namespace lgk
+#endif
