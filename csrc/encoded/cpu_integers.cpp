@@ -11,13 +11,13 @@ namespace {
 
 // Queries as tiles take them: groups, each with its units, span starts and span scales.
 struct Tiles {
-  static constexpr int64_t kRunUnits = 16, kRows = kTileCodes, kUnitBytes = kUnit;
+  static constexpr int64_t kUnitBytes = kUnit;
   Plan plan;
   int64_t width;  // queries of a group
   Buffer<int8_t> digits;
   Buffer<int32_t> starts;
   Buffer<float> scales;
-  const IntegerKernels& kernels = *integer_kernels();
+  const IntegerTiles& kernels = integer_kernels()->many;
 
   explicit Tiles(const Plan& plan)
       : plan(plan),
@@ -40,10 +40,11 @@ struct Tiles {
 
   void expand(const uint8_t* codes, int64_t units, uint8_t* to) const { kernels.expand(plan.code, codes, units, to); }
   void tile(int64_t group, int64_t s, int64_t unit, int64_t units, const uint8_t* rows, int64_t ld_rows,
-            const float* row_scales, float* sums, int64_t ld) const {
+            const float* row_scales, float* sums, int64_t ld, Pending& pending) const {
     kernels.tile(rows, ld_rows, digits_of(group) + unit * kTileColumns * kUnit, plan.digits, units,
-                 starts_of(group) + s * kTileColumns, row_scales, scales_of(group) + s * width, sums, ld);
+                 starts_of(group) + s * kTileColumns, row_scales, scales_of(group) + s * width, sums, ld, pending);
   }
+  void finish(int64_t ld, Pending& pending) const { kernels.finish(plan.digits, ld, pending); }
 
   void place(int64_t query, int64_t s, const Span& from) const {
     const int64_t group = query / width, lane = query % width;

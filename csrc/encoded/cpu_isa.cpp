@@ -18,6 +18,10 @@ extern const SignKernels kSignsV4Vbmi;
 extern const F8Kernels kF8V4;
 extern const decltype(EncodedKernels::few_f8) kFewF8V4Vbmi;
 #endif
+#if LGK_HAS_AMX
+extern const IntegerTiles kTilesV4Amx;
+F8Kernels tile_f8(const F8Kernels& kernels);
+#endif
 
 namespace {
 
@@ -25,6 +29,22 @@ namespace {
 bool beyond_v4() {
   const std::string isa = isa_name();
   return isa == "v4vnni" || isa == "v4bf16" || isa == "v4amx";
+}
+
+bool in_tiles() { return isa_name() == std::string("v4amx"); }
+
+IntegerKernels with_tiles(IntegerKernels kernels) {
+#if LGK_HAS_AMX
+  if (in_tiles()) kernels.many = kTilesV4Amx;
+#endif
+  return kernels;
+}
+
+F8Kernels with_tiles(const F8Kernels& kernels) {
+#if LGK_HAS_AMX
+  if (in_tiles()) return tile_f8(kernels);
+#endif
+  return kernels;
 }
 #endif
 
@@ -48,8 +68,9 @@ const EncodedKernels& encoded_kernels() {
 
 const IntegerKernels* integer_kernels() {
 #if LGK_HAS_X86_SETS
-  static const bool have = beyond_v4();
-  return have && __builtin_cpu_supports("avx512vnni") ? &kIntegersV4Vnni : nullptr;
+  static const bool have = beyond_v4() && __builtin_cpu_supports("avx512vnni");
+  static const IntegerKernels chosen = with_tiles(kIntegersV4Vnni);
+  return have ? &chosen : nullptr;
 #else
   return nullptr;
 #endif
@@ -66,9 +87,9 @@ const SignKernels* sign_kernels() {
 
 const F8Kernels* f8_kernels() {
 #if LGK_HAS_X86_SETS
-  static const bool have = __builtin_cpu_supports("avx512vbmi") &&
-                           (isa_name() == std::string("v4bf16") || isa_name() == std::string("v4amx"));
-  return have && integer_kernels() != nullptr ? &kF8V4 : nullptr;
+  static const bool have = __builtin_cpu_supports("avx512vbmi") && (isa_name() == std::string("v4bf16") || in_tiles());
+  static const F8Kernels chosen = with_tiles(kF8V4);
+  return have && integer_kernels() != nullptr ? &chosen : nullptr;
 #else
   return nullptr;
 #endif

@@ -10,53 +10,54 @@
 namespace lgk {
 namespace {
 
-constexpr int64_t kPairs = kUnit / 2, kSteps = kUnit / kF8Step;
+constexpr int64_t kPairs = kUnit / 2;
 
 // Queries in groups, each with its units, span starts and span scales.
 struct F8Tiles {
-  static constexpr int64_t kRunUnits = 4, kRows = 2 * kF8Rows, kUnitBytes = kF8Unit;
+  static constexpr int64_t kUnitBytes = kF8Unit;
   Plan plan;
   bool rests;
+  const F8Kernels& kernels = *f8_kernels();
+  const F8Layout layout{kernels.rests_apart, rests};
   Buffer<uint8_t> parts;
   Buffer<int32_t> starts;
   Buffer<float> scales;
-  const F8Kernels& kernels = *f8_kernels();
 
   F8Tiles(const Plan& plan, bool rests)
       : plan(plan),
         rests(rests),
         parts(groups() * group_bytes()),
-        starts(groups() * kF8Columns * plan.spans()),
-        scales(groups() * kF8Columns * plan.spans()) {
-    if (plan.queries % kF8Columns == 0) return;
+        starts(groups() * kTileColumns * plan.spans()),
+        scales(groups() * kTileColumns * plan.spans()) {
+    if (plan.queries % kTileColumns == 0) return;
     std::memset(parts_of(groups() - 1, 0), 0, group_bytes());
-    std::memset(starts_of(groups() - 1, 0), 0, kF8Columns * plan.spans() * sizeof(int32_t));
-    std::memset(scales_of(groups() - 1, 0), 0, kF8Columns * plan.spans() * sizeof(float));
+    std::memset(starts_of(groups() - 1, 0), 0, kTileColumns * plan.spans() * sizeof(int32_t));
+    std::memset(scales_of(groups() - 1, 0), 0, kTileColumns * plan.spans() * sizeof(float));
   }
 
-  int64_t groups() const { return ceil_div(plan.queries, kF8Columns); }
-  int64_t columns() const { return kF8Columns; }
-  int64_t unit_bytes() const { return kSteps * f8_step(rests); }
-  int64_t group_bytes() const { return plan.units() * unit_bytes(); }
+  int64_t groups() const { return ceil_div(plan.queries, kTileColumns); }
+  int64_t columns() const { return kTileColumns; }
+  int64_t group_bytes() const { return plan.units() * layout.unit; }
   uint8_t* parts_of(int64_t group, int64_t unit) const {
-    return parts.data() + group * group_bytes() + unit * unit_bytes();
+    return parts.data() + group * group_bytes() + unit * layout.unit;
   }
-  int32_t* starts_of(int64_t group, int64_t s) const { return starts.data() + (group * plan.spans() + s) * kF8Columns; }
-  float* scales_of(int64_t group, int64_t s) const { return scales.data() + (group * plan.spans() + s) * kF8Columns; }
+  int32_t* starts_of(int64_t group, int64_t s) const {
+    return starts.data() + (group * plan.spans() + s) * kTileColumns;
+  }
+  float* scales_of(int64_t group, int64_t s) const { return scales.data() + (group * plan.spans() + s) * kTileColumns; }
 
   void expand(const uint8_t* codes, int64_t units, uint8_t* to) const { kernels.expand(codes, units, to); }
   void tile(int64_t group, int64_t s, int64_t unit, int64_t units, const uint8_t* rows, int64_t ld_rows,
-            const float* row_scales, float* sums, int64_t ld) const {
-    for (int64_t r = 0; r < kRows; r += kF8Rows) {
-      kernels.tile(rows + r * ld_rows, ld_rows, parts_of(group, unit), rests, units, starts_of(group, s),
-                   row_scales + r, scales_of(group, s), sums + r * ld, ld);
-    }
+            const float* row_scales, float* sums, int64_t ld, Pending& pending) const {
+    kernels.tile(rows, ld_rows, parts_of(group, unit), rests, units, starts_of(group, s), row_scales,
+                 scales_of(group, s), sums, ld, pending);
   }
+  void finish(int64_t ld, Pending& pending) const { kernels.finish(rests, ld, pending); }
 
   // False if the span holds NaN or Inf.
   bool pack(const Rows& b, int64_t query, int64_t s, float* x) const {
     const float* from = span_numbers(plan, b, query, s, x);
-    const int64_t units = plan.units_of(s), group = query / kF8Columns, lane = query % kF8Columns;
+    const int64_t units = plan.units_of(s), group = query / kTileColumns, lane = query % kTileColumns;
     const float most = integer_kernels()->largest(from, units * kUnit);
     const bool finite = std::isfinite(most);
     float scale = 0, inverse = 0;
@@ -81,12 +82,11 @@ struct F8Tiles {
 
  private:
   void place(const uint16_t* numbers, const int8_t* rests_of_unit, uint8_t* unit, int64_t lane) const {
-    const int64_t step = f8_step(rests);
     for (int64_t i = 0; i < kPairs; ++i) {
-      std::memcpy(unit + i / 2 * step + i % 2 * 4 * kF8Columns + 4 * lane, numbers + f8_pair(i), 4);
+      std::memcpy(unit + i / 2 * layout.step + (i % 2 * kTileColumns + lane) * 4, numbers + f8_pair(i), 4);
     }
-    for (int64_t i = 0; rests && i < kSteps; ++i) {
-      std::memcpy(unit + i * step + 8 * kF8Columns + 4 * lane, rests_of_unit + 4 * i, 4);
+    for (int64_t i = 0; rests && i < kF8Steps; ++i) {
+      std::memcpy(unit + layout.first_rest + i * layout.rest_step + 4 * lane, rests_of_unit + 4 * i, 4);
     }
   }
 };

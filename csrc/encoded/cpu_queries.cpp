@@ -39,17 +39,23 @@ void round_to_int8(const Rows& b, int64_t n, int64_t depth, int64_t span, float*
   }
 }
 
+// Queries that rows meet while they are expanded; a power of 2 up to kAtOnce.
+int64_t queries_at_once(Code code) {
+  if (code == Code::kF8) return f8_kernels() != nullptr ? f8_kernels()->shape.queries : EncodedQueries::kAtOnce;
+  return integer_kernels() != nullptr ? integer_kernels()->many.shape.queries : EncodedQueries::kAtOnce;
+}
+
 }  // namespace
 
 EncodedQueries::EncodedQueries(const Rows& b, int64_t n, int64_t depth, const Encoding& encoding, int digits,
                                int n_threads)
-    : b_(b), depth_(depth), groups_(ceil_div(n, kAtOnce)) {
+    : b_(b), depth_(depth), at_once_(queries_at_once(encoding.code)), groups_(ceil_div(n, at_once_)) {
   if (digits == 0 || n == 0 || depth == 0) return;
   const int64_t span = std::min(encoding.block, kMostSpan);
   const bool f8 = encoding.code == Code::kF8;
   const bool parts = encoding.block >= kUnit && (f8 ? f8_kernels() != nullptr : integer_kernels() != nullptr);
   for (int64_t g = 0; parts && g < static_cast<int64_t>(groups_.size()); ++g) {
-    const Plan plan = {encoding.code, depth, std::min(kAtOnce, n - g * kAtOnce), digits, span};
+    const Plan plan = {encoding.code, depth, std::min(at_once_, n - g * at_once_), digits, span};
     const int threads = threads_for(kPacking * plan.queries * depth, n_threads);
     const bool few = plan.queries <= kFewColumns;
     if (f8 && few) continue;
@@ -57,7 +63,7 @@ EncodedQueries::EncodedQueries(const Rows& b, int64_t n, int64_t depth, const En
                       : !few             ? pack_many_integers
                       : tables_pay(plan) ? pack_few_signs
                                          : pack_few_integers;
-    groups_[g] = pack(plan, b.from(g * kAtOnce), threads);
+    groups_[g] = pack(plan, b.from(g * at_once_), threads);
   }
   const auto laid_out = [](const auto& group) { return group != nullptr; };
   if (digits != 1 || std::all_of(groups_.begin(), groups_.end(), laid_out)) return;
@@ -78,13 +84,15 @@ void EncodedQueries::multiply(const EncodedRows& a, int64_t m, int64_t first, in
     return;
   }
   for (int64_t j = 0; j < n;) {
-    int64_t here = std::min(kAtOnce, n - j);
-    const IntegerQueries* group = groups_[(first + j) / kAtOnce].get();
+    int64_t here = std::min(at_once_, n - j);
+    const IntegerQueries* group = groups_[(first + j) / at_once_].get();
     const Output<float> to = {c.data + j * c.column_stride, c.row_stride, c.column_stride};
     if (group != nullptr) {
       group->multiply(a, m, to, threads_for(double(m) * here * depth_, n_threads));
     } else {
-      while (j + here < n && groups_[(first + j + here) / kAtOnce] == nullptr) here += std::min(kAtOnce, n - j - here);
+      while (j + here < n && groups_[(first + j + here) / at_once_] == nullptr) {
+        here += std::min(at_once_, n - j - here);
+      }
       multiply_decoded(a, m, b_.from(first + j), here, depth_, to, n_threads);
     }
     j += here;

@@ -17,7 +17,9 @@
 namespace lgk {
 namespace {
 
-constexpr int kVectors = kF8Columns / 16;
+constexpr int kVectors = kTileColumns / 16;
+constexpr int kRows = 6;  // whose sums are in the registers
+constexpr int64_t kTileRows = 2 * kRows;
 constexpr __mmask64 kAllBytes = ~uint64_t{0};
 
 struct alignas(64) Tables {
@@ -99,8 +101,7 @@ LGK_INLINE __m512i spread(const uint8_t* four) {
 template <bool kRests>
 void tile_of(const uint8_t* a, int64_t lda, const uint8_t* b, int64_t units, const int32_t* start, const float* a_scale,
              const float* b_scale, float* c, int64_t ldc) {
-  constexpr int kRows = kF8Rows;
-  constexpr float kRest = kMostF8 / 127.0f / kRestUnits;
+  constexpr F8Layout kLayout(false, kRests);
   __m512 sum[kRows][kVectors];
   __m512i rest[kRows][kVectors];
 #pragma GCC unroll 8
@@ -133,7 +134,7 @@ void tile_of(const uint8_t* a, int64_t lda, const uint8_t* b, int64_t units, con
           add_bytes(rest[i][1], bytes, right);
         }
       }
-      b += f8_step(kRests);
+      b += kLayout.step;
     }
     upper += kF8Unit;
     lower += kF8Unit;
@@ -143,7 +144,7 @@ void tile_of(const uint8_t* a, int64_t lda, const uint8_t* b, int64_t units, con
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       if (kRests) {
-        sum[i][v] = _mm512_fmadd_ps(_mm512_maskz_cvtepi32_ps(0xffff, rest[i][v]), _mm512_set1_ps(kRest), sum[i][v]);
+        sum[i][v] = _mm512_fmadd_ps(_mm512_maskz_cvtepi32_ps(0xffff, rest[i][v]), _mm512_set1_ps(kF8Rest), sum[i][v]);
       }
       const __m512 product = _mm512_mul_ps(sum[i][v], _mm512_loadu_ps(b_scale + 16 * v));
       float* to = c + i * ldc + 16 * v;
@@ -153,14 +154,19 @@ void tile_of(const uint8_t* a, int64_t lda, const uint8_t* b, int64_t units, con
 }
 
 void tile(const uint8_t* a, int64_t lda, const uint8_t* b, bool rests, int64_t units, const int32_t* start,
-          const float* a_scale, const float* b_scale, float* c, int64_t ldc) {
-  (rests ? tile_of<true> : tile_of<false>)(a, lda, b, units, start, a_scale, b_scale, c, ldc);
+          const float* a_scale, const float* b_scale, float* c, int64_t ldc, Pending&) {
+  const auto run = rests ? tile_of<true> : tile_of<false>;
+  for (int64_t i = 0; i < kTileRows; i += kRows) {
+    run(a + i * lda, lda, b, units, start, a_scale + i, b_scale, c + i * ldc, ldc);
+  }
 }
+
+void finish(bool, int64_t, Pending&) {}
 
 }  // namespace
 
 extern const F8Kernels kF8V4;
-const F8Kernels kF8V4 = {expand, split, tile};
+const F8Kernels kF8V4 = {{kTileRows, 4, 64}, false, expand, split, tile, finish};
 
 }  // namespace lgk
 #endif

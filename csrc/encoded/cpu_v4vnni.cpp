@@ -14,12 +14,12 @@
 
 #define LGK_INLINE static inline __attribute__((always_inline))
 
+#include "encoded/units.inc"
+
 namespace lgk {
 namespace {
 
-constexpr int64_t unit_bytes(Code code) {
-  return code == Code::kI8 ? kUnit : code == Code::kI4 ? kUnit / 2 : code == Code::kI2 ? kUnit / 4 : kUnit / 8;
-}
+constexpr int64_t kRows = 12;  // of a tile
 
 // GCC 12 warns of its own undefined operands in the unmasked intrinsics.
 LGK_INLINE __m512 as_floats(__m512i x) { return _mm512_maskz_cvtepi32_ps(0xffff, x); }
@@ -27,50 +27,6 @@ LGK_INLINE __m512 as_floats(__m512i x) { return _mm512_maskz_cvtepi32_ps(0xffff,
 // sum + four products in each lane. GCC 12 copies the operands of the intrinsic to and fro.
 LGK_INLINE void add_products(__m512i& sum, __m512i codes, __m512i digits) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(digits));
-}
-
-struct Unit {
-  __m512i low, high;
-};
-
-template <Code kCode>
-LGK_INLINE Unit load_unit(const uint8_t* p) {
-  if constexpr (kCode == Code::kI8) {
-    const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-    return {_mm512_xor_si512(_mm512_loadu_si512(p), flip), _mm512_xor_si512(_mm512_loadu_si512(p + 64), flip)};
-  } else if constexpr (kCode == Code::kI4) {
-    const __m512i all = _mm512_loadu_si512(p), low = _mm512_set1_epi8(15);
-    return {_mm512_and_si512(all, low), _mm512_and_si512(_mm512_srli_epi16(all, 4), low)};
-  } else if constexpr (kCode == Code::kI2) {
-    const __m256i here = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m512i all = _mm512_maskz_broadcast_i64x4(0xff, here), low = _mm512_set1_epi8(3);
-    const __m512i first = _mm512_mask_srli_epi32(all, 0xff00, all, 2);  // the upper half by one more field
-    return {_mm512_and_si512(first, low), _mm512_and_si512(_mm512_srli_epi16(first, 4), low)};
-  } else {
-    const __m128i here = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    const __m512i all = _mm512_maskz_broadcast_i32x4(0xffff, here), two = _mm512_set1_epi8(2);
-    const __m512i lane = _mm512_set_epi64(0x3000300030003, 0x3000300030003, 0x2000200020002, 0x2000200020002,
-                                          0x1000100010001, 0x1000100010001, 0, 0);
-    const __m512i upper = _mm512_add_epi16(lane, _mm512_set1_epi16(3));
-    return {_mm512_and_si512(_mm512_srlv_epi16(_mm512_add_epi16(all, all), lane), two),
-            _mm512_and_si512(_mm512_srlv_epi16(all, upper), two)};
-  }
-}
-
-template <Code kCode>
-void expand_units(const uint8_t* codes, int64_t units, uint8_t* out) {
-  for (int64_t u = 0; u < units; ++u) {
-    const Unit unit = load_unit<kCode>(codes + u * unit_bytes(kCode));
-    _mm512_storeu_si512(out + u * kUnit, unit.low);
-    _mm512_storeu_si512(out + u * kUnit + 64, unit.high);
-  }
-}
-
-void expand(Code code, const uint8_t* codes, int64_t units, uint8_t* out) {
-  if (code == Code::kI8) return expand_units<Code::kI8>(codes, units, out);
-  if (code == Code::kI4) return expand_units<Code::kI4>(codes, units, out);
-  if (code == Code::kI2) return expand_units<Code::kI2>(codes, units, out);
-  expand_units<Code::kSign>(codes, units, out);
 }
 
 template <bool kLargest>
@@ -193,9 +149,9 @@ LGK_INLINE void add_scaled(const __m512i (&sum)[2], __m512 scale, const __m512 (
 template <int kDigits>
 void tile_digits(const uint8_t* a, int64_t lda, const int8_t* b, int64_t units, const int32_t* start,
                  const float* a_scale, const float* b_scale, float* c, int64_t ldc) {
-  __m512i sum[kTileCodes][2];
+  __m512i sum[kRows][2];
 #pragma GCC unroll 16
-  for (int i = 0; i < kTileCodes; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     sum[i][0] = _mm512_loadu_si512(start);
     sum[i][1] = _mm512_loadu_si512(start + 16);
   }
@@ -203,7 +159,7 @@ void tile_digits(const uint8_t* a, int64_t lda, const int8_t* b, int64_t units, 
   for (int64_t k = 0; k < units * (kUnit / 4); ++k) {
     const __m512i left = _mm512_loadu_si512(b), right = _mm512_loadu_si512(b + 64);
 #pragma GCC unroll 16
-    for (int i = 0; i < kTileCodes; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       int32_t four;
       __builtin_memcpy(&four, third[i / 3] + i % 3 * lda, sizeof(four));
       const __m512i codes = _mm512_set1_epi32(four);
@@ -216,14 +172,16 @@ void tile_digits(const uint8_t* a, int64_t lda, const int8_t* b, int64_t units, 
   }
   const __m512 scales[2] = {_mm512_loadu_ps(b_scale), kDigits == 1 ? _mm512_loadu_ps(b_scale + 16) : __m512{}};
 #pragma GCC unroll 16
-  for (int i = 0; i < kTileCodes; ++i) add_scaled<kDigits>(sum[i], _mm512_set1_ps(a_scale[i]), scales, c + i * ldc);
+  for (int i = 0; i < kRows; ++i) add_scaled<kDigits>(sum[i], _mm512_set1_ps(a_scale[i]), scales, c + i * ldc);
 }
 
 void tile(const uint8_t* a, int64_t lda, const int8_t* b, int digits, int64_t units, const int32_t* start,
-          const float* a_scale, const float* b_scale, float* c, int64_t ldc) {
+          const float* a_scale, const float* b_scale, float* c, int64_t ldc, Pending&) {
   const auto run = digits == 1 ? tile_digits<1> : tile_digits<2>;
   run(a, lda, b, units, start, a_scale, b_scale, c, ldc);
 }
+
+void finish(int, int64_t, Pending&) {}
 
 }  // namespace
 }  // namespace lgk
@@ -233,7 +191,8 @@ void tile(const uint8_t* a, int64_t lda, const int8_t* b, int digits, int64_t un
 namespace lgk {
 
 extern const IntegerKernels kIntegersV4Vnni;
-const IntegerKernels kIntegersV4Vnni = {expand, largest, to_digits, widen, tile, few, sum_lanes};
+const IntegerKernels kIntegersV4Vnni = {
+    {{kRows, 16, 64}, expand<false>, tile, finish}, largest, to_digits, widen, few, sum_lanes};
 
 }  // namespace lgk
 #endif

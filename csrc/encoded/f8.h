@@ -7,14 +7,24 @@
 
 namespace lgk {
 
-constexpr int64_t kF8Rows = 6;          // of a tile
-constexpr int64_t kF8Columns = 32;      // queries of a tile
 constexpr int64_t kF8Unit = 3 * kUnit;  // bytes of a unit of a row: as bf16, then as bytes
-constexpr int64_t kF8Step = 4;          // numbers that a tile takes at a time: two pairs of bf16, four bytes
+constexpr int64_t kF8Step = 4;          // numbers of a step: two pairs of bf16, four bytes
+constexpr int64_t kF8Steps = kUnit / kF8Step;
 constexpr float kMostF8 = 448, kRestUnits = 127 * 0x1p7f;  // of 1, for numbers below 4
+constexpr float kF8Rest = kMostF8 / 127.0f / kRestUnits;   // of a product of bytes
 
-// Bytes of a step's numbers of kF8Columns queries: [pair][query][2] of bf16, then [query][4] of the rests.
-constexpr int64_t f8_step(bool rests) { return kF8Columns * kF8Step * (rests ? 3 : 2); }
+// Where a unit of kTileColumns queries has the numbers of its steps, [pair][query][2] of bf16, and their rests,
+// [query][4]: the rests after each step's numbers, or after all of them.
+struct F8Layout {
+  static constexpr int64_t kNumbers = 2 * kF8Step * kTileColumns, kRests = kF8Step * kTileColumns;  // bytes
+  int64_t step, rest_step, first_rest, unit;
+
+  constexpr F8Layout(bool apart, bool rests)
+      : step(kNumbers + (rests && !apart ? kRests : 0)),
+        rest_step(apart ? kRests : step),
+        first_rest(apart ? kF8Steps * kNumbers : kNumbers),
+        unit(kF8Steps * (kNumbers + (rests ? kRests : 0))) {}
+};
 
 // The numbers of a unit lie in this order as pairs of bf16, in their own as bytes.
 constexpr int64_t f8_pair(int64_t i) { return i / 32 * 64 + i % 4 * 2 + i / 4 % 4 * 16 + i / 16 % 2 * 8; }
@@ -34,6 +44,9 @@ constexpr uint16_t bf16_of_f8(int size) {
 }
 
 struct F8Kernels {
+  TileShape shape;
+  bool rests_apart;  // in the queries' layout
+
   // Codes of whole units to out [kF8Unit] each. A byte is 128 + 127 / kMostF8 of the number, rounded.
   void (*expand)(const uint8_t* codes, int64_t units, uint8_t* out);
 
@@ -41,10 +54,12 @@ struct F8Kernels {
   // Returns the sum of the rests.
   int32_t (*split)(const float* x, float inverse, bool whole, uint16_t* numbers, int8_t* rests);
 
-  // c[i][q] += a_scale[i] b_scale[q] sum over units of one span of a(i, k) b(q, k), for kF8Rows rows lda apart and
-  // kF8Columns queries; b [steps][f8_step(rests)]. start [queries] is added to the sums of bytes.
+  // c[i][q] += a_scale[i] b_scale[q] sum over units of one span of a(i, k) b(q, k), for shape.rows rows lda apart and
+  // kTileColumns queries; b [units] in their layout. start [queries] is added to the sums of bytes. Some of it may be
+  // left to the next call, or to `finish`.
   void (*tile)(const uint8_t* a, int64_t lda, const uint8_t* b, bool rests, int64_t units, const int32_t* start,
-               const float* a_scale, const float* b_scale, float* c, int64_t ldc);
+               const float* a_scale, const float* b_scale, float* c, int64_t ldc, Pending& pending);
+  void (*finish)(bool rests, int64_t ldc, Pending& pending);
 };
 
 // Null where the instruction set in use has none.

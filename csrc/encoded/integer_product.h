@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 
+#include "common/amx.h"
 #include "common/buffer.h"
 #include "common/kernels.h"
 #include "common/product.h"
@@ -153,9 +154,13 @@ void multiply_tasks(const Product& product, int64_t task, int64_t tile, int64_t 
   const int64_t size = round_up(scratch_size, kCacheLine), tasks = ceil_div(product.m, task);
   const auto first = [&](int64_t i) { return std::min(product.m, ceil_div(product.m, tile) * i / tasks * tile); };
   const Buffer<float> scratch(size * n_threads);
-#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
-  for (int64_t i = 0; i < tasks; ++i) {
-    product.multiply(first(i), first(i + 1) - first(i), scratch.data() + size * omp_get_thread_num());
+#pragma omp parallel num_threads(n_threads)
+  {
+    const TileScope tiles;
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < tasks; ++i) {
+      product.multiply(first(i), first(i + 1) - first(i), scratch.data() + size * omp_get_thread_num());
+    }
   }
 }
 

@@ -11,8 +11,7 @@ namespace lgk {
 constexpr int64_t kUnit = 128;
 constexpr int64_t kMostSpan = 512;  // numbers; a 32-bit sum of a span stays below 2^24, which fp32 holds
 constexpr int kMostDigits = 2;
-constexpr int64_t kTileCodes = 12;          // rows of a tile
-constexpr int64_t kTileColumns = 32;        // digits of queries in a tile
+constexpr int64_t kTileColumns = 32;        // queries, or their digits, in a tile
 constexpr int64_t kFewRows = 4;             // rows read side by side
 constexpr int64_t kFewQueries = 4;          // queries that few takes at most
 constexpr int64_t kFewLanes = 16;           // sums of every sixteenth group of four numbers
@@ -29,9 +28,38 @@ constexpr int64_t streams(Code code, int64_t units, int64_t queries, int digits)
   return code == Code::kI8 || code == Code::kI4 ? 2 : kFewRows;
 }
 
-struct IntegerKernels {
-  // Codes of whole units to unsigned bytes, kUnit a unit.
+// How rows are cut for products with many queries.
+struct TileShape {
+  int64_t rows;       // of a tile
+  int64_t run_units;  // of a row that are expanded at a time
+  int64_t queries;    // that meet rows which are expanded once: a divisor of EncodedQueries::kAtOnce
+};
+
+// Where the machine multiplies whole tiles, a tile's sums are scaled and added while the next one's are made.
+struct alignas(64) Pending {
+  static constexpr int64_t kSums = 32 * kTileColumns;
+  int32_t sums[2][2 * kSums];  // of two tiles in turn, of each up to two kinds
+  int64_t turn = 0;
+  const float *a_scale, *b_scale;
+  float* c = nullptr;  // none is pending
+};
+
+struct IntegerTiles {
+  TileShape shape;
+
+  // Codes of whole units to bytes, kUnit a unit, as tile takes them.
   void (*expand)(Code code, const uint8_t* codes, int64_t units, uint8_t* out);
+
+  // c[i][q] += a_scale[i] b_scale[q] sum over units of one span of a(i, k) b(q, k), for shape.rows rows and
+  // kTileColumns / digits queries. a: rows lda apart; b [units][kUnit / 4][digits][queries][4]; start [digits][queries]
+  // is what unsigned codes' offset adds to the digits' sums. Some of it may be left to the next call, or to `finish`.
+  void (*tile)(const uint8_t* a, int64_t lda, const int8_t* b, int digits, int64_t units, const int32_t* start,
+               const float* a_scale, const float* b_scale, float* c, int64_t ldc, Pending& pending);
+  void (*finish)(int digits, int64_t ldc, Pending& pending);
+};
+
+struct IntegerKernels {
+  IntegerTiles many;
 
   // The largest magnitude; NaN or Inf if there is one.
   float (*largest)(const float* x, int64_t n);
@@ -42,12 +70,6 @@ struct IntegerKernels {
 
   // fp16 to fp32.
   void (*widen)(const uint16_t* halves, int64_t n, float* out);
-
-  // c[i][q] += a_scale[i] b_scale[q] sum over units of one span of a(i, k) b(q, k), for kTileCodes rows and
-  // kTileColumns / digits queries. a: rows lda apart; b [units][kUnit / 4][digits][queries][4]; start [digits][queries]
-  // is added to the digits' sums.
-  void (*tile)(const uint8_t* a, int64_t lda, const int8_t* b, int digits, int64_t units, const int32_t* start,
-               const float* a_scale, const float* b_scale, float* c, int64_t ldc);
 
   // sums[i][q][lane] (+)= sum over units u of a_scale[i][u] (b_scale[q][u] sum a(i, k) b(q, k) - b_sum[q][u]), for
   // kFewRows rows of codes as they lie and `queries` of them. Where `last` is given the last chunk is read from there.

@@ -15,7 +15,7 @@ struct IntegerQueries;
 // too, unless all of it could be laid out.
 class EncodedQueries {
  public:
-  static constexpr int64_t kAtOnce = 64;  // queries that are multiplied at a time
+  static constexpr int64_t kAtOnce = 256;  // queries that are multiplied at a time, at most
 
   EncodedQueries(const Rows& b, int64_t n, int64_t depth, const Encoding& encoding, int digits, int n_threads);
   ~EncodedQueries();
@@ -25,9 +25,9 @@ class EncodedQueries {
 
  private:
   Rows b_;
-  int64_t depth_;
+  int64_t depth_, at_once_;
   std::unique_ptr<Buffer<float>> rounded_;
-  std::vector<std::unique_ptr<IntegerQueries>> groups_;  // of kAtOnce queries; null: fp32 products
+  std::vector<std::unique_ptr<IntegerQueries>> groups_;  // of at_once_ queries; null: fp32 products
 };
 
 }  // namespace lgk

@@ -88,6 +88,49 @@ def test_few_and_many_queries_of_long_rows(name):
     check("cpp", *case(4, 5, 8192, name, 1024, "fp16"))
 
 
+@pytest.mark.parametrize(("block", "scale"), [(128, "fp32"), (256, "fp16"), (512, "fp32"), (4096, "fp16")])
+def test_many_queries(name, block, scale):
+    """Rows and queries that fill a tile, or several, or lack or exceed them by one; depths that end in a unit."""
+    for q, n, d in (
+        (15, 31, 128),
+        (16, 33, 1000),
+        (17, 64, 512),
+        (33, 1, 1153),
+        (64, 97, 128 * 21 + 60),
+        (260, 40, 300),
+    ):
+        queries, rows = case(q, n, d, name, block, scale)
+        queries[:, ::61] *= 1000
+        check("cpp", queries, rows)
+        check("cpp", queries, rows, query_format="fp32")
+
+
+@pytest.mark.parametrize("span", [128, 256, 512])
+def test_many_whole_numbers_are_exact(span):
+    """Queries in int8 and codes up to their largest; every sum is below 2^24."""
+    q, n, d = 40, 70, 8 * span - 4
+    queries = torch.randint(-1, 2, (q, d)).float()
+    queries[:, ::128] = torch.tensor([127.0, -127.0])[torch.randint(2, (q, (d + 127) // 128))]
+    for name, most in (("int8", 127), ("int4", 7), ("int2", 1)):
+        numbers = torch.randint(-most, most + 1, (n, d)).float()
+        numbers[:, ::32] = most  # the scale is 1
+        rows = lk.quantize_rows(numbers, lk.RowFormat.of(name, span))
+        assert torch.equal(lk.dequantize_rows(rows), numbers)
+        got = lk.score_block(queries, rows, query_format="int8", backend="cpp")
+        assert torch.equal(got.double(), queries.double() @ numbers.double().T)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite_stay_in_their_row(name, bad):
+    queries, rows = case(20, 40, 700, name)
+    whole = lk.score_block(queries, rows, backend="cpp")
+    rows.scales[33, 2] = bad
+    got = lk.score_block(queries, rows, backend="cpp")
+    assert not got[:, 33].isfinite().any()
+    kept = [i for i in range(40) if i != 33]
+    assert torch.equal(got[:, kept], whole[:, kept])
+
+
 @pytest.mark.parametrize(("block", "scale"), [(128, "fp32"), (1024, "fp32"), (128, "fp16")])
 def test_many_queries_of_fp8(block, scale):
     """Rows and queries that fill no tile, sizes far apart in both, and queries of bf16, which leave no rest."""
@@ -130,9 +173,9 @@ import sys, torch, logra_kernels as lk
 sys.path.insert(0, sys.argv[1])
 from tolerance import assert_as_good_as_naive
 for name in ("fp8", "int8", "int4", "int2", "sign"):
-    for block in (64, 128, 1024):
-        for q, n, d in ((1, 27, 1000), (20, 25, 9000)):
-            queries, rows = torch.randn(q, d), lk.quantize_rows(torch.randn(n, d), lk.RowFormat.of(name, block))
+    for block, scale in ((64, "fp32"), (128, "fp32"), (256, "fp16"), (1024, "fp32")):
+        for q, n, d in ((1, 27, 1000), (20, 25, 9000), (33, 70, 1300)):
+            queries, rows = torch.randn(q, d), lk.quantize_rows(torch.randn(n, d), lk.RowFormat.of(name, block, scale))
             numbers = lk.dequantize_rows(rows, backend="reference")
             exact = queries.double() @ numbers.double().T
             got = lk.score_block(queries, rows, query_format="fp32", backend="cpp")
@@ -180,7 +223,7 @@ def test_equal_rows_come_in_their_order(target, name):
     )
 
 
-@pytest.mark.parametrize("q", [3, 20])
+@pytest.mark.parametrize("q", [3, 20, 70])
 def test_same_bits_for_any_thread_count_and_block_of_rows(name, threads, q):
     queries, rows = case(q, 301, 900, name)
     found = []
