@@ -21,15 +21,6 @@ int64_t width_of(int64_t columns) {
   return width;
 }
 
-// Adds the upper half of the lanes to the lower half until one is left.
-template <typename T>
-T sum_lanes(T* sums, int64_t lanes) {
-  for (int64_t half = lanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
-  }
-  return sums[0];
-}
-
 template <typename T>
 struct Few {
   const Kernels<T>& kernels;
@@ -61,7 +52,7 @@ struct Few {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < n; ++j) {
         c.data[(row + i) * c.row_stride + j * c.column_stride] =
-            sum_lanes(sums + (i * width + j) * kernels.lanes, kernels.lanes);
+            sum_of_lanes(sums + (i * width + j) * kernels.lanes, kernels.lanes);
       }
     }
   }

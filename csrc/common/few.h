@@ -12,4 +12,25 @@ Buffer<T> lay_out_few(const Rows& b, int64_t n, int64_t depth);
 template <typename T>
 void multiply_few(const Rows& a, int64_t m, const T* laid_out, int64_t n, int64_t depth, Output<T> c, int n_threads);
 
+// Adds the upper half of the lanes to the lower half until one is left.
+template <int64_t kLanes, typename T>
+T sum_of_lanes(const T* sums) {
+  if constexpr (kLanes == 1) {
+    return sums[0];
+  } else {
+    T half[kLanes / 2];
+    for (int64_t i = 0; i < kLanes / 2; ++i) half[i] = sums[i] + sums[i + kLanes / 2];
+    return sum_of_lanes<kLanes / 2>(half);
+  }
+}
+
+// The same for as many lanes as a kernel's vectors have, 16 at most: each number is known to the compiler, as rows of
+// one page are read in the time of a few such sums.
+template <typename T>
+T sum_of_lanes(const T* sums, int64_t lanes) {
+  if (lanes == 16) return sum_of_lanes<16>(sums);
+  if (lanes == 8) return sum_of_lanes<8>(sums);
+  return lanes == 4 ? sum_of_lanes<4>(sums) : sum_of_lanes<2>(sums);
+}
+
 }  // namespace lgk

@@ -6,6 +6,7 @@
 
 #include "common/amx.h"
 #include "common/buffer.h"
+#include "common/few.h"
 #include "common/kernels.h"
 #include "common/threads.h"
 #include "encoded/kernels.h"
@@ -213,13 +214,7 @@ struct Rebuilt : Base<T> {
   const T* scores_of(const Tile<T>& tile, int64_t r) const {
     if (!kByDots) return tile.product + r * this->score_ld();
     T* sums = tile.product + r * width() * kernels.lanes;
-    for (int64_t q = 0; q < n_queries; ++q) {
-      T* lane = sums + q * kernels.lanes;
-      for (int64_t half = kernels.lanes / 2; half > 0; half /= 2) {
-        for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
-      }
-      sums[q] = lane[0];
-    }
+    for (int64_t q = 0; q < n_queries; ++q) sums[q] = sum_of_lanes(sums + q * kernels.lanes, kernels.lanes);
     return sums;
   }
 

@@ -85,7 +85,10 @@ def project_rows(x: Tensor, p: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError: Sizes, dtypes or devices do not fit.
     """
     _check(x, p)
+    call = _launch if eager(x) else _op
     if x.dim() == 3:
-        return _launch(x, p, backend) if eager(x) else _op(x, p, backend)
-    rows = x.unsqueeze(0) if x.dim() == 2 else x.reshape(1, x.shape[:-1].numel(), x.shape[-1])
-    return _op(rows, p, backend).reshape(*x.shape[:-1], p.shape[0])
+        return call(x, p, backend)
+    if x.dim() == 2:
+        return call(x.unsqueeze(0), p, backend).squeeze(0)
+    rows = x.reshape(1, x.shape[:-1].numel(), x.shape[-1])
+    return call(rows, p, backend).reshape(*x.shape[:-1], p.shape[0])
