@@ -12,6 +12,14 @@ namespace {
 
 constexpr int64_t kPairs = kUnit / 2;
 
+// f8_pair of each.
+struct Order {
+  uint8_t from[kPairs] = {};
+  constexpr Order() {
+    for (int64_t i = 0; i < kPairs; ++i) from[i] = static_cast<uint8_t>(f8_pair(i));
+  }
+};
+
 // Queries in groups, each with its units, span starts and span scales.
 struct F8Tiles {
   static constexpr int64_t kUnitBytes = kF8Unit;
@@ -82,8 +90,9 @@ struct F8Tiles {
 
  private:
   void place(const uint16_t* numbers, const int8_t* rests_of_unit, uint8_t* unit, int64_t lane) const {
+    static constexpr Order kOrder;
     for (int64_t i = 0; i < kPairs; ++i) {
-      std::memcpy(unit + i / 2 * layout.step + (i % 2 * kTileColumns + lane) * 4, numbers + f8_pair(i), 4);
+      std::memcpy(unit + i / 2 * layout.step + (i % 2 * kTileColumns + lane) * 4, numbers + kOrder.from[i], 4);
     }
     for (int64_t i = 0; rests && i < kF8Steps; ++i) {
       std::memcpy(unit + layout.first_rest + i * layout.rest_step + 4 * lane, rests_of_unit + 4 * i, 4);
