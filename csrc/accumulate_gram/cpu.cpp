@@ -14,6 +14,8 @@ namespace {
 
 constexpr int64_t kMostBlock = 192;  // side of a block of out: two packed panels and their product fit the L2 cache
 constexpr int64_t kFewRows = 64;     // packed ones of one panel: so many cost less than mirroring what they add
+constexpr int64_t kTinyDim = 512;    // up to so many columns, each thread packs all rows itself
+constexpr int64_t kLeastShare = 64;  // if it multiplies them by so many columns
 constexpr int64_t kLeastBlock = 48;  // below this, packing costs more than a second thread gains
 
 // The upper triangle of out in square blocks, in row-major order.
@@ -90,18 +92,27 @@ template <typename T>
 void add_in_place(const Products<T>& products, const Rows& g, T* out, Shape shape, int n_threads) {
   const int64_t ld = Tile<T>::row_length(products, shape.d), step = products.row_block, terms = products.terms;
   const int64_t slice = products.row_tile * terms;
-  const Buffer<T> packed(round_up(shape.rows, slice) / terms * ld);
+  // Two threads of a tiny job wait for each other, and for what the other has packed, longer than packing all takes.
+  const bool apart = n_threads > 1 && shape.d <= kTinyDim && kLeastShare * n_threads <= shape.d;
+  const int64_t size = round_up(shape.rows, slice) / terms * ld;
+  const Buffer<T> scratch(size * (apart ? n_threads : 1));
+  const auto pack = [&](int64_t row, T* packed) {
+    products.pack_terms(g, row, std::min(slice, shape.rows - row), 0, shape.d, packed + row / terms * ld, ld);
+  };
 #pragma omp parallel num_threads(n_threads)
   {
     const TileScope tiles;
+    T* packed = scratch.data() + (apart ? size * omp_get_thread_num() : 0);
+    if (apart) {
+      for (int64_t r = 0; r < shape.rows; r += slice) pack(r, packed);
+    } else {
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < shape.rows; r += slice) {
-      products.pack_terms(g, r, std::min(slice, shape.rows - r), 0, shape.d, packed.data() + r / terms * ld, ld);
+      for (int64_t r = 0; r < shape.rows; r += slice) pack(r, packed);
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < shape.d; i += step) {
-      products.outer(packed.data() + i, ld, std::min(step, shape.d - i), packed.data(), ld, shape.d,
-                     ceil_div(shape.rows, terms), out + i * shape.d, shape.d, true);
+      products.outer(packed + i, ld, std::min(step, shape.d - i), packed, ld, shape.d, ceil_div(shape.rows, terms),
+                     out + i * shape.d, shape.d, true);
     }
   }
 }
@@ -124,7 +135,7 @@ void accumulate_gram(const Rows& g, T* out, Shape shape, int n_threads) {
     const TileScope tiles;
     T* mine = scratch.data() + size * omp_get_thread_num();
     const Tile<T> tile = {products, ld, mine, mine + (kPanel + 8) * ld, mine + 2 * (kPanel + 8) * ld};
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t task = 0; task < triangle.tasks(); ++task) {
       int64_t i, j;
       triangle.locate(task, &i, &j);
