@@ -30,50 +30,50 @@ constexpr int64_t kStepBytes = 64;  // of a row, that a product of tiles reads
 constexpr int64_t kMostRows = 192;  // that multiply takes at a time: a panel of columns stays in the L1 cache meanwhile
 constexpr int kSums = 4;            // tiles of sums
 
-// Rows of an operand as tiles read them: whole steps where they lie, and the last one of fewer packed numbers, filled
-// up with zeros, where there is one.
+// Rows as tiles read them: whole steps where they lie, and the last one of fewer packed numbers, filled up with zeros,
+// where there is one.
 struct Operand {
   const char *steps, *last;
   int64_t stride, last_stride;  // bytes from a row to the next
 };
 
 // Adds the products of kRows tiles of rows and kColumns tiles of columns to the sums: tiles 0 to 3. Tiles 4 and 5 are
-// of rows, 6 and 7 of columns.
+// of rows, 6 and 7 of columns. A panel has two tiles of columns.
 template <int kRows, int kColumns>
-LGK_INLINE void add_step(const char* a, int64_t lda, const char* const* b, const int64_t* ldb, int64_t at) {
+LGK_INLINE void add_step(const char* a, int64_t lda, const char* b, int64_t ldb, const char* c, int64_t ldc) {
   constexpr auto row = [](int r) { return 4 + r % 2; };
-  constexpr auto column = [](int c) { return 6 + c % 2; };
   if constexpr (kColumns == 1) {
-    load_tile<6>(b[0] + at * ldb[0], ldb[0]);
+    load_tile<6>(b, ldb);
     each<kRows>([&](auto r) LGK_ALWAYS {
       load_tile<row(r)>(a + r * kSide * lda, lda);
       add_pairs<r, row(r), 6>();
     });
   } else {
     each<kRows>([&](auto r) LGK_ALWAYS { load_tile<row(r)>(a + r * kSide * lda, lda); });
-    each<kColumns>([&](auto c) LGK_ALWAYS {
-      load_tile<column(c)>(b[c] + at * ldb[c], ldb[c]);
-      each<kRows>([&](auto r) LGK_ALWAYS { add_pairs<r * kColumns + c, row(r), column(c)>(); });
+    each<kColumns>([&](auto j) LGK_ALWAYS {
+      load_tile<6 + j % 2, j % 2 * kStepBytes>(j < 2 ? b : c, j < 2 ? ldb : ldc);
+      each<kRows>([&](auto r) LGK_ALWAYS { add_pairs<r * kColumns + j, row(r), 6 + j % 2>(); });
     });
   }
 }
 
 // c[i][j] (+)= the sums over depth packed numbers, `rows` of them in no more than kRows tiles.
 template <int kRows, int kColumns>
-LGK_INLINE void multiply_tiles(const Operand& a, const Operand* b, int64_t depth, int64_t rows, float* c, int64_t ldc,
-                               bool add) {
+LGK_INLINE void multiply_tiles(const Operand& a, const Operand* panels, int64_t depth, int64_t rows, float* c,
+                               int64_t ldc, bool add) {
   static_assert(kRows * kColumns <= kSums && (kRows <= 2 || kColumns == 1));
-  const char *columns[kColumns], *last[kColumns];
-  int64_t strides[kColumns], last_strides[kColumns];
-  for (int j = 0; j < kColumns; ++j) {
-    columns[j] = b[j].steps, strides[j] = b[j].stride;
-    last[j] = b[j].last, last_strides[j] = b[j].last_stride;
-  }
+  const Operand &b = panels[0], &d = panels[kColumns > 2 ? 1 : 0];
   each<kRows * kColumns>([&](auto sum) LGK_ALWAYS { clear_tile<sum>(); });
-  for (int64_t k = 0; k < depth / kSide; ++k) {
-    add_step<kRows, kColumns>(a.steps + k * kStepBytes, a.stride, columns, strides, k * kSide);
+  const char *from_a = a.steps, *from_b = b.steps, *from_d = d.steps;
+  for (int64_t k = depth / kSide; k > 0; --k) {
+    add_step<kRows, kColumns>(from_a, a.stride, from_b, b.stride, from_d, d.stride);
+    from_a += kStepBytes;
+    from_b += kSide * b.stride;
+    from_d += kSide * d.stride;
   }
-  if (depth % kSide != 0) add_step<kRows, kColumns>(a.last, a.last_stride, last, last_strides, 0);
+  if (depth % kSide != 0) {
+    add_step<kRows, kColumns>(a.last, a.last_stride, b.last, b.last_stride, d.last, d.last_stride);
+  }
 
   alignas(64) float sums[kRows * kSide][kColumns * kSide];
   const bool in_place = !add && rows == kRows * kSide;
@@ -105,18 +105,18 @@ LGK_INLINE void fill_up(const char* from, int64_t stride, int64_t rows, int64_t 
   }
 }
 
-// At most four tiles' columns of a right operand.
+// At most four tiles' columns of a right operand, in two panels.
 struct Columns {
-  Operand tiles[kSums];
-  alignas(64) char last[kSums][kSide * kStepBytes];
+  static constexpr int64_t kWidth = 2 * kStepBytes;
+  Operand panels[2];
+  alignas(64) char last[2][kSide * kWidth];
 
-  // Packed rows of tile j's columns, ldb numbers apart.
-  LGK_METHOD void place(int j, const float* from, int64_t ldb, int64_t depth) {
-    tiles[j] = {reinterpret_cast<const char*>(from), last[j], 4 * ldb, kStepBytes};
+  // Packed rows of a panel's one or two tiles, ldb numbers apart.
+  LGK_METHOD void place(int panel, const float* from, int64_t ldb, int64_t tiles, int64_t depth) {
+    const char* bytes = reinterpret_cast<const char*>(from);
+    panels[panel] = {bytes, last[panel], 4 * ldb, kWidth};
     const int64_t whole = depth / kSide * kSide;
-    if (whole < depth) {
-      fill_up(tiles[j].steps + whole * 4 * ldb, 4 * ldb, depth - whole, kSide, last[j], kStepBytes);
-    }
+    if (whole < depth) fill_up(bytes + whole * 4 * ldb, 4 * ldb, depth - whole, tiles * kSide, last[panel], kWidth);
   }
 };
 
@@ -144,12 +144,12 @@ void multiply_columns(const char* a, int64_t stride, int64_t rows, const Columns
   int64_t i = 0;
   for (; i + kMany <= rows; i += kMany) {
     const Operand many = left.place(a + i * stride, stride, kMany, depth);
-    multiply_tiles<kRows, kColumns>(many, b.tiles, depth, kMany, c + i * ldc, ldc, add);
+    multiply_tiles<kRows, kColumns>(many, b.panels, depth, kMany, c + i * ldc, ldc, add);
   }
   for (; i < rows; i += kSide) {
     const int64_t count = rows - i < kSide ? rows - i : kSide;
     const Operand few = left.place(a + i * stride, stride, count, depth);
-    multiply_tiles<1, kColumns>(few, b.tiles, depth, count, c + i * ldc, ldc, add);
+    multiply_tiles<1, kColumns>(few, b.panels, depth, count, c + i * ldc, ldc, add);
   }
 }
 
@@ -162,10 +162,9 @@ void multiply(const void* a, int64_t stride, int64_t rows, const float* b, int64
   for (int64_t j = 0; j < tiles; j += kSums) {
     Columns right;
     const int64_t count = tiles - j < kSums ? tiles - j : kSums;
-    for (int64_t t = j; t < j + count; ++t) {
-      const bool wide = t % 2 == 1 || t + 1 < tiles;  // panels are two tiles wide, but for the last
-      right.place(static_cast<int>(t - j), b + t / 2 * 2 * kSide * depth + t % 2 * kSide, wide ? 2 * kSide : kSide,
-                  depth);
+    for (int64_t t = 0; t < count; t += 2) {
+      const int64_t width = count - t < 2 ? 1 : 2;
+      right.place(t / 2, b + (j + t) * kSide * depth, width * kSide, width, depth);
     }
     const auto run = count == 4   ? multiply_columns<1, 4>
                      : count == 3 ? multiply_columns<1, 3>
@@ -201,7 +200,9 @@ void outer(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ld
     for (int64_t j = 0; j < tiles; j += kSums) {
       Columns right;
       const int64_t here = tiles - j < kSums ? tiles - j : kSums;
-      for (int t = 0; t < here; ++t) right.place(t, b + (j + t) * kSide, ldb, depth);
+      for (int64_t t = 0; t < here; t += 2) {
+        right.place(t / 2, b + (j + t) * kSide, ldb, here - t < 2 ? 1 : 2, depth);
+      }
       float* to = c + i * ldc + j * kSide;
       for (int64_t r = 0; r < count && add; ++r) {  // what is added to may lie in memory
         for (int64_t t = 0; t < here; ++t) __builtin_prefetch(to + r * ldc + t * kSide, 1);
@@ -210,7 +211,7 @@ void outer(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ld
                        : here == 3 ? multiply_tiles<1, 3>
                        : here == 2 ? multiply_tiles<1, 2>
                                    : multiply_tiles<1, 1>;
-      run(a_rows, right.tiles, depth, count, to, ldc, add);
+      run(a_rows, right.panels, depth, count, to, ldc, add);
     }
   }
 }
