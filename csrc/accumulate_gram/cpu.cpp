@@ -13,9 +13,9 @@ namespace lgk::accumulate_gram {
 namespace {
 
 constexpr int64_t kMostBlock = 192;  // side of a block of out: two packed panels and their product fit the L2 cache
-constexpr int64_t kFewRows = 64;     // packed ones of one panel: so many cost less than mirroring what they add
 constexpr int64_t kTinyDim = 512;    // up to so many columns, each thread packs all rows itself
 constexpr int64_t kLeastShare = 64;  // if it multiplies them by so many columns
+constexpr int64_t kMostStep = 48;    // rows of out that are computed at a time, where they are added to in place
 constexpr int64_t kLeastBlock = 48;  // below this, packing costs more than a second thread gains
 
 // The upper triangle of out in square blocks, in row-major order.
@@ -90,7 +90,8 @@ struct Tile {
 // A few rows: writing out is what takes time, so that each number of it is computed where it lies and none is mirrored.
 template <typename T>
 void add_in_place(const Products<T>& products, const Rows& g, T* out, Shape shape, int n_threads) {
-  const int64_t ld = Tile<T>::row_length(products, shape.d), step = products.row_block, terms = products.terms;
+  const int64_t ld = Tile<T>::row_length(products, shape.d), terms = products.terms;
+  const int64_t step = std::min(products.row_block, kMostStep);
   const int64_t slice = products.row_tile * terms;
   // Two threads of a tiny job wait for each other, and for what the other has packed, longer than packing all takes.
   const bool apart = n_threads > 1 && shape.d <= kTinyDim && kLeastShare * n_threads <= shape.d;
@@ -124,7 +125,7 @@ void accumulate_gram(const Rows& g, T* out, Shape shape, int n_threads) {
   if (shape.rows == 0 || shape.d == 0) return;
   const Products<T>& products = lgk::products<T>(g.dtype, g.dtype);
   n_threads = threads_for(double(shape.rows) * shape.d * shape.d / 2, n_threads);
-  const bool few = ceil_div(shape.rows, products.terms) <= kFewRows;
+  const bool few = ceil_div(shape.rows, products.terms) <= products.few_terms;
   if (few && shape.d % products.lanes == 0) return add_in_place(products, g, out, shape, n_threads);
   const Triangle triangle = cut(shape.d, n_threads);
   const int64_t ld = Tile<T>::row_length(products, triangle.block), size = Tile<T>::size(ld, triangle.block);

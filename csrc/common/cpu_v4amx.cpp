@@ -223,6 +223,7 @@ Products<float> tile_products(const Products<float>& pairs) {
   Products<float> products = pairs;
   products.tile_step = kSide;
   products.row_block = kMostRows;
+  products.few_terms = kPanel;
   products.multiply = multiply;
   products.outer = outer;
   return products;

@@ -31,6 +31,7 @@ constexpr int64_t kDotRun = 8192;
 // The most columns for which rows are read from where they lie, and the rows that are read side by side at most.
 constexpr int64_t kFew = 8;
 constexpr int64_t kDotRows = 4;
+constexpr int64_t kFewTerms = 64;
 
 // What a product fetches into the cache meanwhile: what the next one reads of as many rows, row_step bytes of each
 // while it multiplies a cache line of its own. Rows may lie too far apart for the hardware to see streams.
@@ -48,6 +49,7 @@ struct Products {
   int64_t row_block;  // rows that multiply takes at a time
   int64_t terms;      // what a packed number holds: 1 number, or a pair of bf16
   int64_t few;        // up to so many columns are multiplied by dot products instead
+  int64_t few_terms;  // up to so many packed rows' outer products take less time than mirroring half of what they add
 
   // dst[r][c] = src[row + r, column + c], row length ld; zeros up to whole lanes and whole row tiles. Pairs start at
   // `column`; the last one of an odd number of columns ends in a zero.
