@@ -8,7 +8,7 @@ bool amx_usable();
 
 // Configures the calling thread's tiles and releases them in the end, because whoever switches threads must save tiles
 // that are in use. Nests; does nothing where the instruction set in use has no tiles. Configuring takes as long as
-// hundreds of products, so that a thread's work is best done in one scope; products configure what is not.
+// some twenty products of tiles, so that a thread's work is best done in one scope; products configure what is not.
 class TileScope {
  public:
   TileScope();

@@ -25,15 +25,15 @@ template <int kDigits>
 struct Scaled : Unscaled {
   LGK_METHOD void operator()(int slot) const {
     const __m512 left_scale = _mm512_loadu_ps(b_scale);
-    const __m512 right_scale = kDigits == 1 ? _mm512_loadu_ps(b_scale + kTileRows) : left_scale;
+    const __m512 right_scale = kDigits == 1 ? _mm512_loadu_ps(b_scale + kTileSide) : left_scale;
 #pragma GCC unroll 4
     for (int i = slot * kSlotRows; i < (slot + 1) * kSlotRows; ++i) {
       const int32_t* sum = sums + i * kTileColumns;
-      const __m512 left = floats_of(sum), right = floats_of(sum + kTileRows), scale = _mm512_set1_ps(a_scale[i]);
+      const __m512 left = floats_of(sum), right = floats_of(sum + kTileSide), scale = _mm512_set1_ps(a_scale[i]);
       float* to = c + i * ldc;
       if constexpr (kDigits == 1) {
         add(_mm512_mul_ps(left, left_scale), scale, to);
-        add(_mm512_mul_ps(right, right_scale), scale, to + kTileRows);
+        add(_mm512_mul_ps(right, right_scale), scale, to + kTileSide);
       } else {
         add(_mm512_mul_ps(_mm512_fmadd_ps(right, _mm512_set1_ps(256.0f), left), left_scale), scale, to);
       }

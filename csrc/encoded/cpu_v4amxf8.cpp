@@ -21,7 +21,7 @@ template <bool kRests>
 struct Scaled : Unscaled {
   LGK_METHOD void operator()(int slot) const {
 #pragma GCC unroll 2
-    for (int v = 0; v < kTileColumns; v += kTileRows) {
+    for (int v = 0; v < kTileColumns; v += kTileSide) {
       const __m512 column_scale = _mm512_loadu_ps(b_scale + v);
 #pragma GCC unroll 4
       for (int i = slot * kSlotRows; i < (slot + 1) * kSlotRows; ++i) {
@@ -64,9 +64,9 @@ void tile_of(const uint8_t* a, int64_t lda, const uint8_t* b, int64_t units, con
   store_sums(sums);
   if constexpr (kRests) {
     load_tile<0>(start, 0);  // the same in every row
-    load_tile<1>(start + kTileRows, 0);
+    load_tile<1>(start + kTileSide, 0);
     load_tile<2>(start, 0);
-    load_tile<3>(start + kTileRows, 0);
+    load_tile<3>(start + kTileSide, 0);
     add_units<UnsignedBytes, kByteSteps>(a + 2 * kUnit, lda, b + kLayout.first_rest, kLayout.unit, units, Nothing{});
     store_sums(sums + Pending::kSums);
   }
