@@ -45,7 +45,7 @@ USES = {
 }
 OTHERS = {
     "no use": lambda w, y: y,
-    "dtype and shape": lambda w, y: y.to(w.dtype) * w.shape[0] * w.numel(),
+    "dtype and shape": lambda w, y: y.to(w.dtype) * w.shape[0] / w.numel(),
     "detached norm": lambda w, y: y / w.norm().detach(),
     "checkpointed": lambda w, y: checkpoint(lambda w, y: y / w.norm().detach(), w, y, use_reentrant=False),
     "without gradients": lambda w, y: y * torch.no_grad()(torch.norm)(w),
