@@ -8,10 +8,6 @@
 namespace lgk {
 
 constexpr int64_t kMostTileRows = 180;
-// Long rows whose distance is a multiple of a large power of 2 fall into the same cache sets, so that what was fetched
-// ahead for one row is evicted by the next: each row is read in pieces of at least a quarter of a page.
-constexpr int64_t kPanelsPerStrip = 4;
-
 // Rows of a tile, a multiple of `step`, so that each thread gets as many tiles as the next.
 inline int64_t tile_rows(int64_t rows, int64_t step, int n_threads) {
   const int64_t tiles = std::max<int64_t>(1, ceil_div(rows, kMostTileRows * n_threads)) * n_threads;
@@ -51,6 +47,7 @@ struct Block {
 
   // to[i][j] = sum_k a[row + i][depth_start + k] b[column + j][depth_start + k].
   void multiply(const Rows& a, int64_t row, int64_t rows, T* scratch, T* to, int64_t ld) const {
+    if (products.multiply_strip != nullptr) return multiply_strips(a, row, rows, scratch, to, ld);
     const int64_t step = strip(), bytes = dtype_bytes(a.dtype), row_block = products.row_block;
     const int64_t fetch_step = kCacheLine * products.terms * bytes / int64_t{sizeof(T)};
     for (int64_t start = 0; start < depth; start += step) {
@@ -81,6 +78,22 @@ struct Block {
   }
 
  private:
+  void multiply_strips(const Rows& a, int64_t row, int64_t rows, T* scratch, T* to, int64_t ld) const {
+    const int64_t packed_ld = std::min(ceil_div(depth, panel()), kPanelsPerStrip) * kTileLd;
+    const Rows packed_rows = matrix(scratch, products.dtype, packed_ld * products.terms, 1);
+    for (int64_t start = 0; start < depth; start += strip()) {
+      const int64_t width = std::min(strip(), depth - start);
+      const bool packs = a.column_stride != 1;
+      for (int64_t k = 0; packs && k < width; k += panel()) {
+        products.pack_rows(a, row, rows, depth_start + start + k, std::min(panel(), width - k),
+                           scratch + k / products.terms, packed_ld);
+      }
+      const char* next = start + strip() < depth ? address(a, row, start + strip()) : address(a, row + rows, 0);
+      products.multiply_strip(packs ? packed_rows : a, packs ? 0 : row, rows, packs ? 0 : depth_start + start, width,
+                              packed_panel(start), columns, to, ld, start > 0, packs ? nullptr : next);
+    }
+  }
+
   const char* address(const Rows& a, int64_t row, int64_t column) const {
     return static_cast<const char*>(a.data) +
            (a.offset(row) + (depth_start + column) * a.column_stride) * dtype_bytes(a.dtype);

@@ -2,7 +2,8 @@
 //
 // Operands are packed as pairs, as for AVX512-BF16: so a panel's columns are what a tile of the right operand is. A
 // product of tiles adds 16 pairs to an fp32 sum, their even terms and their odd ones on their own, rounds to nearest
-// even, takes subnormal operands for 0 and flushes subnormal results to 0.
+// even, takes subnormal operands for 0 and flushes subnormal results to 0. A strip's products, 32 at most, are added up
+// in the tiles, which is no longer a chain than a panel's is elsewhere.
 #include "common/isa.h"
 
 #if LGK_HAS_AMX
@@ -15,7 +16,7 @@
 #include "common/kernels.h"
 
 #pragma GCC target( \
-    "avx,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,amx-tile,amx-bf16,amx-int8")
+    "avx,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,amx-int8")
 
 #define LGK_VECTOR_BYTES 64
 #define LGK_F16C
@@ -25,73 +26,21 @@
 namespace lgk {
 namespace {
 
-constexpr int64_t kMostRows = 192;  // that multiply takes at a time: a panel of columns stays in the L1 cache meanwhile
+constexpr int64_t kRowBlock = 48;   // of outer
 constexpr int kSums = 4;            // tiles of sums
+constexpr int64_t kMostGroups = 4;  // of kSums tiles of columns, which rows meet as soon as they are converted
+constexpr int64_t kPanelSteps = kPanel / kTileSide;
+constexpr int64_t kStripSteps = kPanelsPerStrip * kPanelSteps;
+constexpr int64_t kTileBytes = kTileSide * kStepBytes;
+constexpr int64_t kStepTerms = 2 * kTileSide;
 
-// Rows as tiles read them: whole steps where they lie, and the last one of fewer packed numbers, filled up with zeros,
-// where there is one.
-struct Operand {
-  const char *steps, *last;
-  int64_t stride, last_stride;  // bytes from a row to the next
+LGK_INLINE __mmask32 terms_kept(int64_t count) { return count < kStepTerms ? (1u << count) - 1 : ~0u; }
+
+// A tile: 16 rows of 64 bytes, `stride` bytes apart.
+struct Place {
+  const char* from;
+  int64_t stride;
 };
-
-// Adds the products of kRows tiles of rows and kColumns tiles of columns to the sums: tiles 0 to 3. Tiles 4 and 5 are
-// of rows, 6 and 7 of columns. A panel has two tiles of columns.
-template <int kRows, int kColumns>
-LGK_INLINE void add_step(const char* a, int64_t lda, const char* b, int64_t ldb, const char* c, int64_t ldc) {
-  constexpr auto row = [](int r) { return 4 + r % 2; };
-  if constexpr (kColumns == 1) {
-    load_tile<6>(b, ldb);
-    each<kRows>([&](auto r) LGK_ALWAYS {
-      load_tile<row(r)>(a + r * kTileSide * lda, lda);
-      add_pairs<r, row(r), 6>();
-    });
-  } else {
-    each<kRows>([&](auto r) LGK_ALWAYS { load_tile<row(r)>(a + r * kTileSide * lda, lda); });
-    each<kColumns>([&](auto j) LGK_ALWAYS {
-      load_tile<6 + j % 2, j % 2 * kStepBytes>(j < 2 ? b : c, j < 2 ? ldb : ldc);
-      each<kRows>([&](auto r) LGK_ALWAYS { add_pairs<r * kColumns + j, row(r), 6 + j % 2>(); });
-    });
-  }
-}
-
-// c[i][j] (+)= the sums over depth packed numbers, `rows` of them in no more than kRows tiles.
-template <int kRows, int kColumns>
-LGK_INLINE void multiply_tiles(const Operand& a, const Operand* panels, int64_t depth, int64_t rows, float* c,
-                               int64_t ldc, bool add) {
-  static_assert(kRows * kColumns <= kSums && (kRows <= 2 || kColumns == 1));
-  const Operand &b = panels[0], &d = panels[kColumns > 2 ? 1 : 0];
-  each<kRows * kColumns>([&](auto sum) LGK_ALWAYS { clear_tile<sum>(); });
-  const char *from_a = a.steps, *from_b = b.steps, *from_d = d.steps;
-  for (int64_t k = depth / kTileSide; k > 0; --k) {
-    add_step<kRows, kColumns>(from_a, a.stride, from_b, b.stride, from_d, d.stride);
-    from_a += kStepBytes;
-    from_b += kTileSide * b.stride;
-    from_d += kTileSide * d.stride;
-  }
-  if (depth % kTileSide != 0) {
-    add_step<kRows, kColumns>(a.last, a.last_stride, b.last, b.last_stride, d.last, d.last_stride);
-  }
-
-  alignas(64) float sums[kRows * kTileSide][kColumns * kTileSide];
-  const bool in_place = !add && rows == kRows * kTileSide;
-  float* to = in_place ? c : &sums[0][0];
-  const int64_t ld = in_place ? ldc : kColumns * kTileSide;
-  each<kRows>([&](auto r) LGK_ALWAYS {
-    each<kColumns>([&](auto j) LGK_ALWAYS {
-      store_tile<r * kColumns + j>(to + r * kTileSide * ld + j * kTileSide, ld * sizeof(float));
-    });
-  });
-  if (in_place) return;
-  for (int64_t i = 0; i < rows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kColumns; ++j) {
-      const Vec<float> sum = load(&sums[i][j * kTileSide]);
-      float* out = c + i * ldc + j * kTileSide;
-      store(out, add ? load(out) + sum : sum);
-    }
-  }
-}
 
 // `rows` rows of `numbers` packed numbers, with zeros up to whole tiles.
 LGK_INLINE void fill_up(const char* from, int64_t stride, int64_t rows, int64_t numbers, char* to, int64_t to_stride) {
@@ -104,73 +53,260 @@ LGK_INLINE void fill_up(const char* from, int64_t stride, int64_t rows, int64_t 
   }
 }
 
-// At most four tiles' columns of a right operand, in two panels.
+// At most kSums tiles' columns of a right operand, two by two: a step is 16 packed rows of them, the last one maybe
+// fewer, filled up with zeros.
 struct Columns {
-  static constexpr int64_t kWidth = 2 * kStepBytes;
-  Operand panels[2];
-  alignas(64) char last[2][kTileSide * kWidth];
+  int64_t tiles = 0, whole = 0;
+  Place panels[kPanelsPerStrip][2], last[2];
+  alignas(64) char copies[2][2 * kTileBytes];
 
-  // Packed rows of a panel's one or two tiles, ldb numbers apart.
-  LGK_METHOD void place(int panel, const float* from, int64_t ldb, int64_t tiles, int64_t depth) {
+  Columns() {}  // and not zeros all over
+
+  // Packed rows of panel number `panel`, ldb numbers apart; only the last panel has fewer than kPanel.
+  LGK_METHOD void place(int64_t panel, const float* from, int64_t ldb, int64_t half, int64_t width, int64_t depth) {
     const char* bytes = reinterpret_cast<const char*>(from);
-    panels[panel] = {bytes, last[panel], 4 * ldb, kWidth};
-    const int64_t whole = depth / kTileSide * kTileSide;
-    if (whole < depth) fill_up(bytes + whole * 4 * ldb, 4 * ldb, depth - whole, tiles * kTileSide, last[panel], kWidth);
+    panels[panel][half] = {bytes, 4 * ldb};
+    const int64_t left = depth % kTileSide;
+    whole = panel * kPanelSteps + depth / kTileSide;
+    if (left == 0) return;
+    fill_up(bytes + (depth - left) * 4 * ldb, 4 * ldb, left, width * kTileSide, copies[half], 2 * kStepBytes);
+    last[half] = {copies[half], 2 * kStepBytes};
+  }
+
+  LGK_METHOD Place at(int64_t step, int half) const {
+    if (step == whole) return last[half];
+    const Place& panel = panels[step / kPanelSteps][half];
+    return {panel.from + step % kPanelSteps * kTileSide * panel.stride, panel.stride};
   }
 };
 
-// Rows of a left operand: whole tiles, or fewer rows than one.
-struct LeftRows {
-  static constexpr int64_t kStride = kTileLd * sizeof(float);
-  alignas(64) char copy[kSums * kTileSide * kStride];
+// Adds the products of a tile of rows, which is tile 4, and kColumns tiles of columns, 6 and 7, to the sums, 0 to 3.
+template <int kColumns, typename Left>
+LGK_INLINE void add_step(const Left& left, const Columns& right, int64_t step) {
+  static_assert(kColumns <= kSums);
+  const Place a = left.at(step), b = right.at(step, 0), d = kColumns > 2 ? right.at(step, 1) : b;
+  load_tile<4>(a.from, a.stride);
+  each<kColumns>([&](auto j) LGK_ALWAYS {
+    load_tile<6 + j % 2, j % 2 * kStepBytes>(j < 2 ? b.from : d.from, j < 2 ? b.stride : d.stride);
+    add_pairs<j, 4, 6 + j % 2>();
+  });
+}
 
-  LGK_METHOD Operand place(const char* from, int64_t stride, int64_t rows, int64_t depth) {
-    const int64_t whole = depth / kTileSide * kTileSide;
-    if (rows < kTileSide) {
-      fill_up(from, stride, rows, depth, copy, kStride);
-      return {copy, copy + 4 * whole, kStride, kStride};
+// c[i][j] (+)= the sums over the steps, `rows` rows of them. A step of the left operand is made ready while the one
+// before it is multiplied.
+template <int kColumns, typename Left>
+LGK_INLINE void multiply_tiles(const Left& left, const Columns& right, int64_t steps, int64_t rows, float* c,
+                               int64_t ldc, bool add) {
+  each<kColumns>([&](auto sum) LGK_ALWAYS { clear_tile<sum>(); });
+  left.ready(0);
+  for (int64_t step = 0; step < steps; ++step) {
+    if (step + 1 < steps) left.ready(step + 1);
+    add_step<kColumns>(left, right, step);
+  }
+
+  alignas(64) float sums[kTileSide][kColumns * kTileSide];
+  const bool in_place = !add && rows == kTileSide;
+  float* to = in_place ? c : &sums[0][0];
+  const int64_t ld = in_place ? ldc : kColumns * kTileSide;
+  each<kColumns>([&](auto j) LGK_ALWAYS { store_tile<j>(to + j * kTileSide, ld * sizeof(float)); });
+  if (in_place) return;
+  for (int64_t i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; ++j) {
+      const Vec<float> sum = load(&sums[i][j * kTileSide]);
+      float* out = c + i * ldc + j * kTileSide;
+      store(out, add ? load(out) + sum : sum);
     }
-    if (whole < depth) fill_up(from + 4 * whole, stride, rows, depth - whole, copy, kStride);
-    return {from, copy, stride, kStride};
-  }
-};
-
-template <int kRows, int kColumns>
-void multiply_columns(const char* a, int64_t stride, int64_t rows, const Columns& b, int64_t depth, float* c,
-                      int64_t ldc, bool add) {
-  constexpr int64_t kMany = kRows * kTileSide;
-  LeftRows left;
-  int64_t i = 0;
-  for (; i + kMany <= rows; i += kMany) {
-    const Operand many = left.place(a + i * stride, stride, kMany, depth);
-    multiply_tiles<kRows, kColumns>(many, b.panels, depth, kMany, c + i * ldc, ldc, add);
-  }
-  for (; i < rows; i += kTileSide) {
-    const int64_t count = rows - i < kTileSide ? rows - i : kTileSide;
-    const Operand few = left.place(a + i * stride, stride, count, depth);
-    multiply_tiles<1, kColumns>(few, b.panels, depth, count, c + i * ldc, ldc, add);
   }
 }
 
-// Tiles of rows are read once for as many columns as the sums allow.
+template <typename Left>
+LGK_INLINE void multiply_columns(const Left& left, const Columns& right, int64_t steps, int64_t rows, float* c,
+                                 int64_t ldc, bool add) {
+  const auto run = right.tiles == 4   ? multiply_tiles<4, Left>
+                   : right.tiles == 3 ? multiply_tiles<3, Left>
+                   : right.tiles == 2 ? multiply_tiles<2, Left>
+                                      : multiply_tiles<1, Left>;
+  run(left, right, steps, rows, c, ldc, add);
+}
+
+// Rows that are read next, fetched into the L2 cache: into the L1 cache they would come too early. The hardware does
+// not see streams in 16 rows side by side.
+struct Ahead {
+  const char* rows;  // null: nothing
+  int64_t stride;
+
+  template <int kLines>
+  LGK_METHOD void fetch(int64_t step) const {
+    if (rows == nullptr) return;
+    const char* from = rows + step * kLines * kStepBytes;
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileSide; ++i, from += stride) {
+#pragma GCC unroll 2
+      for (int line = 0; line < kLines; ++line) __builtin_prefetch(from + line * kStepBytes, 0, 2);
+    }
+  }
+};
+
+// Left operands: packed rows where they lie, but for a last step of fewer numbers.
+struct RowsInPlace {
+  Place rows, last;
+  int64_t whole;
+  Ahead ahead;
+
+  LGK_METHOD void ready(int64_t step) const { ahead.fetch<1>(step); }
+  LGK_METHOD Place at(int64_t step) const {
+    return step == whole ? last : Place{rows.from + step * kStepBytes, rows.stride};
+  }
+};
+
+// Copies of steps, one after the other.
+struct Steps {
+  char* copies;
+  int64_t kept;  // a power of 2: so many of the last steps
+
+  LGK_METHOD void ready(int64_t) const {}
+  LGK_METHOD char* to(int64_t step) const { return copies + (step & (kept - 1)) * kTileBytes; }
+  LGK_METHOD Place at(int64_t step) const { return {to(step), kStepBytes}; }
+};
+
+LGK_INLINE __m512i packed_step(const RoundedFloat* from) {
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + kTileSide), _mm512_loadu_ps(from));
+}
+LGK_INLINE __m512i packed_step(const Half* from) { return _mm512_loadu_si512(from); }
+LGK_INLINE __m512i packed_step(const RoundedFloat* from, __mmask32 kept) {
+  const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(kept), from);
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(static_cast<__mmask16>(kept >> 16), from + kTileSide), low);
+}
+LGK_INLINE __m512i packed_step(const Half* from, __mmask32 kept) { return _mm512_maskz_loadu_epi16(kept, from); }
+
+// Up to 16 rows whose numbers are neighbours, packed a step at a time, zeros where there are no more.
+template <typename S>
+struct RowsPacked : Steps {
+  const S* rows[kTileSide];
+  int64_t count, width;
+  Ahead ahead;
+
+  LGK_METHOD void ready(int64_t step) const {
+    ahead.fetch<kStepTerms * sizeof(S) / kStepBytes>(step);
+    char* copy = to(step);
+    const int64_t at = step * kStepTerms;
+    if (count == kTileSide && width - at >= kStepTerms) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kTileSide; ++i) {
+        _mm512_store_si512(copy + i * kStepBytes, packed_step(rows[i] + at));
+      }
+      return;
+    }
+    const __mmask32 kept = terms_kept(width - at);
+    for (int64_t i = 0; i < kTileSide; ++i) {
+      const __m512i packed = i < count ? packed_step(rows[i] + at, kept) : _mm512_setzero_si512();
+      _mm512_store_si512(copy + i * kStepBytes, packed);
+    }
+  }
+};
+
+// A strip of a left operand's rows, and the groups of columns that they are multiplied by.
+struct Strip {
+  const Rows& a;
+  int64_t row, rows, column, width;
+  const char* next;  // what is read after them, or null
+  float* c;
+  int64_t ldc;
+  bool add;
+  int64_t groups = 0;
+  Columns right[kMostGroups];
+
+  // `tiles` of the columns from tile `first` on; b is `all` tiles wide.
+  LGK_METHOD void place(const float* b, int64_t all, int64_t first, int64_t tiles) {
+    const int64_t depth = (width + 1) / 2;
+    for (int64_t t = 0; t < tiles; t += right[groups++].tiles) {
+      const int64_t left = tiles - t, count = left == 5 ? 2 : left < kSums ? left : kSums;  // 5: no tile on its own
+      right[groups].tiles = count;
+      for (int64_t k = 0; k < depth; k += kPanel) {
+        const int64_t here = depth - k < kPanel ? depth - k : kPanel;
+        for (int64_t j = 0; j < count; j += 2) {
+          const int64_t tile = first + t + j, wide = all - tile < 2 ? 1 : 2;
+          const float* from = b + (all * k + tile * here) * kTileSide;
+          right[groups].place(k / kPanel, from, wide * kTileSide, j / 2, wide, here);
+        }
+      }
+    }
+  }
+
+  LGK_METHOD void multiply() const {
+    for (int64_t i = 0; i < rows; i += kTileSide) {
+      const int64_t count = rows - i < kTileSide ? rows - i : kTileSide, stride = a.row_stride * dtype_bytes(a.dtype);
+      const Ahead ahead = {next != nullptr && i + count < rows ? address(i + count) : next, stride};
+      if (a.rounded) {
+        multiply_packed<RoundedFloat>(i, count, ahead);
+      } else if (count < kTileSide || !a.even(row + i, count)) {
+        multiply_packed<Half>(i, count, ahead);
+      } else {
+        multiply_in_place(i, {address(i), stride}, ahead);
+      }
+    }
+  }
+
+ private:
+  LGK_METHOD const char* address(int64_t i) const {
+    return static_cast<const char*>(a.data) + (a.offset(row + i) + column) * dtype_bytes(a.dtype);
+  }
+
+  // The later groups meet what the first one has made ready.
+  template <typename Left, typename Ready>
+  LGK_METHOD void multiply_all(const Left& left, const Ready& ready, int64_t i, int64_t count) const {
+    const int64_t steps = (width + kStepTerms - 1) / kStepTerms;
+    float* to = c + i * ldc;
+    multiply_columns(left, right[0], steps, count, to, ldc, add);
+    for (int64_t g = 1; g < groups; ++g) {
+      to += right[g - 1].tiles * kTileSide;
+      multiply_columns(ready, right[g], steps, count, to, ldc, add);
+    }
+  }
+
+  template <typename S>
+  void multiply_packed(int64_t i, int64_t count, Ahead ahead) const {
+    alignas(64) char copies[kStripSteps * kTileBytes];
+    RowsPacked<S> left;
+    left.copies = copies;
+    left.kept = groups == 1 ? kPanelSteps : kStripSteps;
+    left.count = count;
+    left.width = width;
+    left.ahead = ahead;
+    for (int64_t r = 0; r < count; ++r) left.rows[r] = reinterpret_cast<const S*>(address(i + r));
+    multiply_all(left, static_cast<const Steps&>(left), i, count);
+  }
+
+  void multiply_in_place(int64_t i, Place from, Ahead ahead) const {
+    alignas(64) char copy[kTileBytes];
+    const RowsInPlace left = {from, {copy, kStepBytes}, width / kStepTerms, ahead};
+    for (int64_t r = 0; r < kTileSide && width % kStepTerms != 0; ++r) {
+      const Half* last = reinterpret_cast<const Half*>(from.from + r * from.stride + left.whole * kStepBytes);
+      _mm512_store_si512(copy + r * kStepBytes, packed_step(last, terms_kept(width % kStepTerms)));
+    }
+    RowsInPlace fetched = left;
+    fetched.ahead.rows = nullptr;
+    multiply_all(left, fetched, i, kTileSide);
+  }
+};
+
+void multiply_strip(const Rows& a, int64_t row, int64_t rows, int64_t column, int64_t width, const float* b,
+                    int64_t columns, float* c, int64_t ldc, bool add, const char* next) {
+  constexpr int64_t kMost = kMostGroups * kSums;
+  const TileScope scope;
+  const int64_t tiles = (columns + kTileSide - 1) / kTileSide;
+  for (int64_t j = 0; j < tiles; j += kMost) {
+    Strip strip = {a, row, rows, column, width, j + kMost < tiles ? nullptr : next, c + j * kTileSide, ldc, add};
+    strip.place(b, tiles, j, tiles - j < kMost ? tiles - j : kMost);
+    strip.multiply();
+  }
+}
+
 void multiply(const void* a, int64_t stride, int64_t rows, const float* b, int64_t columns, int64_t depth, float* c,
               int64_t ldc, bool add, const Fetch&) {
-  const TileScope scope;
-  const char* from = static_cast<const char*>(a);
-  const int64_t tiles = (columns + kTileSide - 1) / kTileSide;
-  for (int64_t j = 0; j < tiles; j += kSums) {
-    Columns right;
-    const int64_t count = tiles - j < kSums ? tiles - j : kSums;
-    for (int64_t t = 0; t < count; t += 2) {
-      const int64_t width = count - t < 2 ? 1 : 2;
-      right.place(t / 2, b + (j + t) * kTileSide * depth, width * kTileSide, width, depth);
-    }
-    const auto run = count == 4   ? multiply_columns<1, 4>
-                     : count == 3 ? multiply_columns<1, 3>
-                     : count == 2 ? multiply_columns<2, 2>
-                                  : multiply_columns<4, 1>;
-    run(from, stride, rows, right, depth, c + j * kTileSide, ldc, add);
-  }
+  multiply_strip(matrix(a, Dtype::kBF16, stride / sizeof(Half), 1), 0, rows, 0, 2 * depth, b, columns, c, ldc, add,
+                 nullptr);
 }
 
 // The terms of at most kTileSide of the left operand's columns as rows.
@@ -191,27 +327,23 @@ void outer(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ld
            float* c, int64_t ldc, bool add) {
   const TileScope scope;
   alignas(64) float terms[kTileSide * kTileLd];
-  const char* left = reinterpret_cast<const char*>(terms);
-  const int64_t tiles = (columns + kTileSide - 1) / kTileSide, whole = depth / kTileSide * kTileSide;
-  const Operand a_rows = {left, left + 4 * whole, 4 * kTileLd, 4 * kTileLd};
+  const RowsInPlace left = {{reinterpret_cast<const char*>(terms), 4 * kTileLd}, {}, INT64_MAX, {}};
+  const int64_t tiles = (columns + kTileSide - 1) / kTileSide, steps = (depth + kTileSide - 1) / kTileSide;
   for (int64_t i = 0; i < rows; i += kTileSide) {
     const int64_t count = rows - i < kTileSide ? rows - i : kTileSide;
     transpose_terms(a + i, lda, depth, terms);
     for (int64_t j = 0; j < tiles; j += kSums) {
-      Columns right;
       const int64_t here = tiles - j < kSums ? tiles - j : kSums;
+      Columns right;
+      right.tiles = here;
       for (int64_t t = 0; t < here; t += 2) {
-        right.place(t / 2, b + (j + t) * kTileSide, ldb, here - t < 2 ? 1 : 2, depth);
+        right.place(0, b + (j + t) * kTileSide, ldb, t / 2, here - t < 2 ? 1 : 2, depth);
       }
       float* to = c + i * ldc + j * kTileSide;
       for (int64_t r = 0; r < count && add; ++r) {  // what is added to may lie in memory
         for (int64_t t = 0; t < here; ++t) __builtin_prefetch(to + r * ldc + t * kTileSide, 1);
       }
-      const auto run = here == 4   ? multiply_tiles<1, 4>
-                       : here == 3 ? multiply_tiles<1, 3>
-                       : here == 2 ? multiply_tiles<1, 2>
-                                   : multiply_tiles<1, 1>;
-      run(a_rows, right.panels, depth, count, to, ldc, add);
+      multiply_columns(left, right, steps, count, to, ldc, add);
     }
   }
 }
@@ -222,9 +354,10 @@ void outer(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ld
 Products<float> tile_products(const Products<float>& pairs) {
   Products<float> products = pairs;
   products.tile_step = kTileSide;
-  products.row_block = kMostRows;
+  products.row_block = kRowBlock;
   products.few_terms = kPanel;
   products.multiply = multiply;
+  products.multiply_strip = multiply_strip;
   products.outer = outer;
   return products;
 }

@@ -131,6 +131,7 @@ const Products<float> kPairsV4Bf16 = {Dtype::kBF16,
                                       pack_pairs,
                                       pack_columns<float, pack_pairs, 2>,
                                       multiply<PairProducts, float>,
+                                      nullptr,
                                       pack_row_pairs,
                                       outer<PairProducts, float>};
 

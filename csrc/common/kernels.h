@@ -19,6 +19,9 @@ namespace lgk {
 constexpr int64_t kPanel = 128;
 // Panels whose sums are added before the total so far is added to them: very long sums are three levels deep.
 constexpr int64_t kPanelsPerRun = 64;
+// Long rows whose distance is a multiple of a large power of 2 fall into the same cache sets, so that what was fetched
+// ahead for one row is evicted by the next: each row is read in pieces of at least a quarter of a page.
+constexpr int64_t kPanelsPerStrip = 4;
 // Row length of an A tile: a constant, so that the rows of a register tile are constant offsets from one pointer; not a
 // power of two, so that they do not share cache sets.
 constexpr int64_t kTileLd = kPanel + 16;
@@ -63,6 +66,12 @@ struct Products {
   // multiple of row_tile, as they lie; b from pack_columns; k ascending. depth counts packed numbers, at most kPanel.
   void (*multiply)(const void* a, int64_t stride, int64_t rows, const T* b, int64_t columns, int64_t depth, T* c,
                    int64_t ldc, bool add, const Fetch& fetch);
+
+  // The same for a strip of up to kPanelsPerStrip panels: c[i][j] (+)= sum_k a[row + i][column + k] b[j][k], k < width.
+  // a's columns are neighbours in memory; b's panels follow each other; `next` is what will be read next of as many
+  // rows. Null where multiply takes a strip panel by panel.
+  void (*multiply_strip)(const Rows& a, int64_t row, int64_t rows, int64_t column, int64_t width, const T* b,
+                         int64_t columns, T* c, int64_t ldc, bool add, const char* next);
 
   // Operands of outer: dst[r][c] = src[row + r, column + c], a pair being two rows' numbers; zeros up to whole lanes,
   // and in the last pair of an odd number of rows.

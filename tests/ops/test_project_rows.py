@@ -47,6 +47,21 @@ def test_strides(target, dtype, view):
     check(target, *map(VIEWS[view], case(3, 19, 37, 11, dtype, target.device)))
 
 
+@pytest.mark.parametrize("k", [16, 40, 80, 144, 290])
+@pytest.mark.parametrize("d", [31, 1024, 2081])
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16], ids=["rounded", "bf16"])
+def test_whole_numbers_are_exact_however_rows_lie(rows, d, k):
+    """Long rows and many columns are cut into pieces; sums of small whole numbers do not depend on how."""
+    p = torch.randint(-2, 3, (k, d)).bfloat16()
+    x = torch.randint(-3, 4, (3, 53, d)).to(rows)
+    exact = (x.double() @ p.double().T).float()
+    apart = torch.full((3, 61, d + 5), float("nan"), dtype=rows)[:, 4:57, 2 : d + 2].copy_(x)
+    turned = torch.full((d, 3, 55), float("nan"), dtype=rows)[:, :, 1:54].permute(1, 2, 0).copy_(x)
+    for lies in (x, apart, turned, x[:, :48], x[:1, :1]):
+        got = lk.project_rows(lies, p, backend="cpp")
+        assert torch.equal(got, exact[: lies.shape[0], : lies.shape[1]])
+
+
 def test_expanded(target):
     x, p = case(1, 1, 37, 11, device=target.device)
     check(target, x.expand(3, 20, 37), p[:1].expand(11, 37))
