@@ -70,6 +70,7 @@ class Taps(TapState):
         self._model, self._layers = model, layers
         self._probes = {layer.name: Probe(layer, projection, projection_dtype) for layer in layers}
         self.sequence_first = any(adapter.samples_at for layer in layers for _, adapter in layer.holders)
+        self._hooks: dict[tuple[str, nn.Module], Hook] = {}
         self._handles: list = []
         self._context: AbstractContextManager | None = None
         self._watch: Watch | None = None
@@ -83,7 +84,7 @@ class Taps(TapState):
                 parameters = adapter.parameters(module)
                 plain = type(module) is nn.Linear and adapter.known and len(parameters) == 1
                 plain = plain and not self.sequence_first
-                hook = (LinearHook if plain else Hook)(layer.name, adapter, self._probes[layer.name], self)
+                hook = self._hook(LinearHook if plain else Hook, layer.name, module, adapter)
                 if replaced := _REPLACED.get(type(adapter)):
                     inside.setdefault((replaced, module), {})[adapter.part] = hook
                 else:
@@ -91,6 +92,15 @@ class Taps(TapState):
                     first = not hasattr(parameters[0], "device_mesh")
                     self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
         self._handles += [replaced(module, hooks, self) for (replaced, module), hooks in inside.items()]
+
+    def _hook(self, kind: type[Hook], name: str, module: nn.Module, adapter: Adapter) -> Hook:
+        """One from an earlier time the hooks were on, which keeps what it has prepared, or a new one."""
+        hook = self._hooks.get((name, module))
+        if type(hook) is kind:
+            hook.renew()
+            return hook
+        self._hooks[name, module] = made = kind(name, adapter, self._probes[name], self)
+        return made
 
     def detach(self) -> None:
         """Take the hooks off; the model is as it was."""

@@ -29,7 +29,11 @@ class Hook:
 
     def __init__(self, name: str, adapter: Adapter, probe: Probe, taps: TapState) -> None:
         self.name, self.adapter, self.probe, self.taps = name, adapter, probe, taps
-        self._known, self._told_apart = adapter.known, False
+        self.renew()
+
+    def renew(self) -> None:
+        """Trust nothing that was seen of the layer, which may have changed."""
+        self._known, self._told_apart = self.adapter.known, False
 
     def __reduce__(self):
         return _untapped, ()
