@@ -6,6 +6,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # the pin first: an open range would fetch another build of torch
 TORCH := torch==2.13.0
 export LOGRA_KERNELS_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# processes that share the tests, of some 2 GB each; threads that wait let the others work
+TESTERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 SOURCES := $(shell find csrc python -type f 2>/dev/null) setup.py pyproject.toml
 
 .PHONY: demo test lint format bench test-gpu bench-gpu in-place wheel clean
@@ -15,7 +17,7 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -c "import torch, logra_kernels._C as c; print('C++ kernels built, instruction set', c.isa())"
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TESTERS) --dist worksteal
 
 lint: $(VENV)/test.stamp $(VENV)/lint.stamp
 	$(BIN)/ruff check .
