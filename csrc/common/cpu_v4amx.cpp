@@ -210,7 +210,7 @@ struct RowsPacked : Steps {
 struct Strip {
   const Rows& a;
   int64_t row, rows, column, width;
-  const char* next;  // what is read after them, or null
+  const char* next;  // what is read after them, null where all has been fetched
   float* c;
   int64_t ldc;
   bool add;
@@ -297,7 +297,7 @@ void multiply_strip(const Rows& a, int64_t row, int64_t rows, int64_t column, in
   const TileScope scope;
   const int64_t tiles = (columns + kTileSide - 1) / kTileSide;
   for (int64_t j = 0; j < tiles; j += kMost) {
-    Strip strip = {a, row, rows, column, width, j + kMost < tiles ? nullptr : next, c + j * kTileSide, ldc, add};
+    Strip strip = {a, row, rows, column, width, j == 0 ? next : nullptr, c + j * kTileSide, ldc, add};
     strip.place(b, tiles, j, tiles - j < kMost ? tiles - j : kMost);
     strip.multiply();
   }
