@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # the pin first: an open range would fetch another build of torch
 TORCH := torch==2.13.0
 export LOGRA_KERNELS_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-# processes that share the tests, of some 2 GB each; threads that wait let the others work
+# processes that share the tests; threads that wait let the others work
 TESTERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 SOURCES := $(shell find csrc python -type f 2>/dev/null) setup.py pyproject.toml
 

@@ -8,6 +8,7 @@
 namespace lgk {
 
 constexpr int64_t kMostTileRows = 180;
+
 // Rows of a tile, a multiple of `step`, so that each thread gets as many tiles as the next.
 inline int64_t tile_rows(int64_t rows, int64_t step, int n_threads) {
   const int64_t tiles = std::max<int64_t>(1, ceil_div(rows, kMostTileRows * n_threads)) * n_threads;
@@ -81,9 +82,9 @@ struct Block {
   void multiply_strips(const Rows& a, int64_t row, int64_t rows, T* scratch, T* to, int64_t ld) const {
     const int64_t packed_ld = std::min(ceil_div(depth, panel()), kPanelsPerStrip) * kTileLd;
     const Rows packed_rows = matrix(scratch, products.dtype, packed_ld * products.terms, 1);
+    const bool packs = a.column_stride != 1;
     for (int64_t start = 0; start < depth; start += strip()) {
       const int64_t width = std::min(strip(), depth - start);
-      const bool packs = a.column_stride != 1;
       for (int64_t k = 0; packs && k < width; k += panel()) {
         products.pack_rows(a, row, rows, depth_start + start + k, std::min(panel(), width - k),
                            scratch + k / products.terms, packed_ld);

@@ -15,8 +15,9 @@
 #include "common/amx.h"
 #include "common/kernels.h"
 
-#pragma GCC target( \
-    "avx,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,amx-int8")
+#pragma GCC target(                                                                                   \
+    "avx,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16," \
+    "amx-tile,amx-bf16,amx-int8")
 
 #define LGK_VECTOR_BYTES 64
 #define LGK_F16C
