@@ -14,7 +14,7 @@ extern const KernelSet kKernelsV3, kKernelsV4;
 extern const Products<float> kPairsV4Bf16;
 #endif
 #if LGK_HAS_AMX
-Products<float> tile_products(const Products<float>& pairs);
+extern const Products<float> kPairsV4Amx;
 #endif
 
 namespace {
@@ -25,6 +25,19 @@ struct Isa {
   const Products<float>* pairs;  // null: bf16 is widened
   bool supported;
 };
+
+#if LGK_HAS_AMX
+// The pairs' products by tiles; put together here, since nothing of a set's own files may run before it is chosen.
+Products<float> by_tiles(Products<float> pairs, const Products<float>& tiles) {
+  pairs.tile_step = tiles.tile_step;
+  pairs.row_block = tiles.row_block;
+  pairs.few_terms = tiles.few_terms;
+  pairs.multiply = tiles.multiply;
+  pairs.multiply_strip = tiles.multiply_strip;
+  pairs.outer = tiles.outer;
+  return pairs;
+}
+#endif
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
@@ -48,7 +61,7 @@ const std::vector<Isa>& isas() {
     found.push_back(slow_pairs ? vnni : pairs);
 #endif
 #if LGK_HAS_AMX
-    static const Products<float> tiles = tile_products(kPairsV4Bf16);
+    static const Products<float> tiles = by_tiles(kPairsV4Bf16, kPairsV4Amx);
     found.push_back({"v4amx", &kKernelsV4, &tiles, has_pairs && amx_usable()});
 #endif
     return found;

@@ -351,17 +351,10 @@ void outer(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ld
 
 }  // namespace
 
-// The pairs' products by tiles.
-Products<float> tile_products(const Products<float>& pairs) {
-  Products<float> products = pairs;
-  products.tile_step = kTileSide;
-  products.row_block = kRowBlock;
-  products.few_terms = kPanel;
-  products.multiply = multiply;
-  products.multiply_strip = multiply_strip;
-  products.outer = outer;
-  return products;
-}
+// How operands are packed, which this leaves out, is as in kPairsV4Bf16.
+extern const Products<float> kPairsV4Amx;
+const Products<float> kPairsV4Amx = {{},     0,       0,       kTileSide, kRowBlock,      0,       0,
+                                     kPanel, nullptr, nullptr, multiply,  multiply_strip, nullptr, outer};
 
 }  // namespace lgk
 #endif

@@ -20,7 +20,7 @@ extern const decltype(EncodedKernels::few_f8) kFewF8V4Vbmi;
 #endif
 #if LGK_HAS_AMX
 extern const IntegerTiles kTilesV4Amx;
-F8Kernels tile_f8(const F8Kernels& kernels);
+extern const F8Kernels kF8TilesV4Amx;
 #endif
 
 namespace {
@@ -42,7 +42,12 @@ IntegerKernels with_tiles(IntegerKernels kernels) {
 
 F8Kernels with_tiles(const F8Kernels& kernels) {
 #if LGK_HAS_AMX
-  if (in_tiles()) return tile_f8(kernels);
+  if (in_tiles()) {
+    F8Kernels tiles = kF8TilesV4Amx;
+    tiles.expand = kernels.expand;
+    tiles.split = kernels.split;
+    return tiles;
+  }
 #endif
   return kernels;
 }

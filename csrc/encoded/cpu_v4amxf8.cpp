@@ -84,10 +84,9 @@ void finish(bool rests, int64_t ldc, Pending& pending) {
 
 }  // namespace
 
-// The kernels with tiles for what they multiply.
-F8Kernels tile_f8(const F8Kernels& kernels) {
-  return {{kRows, 4, 256}, true, kernels.expand, kernels.split, tile, finish};
-}
+// Expanding and splitting, which this leaves out, are those of kF8V4.
+extern const F8Kernels kF8TilesV4Amx;
+const F8Kernels kF8TilesV4Amx = {{kRows, 4, 256}, true, nullptr, nullptr, tile, finish};
 
 }  // namespace lgk
 #endif
