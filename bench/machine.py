@@ -6,14 +6,20 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+SETS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}  # the widest first
+
 
 @cache
 def cpu_model() -> str:
+    """The processor and the widest set of instructions it has: virtual machines name several generations alike."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = set(facts.get("flags", "").split())
+    widest = next((name for flag, name in SETS.items() if flag in flags), None)
+    return ", ".join(filter(None, (facts.get("model name", platform.machine()), widest)))
 
 
 @cache
