@@ -11,7 +11,6 @@ namespace {
 
 // Queries as tiles take them: groups, each with its units, span starts and span scales.
 struct Tiles {
-  static constexpr int64_t kUnitBytes = kUnit;
   Plan plan;
   int64_t width;  // queries of a group
   Buffer<int8_t> digits;
@@ -73,8 +72,6 @@ struct ManyQueries : IntegerQueries {
   }
 };
 
-constexpr double kLargest[kMostDigits + 1] = {0, 127, 127 * 256};  // whole numbers; their digits stay within a byte
-
 }  // namespace
 
 const float* span_numbers(const Plan& plan, const Rows& b, int64_t query, int64_t s, float* x) {
@@ -94,7 +91,7 @@ bool pack_span(const Plan& plan, const Rows& b, int64_t query, int64_t s, float*
   const float* from = span_numbers(plan, b, query, s, x);
   to.units = plan.units_of(s);
   const float most = kernels.largest(from, to.units * kUnit);
-  const float unit = static_cast<float>(most / kLargest[plan.digits]);
+  const float unit = static_cast<float>(most / plan.largest);
   const bool some = unit >= std::numeric_limits<float>::min() && std::isfinite(most);
   to.unit = some ? unit : 0.0f;
   for (int64_t u = 0; u < to.units; ++u) {

@@ -13,7 +13,7 @@ namespace lgk {
 extern const EncodedKernels kEncodedBase;
 #if LGK_HAS_X86_SETS
 extern const EncodedKernels kEncodedV3, kEncodedV4;
-extern const IntegerKernels kIntegersV4Vnni;
+extern const IntegerKernels kIntegersV3, kIntegersV4Vnni;
 extern const SignKernels kSignsV4Vbmi;
 extern const F8Kernels kF8V4;
 extern const decltype(EncodedKernels::few_f8) kFewF8V4Vbmi;
@@ -30,6 +30,8 @@ bool beyond_v4() {
   const std::string isa = isa_name();
   return isa == "v4vnni" || isa == "v4bf16" || isa == "v4amx";
 }
+
+bool multiplies_bytes() { return beyond_v4() && __builtin_cpu_supports("avx512vnni"); }
 
 bool in_tiles() { return isa_name() == std::string("v4amx"); }
 
@@ -73,8 +75,8 @@ const EncodedKernels& encoded_kernels() {
 
 const IntegerKernels* integer_kernels() {
 #if LGK_HAS_X86_SETS
-  static const bool have = beyond_v4() && __builtin_cpu_supports("avx512vnni");
-  static const IntegerKernels chosen = with_tiles(kIntegersV4Vnni);
+  static const bool have = isa_name() != std::string("base"), vnni = multiplies_bytes();
+  static const IntegerKernels chosen = vnni ? with_tiles(kIntegersV4Vnni) : kIntegersV3;
   return have ? &chosen : nullptr;
 #else
   return nullptr;
@@ -84,7 +86,7 @@ const IntegerKernels* integer_kernels() {
 const SignKernels* sign_kernels() {
 #if LGK_HAS_X86_SETS
   static const bool have = __builtin_cpu_supports("avx512vbmi");
-  return have && integer_kernels() != nullptr ? &kSignsV4Vbmi : nullptr;
+  return have && multiplies_bytes() ? &kSignsV4Vbmi : nullptr;
 #else
   return nullptr;
 #endif
@@ -94,7 +96,7 @@ const F8Kernels* f8_kernels() {
 #if LGK_HAS_X86_SETS
   static const bool have = __builtin_cpu_supports("avx512vbmi") && (isa_name() == std::string("v4bf16") || in_tiles());
   static const F8Kernels chosen = with_tiles(kF8V4);
-  return have && integer_kernels() != nullptr ? &chosen : nullptr;
+  return have && multiplies_bytes() ? &chosen : nullptr;
 #else
   return nullptr;
 #endif

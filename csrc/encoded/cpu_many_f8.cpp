@@ -22,7 +22,6 @@ struct Order {
 
 // Queries in groups, each with its units, span starts and span scales.
 struct F8Tiles {
-  static constexpr int64_t kUnitBytes = kF8Unit;
   Plan plan;
   bool rests;
   const F8Kernels& kernels = *f8_kernels();

@@ -15,6 +15,7 @@ namespace lgk {
 namespace {
 
 constexpr double kPacking = 8;  // multiply-adds that take as long as a number's digits
+constexpr double kLargest[kMostDigits + 1] = {0, 127, 127 * 256};  // whole numbers; their digits stay within a byte
 
 // The numbers that int8 queries stand for: out[j][k] = scale * code for each span of a query, as quantize_rows has it.
 void round_to_int8(const Rows& b, int64_t n, int64_t depth, int64_t span, float* out, int n_threads) {
@@ -55,7 +56,8 @@ EncodedQueries::EncodedQueries(const Rows& b, int64_t n, int64_t depth, const En
   const bool f8 = encoding.code == Code::kF8;
   const bool parts = encoding.block >= kUnit && (f8 ? f8_kernels() != nullptr : integer_kernels() != nullptr);
   for (int64_t g = 0; parts && g < static_cast<int64_t>(groups_.size()); ++g) {
-    const Plan plan = {encoding.code, depth, std::min(at_once_, n - g * at_once_), digits, span};
+    const int kept = f8 ? digits : std::max(digits, integer_kernels()->fewest_digits);
+    const Plan plan = {encoding.code, depth, std::min(at_once_, n - g * at_once_), kept, span, kLargest[digits]};
     const int threads = threads_for(kPacking * plan.queries * depth, n_threads);
     const bool few = plan.queries <= kFewColumns;
     if (f8 && few) continue;

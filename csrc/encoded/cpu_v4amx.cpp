@@ -72,7 +72,7 @@ void finish(int digits, int64_t ldc, Pending& pending) {
 }  // namespace
 
 extern const IntegerTiles kTilesV4Amx;
-const IntegerTiles kTilesV4Amx = {{kRows, 8, 256}, expand<true>, tile, finish};
+const IntegerTiles kTilesV4Amx = {{kRows, 8, 256, kUnit}, expand<true>, tile, finish};
 
 }  // namespace lgk
 #endif

@@ -166,7 +166,7 @@ void finish(bool, int64_t, Pending&) {}
 }  // namespace
 
 extern const F8Kernels kF8V4;
-const F8Kernels kF8V4 = {{kTileRows, 4, 64}, false, expand, split, tile, finish};
+const F8Kernels kF8V4 = {{kTileRows, 4, 64, kF8Unit}, false, expand, split, tile, finish};
 
 }  // namespace lgk
 #endif

@@ -192,7 +192,7 @@ namespace lgk {
 
 extern const IntegerKernels kIntegersV4Vnni;
 const IntegerKernels kIntegersV4Vnni = {
-    {{kRows, 16, 64}, expand<false>, tile, finish}, largest, to_digits, widen, few, sum_lanes};
+    {{kRows, 16, 64, kUnit}, expand<false>, tile, finish}, 1, largest, to_digits, widen, few, sum_lanes};
 
 }  // namespace lgk
 #endif

@@ -20,7 +20,8 @@ struct Plan {
   Code code;
   int64_t depth, queries;
   int digits;
-  int64_t span;  // numbers
+  int64_t span;    // numbers
+  double largest;  // whole number that a query's become
 
   int64_t units() const { return ceil_div(depth, kUnit); }
   int64_t span_units() const { return span / kUnit; }

@@ -1,8 +1,9 @@
-// Products of integer codes with queries in fixed point, exact within a unit or more; for machines that multiply bytes.
+// Products of integer codes with queries in fixed point, exact within a unit or more; for machines that multiply bytes,
+// or words.
 //
-// A query's numbers q become, block by block, the nearest of n * u with a whole n in `digits` signed bytes; codes are
-// unsigned bytes, offset by the format's constant. A unit is kUnit numbers in the order in which a format's codes
-// expand; a span of units shares its scales.
+// A query's numbers q become, block by block, the nearest of n * u with a whole n in `digits` signed bytes or in a
+// word; codes are unsigned bytes, offset by the format's constant, or words. A unit is kUnit numbers in the order in
+// which a format's codes expand; a span of units shares its scales.
 #pragma once
 #include "encoded/rows.h"
 
@@ -30,9 +31,10 @@ constexpr int64_t streams(Code code, int64_t units, int64_t queries, int digits)
 
 // How rows are cut for products with many queries.
 struct TileShape {
-  int64_t rows;       // of a tile
-  int64_t run_units;  // of a row that are expanded at a time
-  int64_t queries;    // that meet rows which are expanded once: a divisor of EncodedQueries::kAtOnce
+  int64_t rows;        // of a tile
+  int64_t run_units;   // of a row that are expanded at a time
+  int64_t queries;     // that meet rows which are expanded once: a divisor of EncodedQueries::kAtOnce
+  int64_t unit_bytes;  // of a row, expanded
 };
 
 // Where the machine multiplies whole tiles, a tile's sums are scaled and added while the next one's are made.
@@ -47,7 +49,7 @@ struct alignas(64) Pending {
 struct IntegerTiles {
   TileShape shape;
 
-  // Codes of whole units to bytes, kUnit a unit, as tile takes them.
+  // Codes of whole units to what tile takes.
   void (*expand)(Code code, const uint8_t* codes, int64_t units, uint8_t* out);
 
   // c[i][q] += a_scale[i] b_scale[q] sum over units of one span of a(i, k) b(q, k), for shape.rows rows and
@@ -60,12 +62,14 @@ struct IntegerTiles {
 
 struct IntegerKernels {
   IntegerTiles many;
+  int fewest_digits;  // kMostDigits: a number is a word, and none is kept in less
 
   // The largest magnitude; NaN or Inf if there is one.
   float (*largest)(const float* x, int64_t n);
 
   // x [kUnit] * inverse to `digits` bytes a number, low digits first: out[digit][kUnit] in the expanded order, which
-  // has the numbers of every byte's first field, then those of the second and so on; and their sums.
+  // has the numbers of every byte's first field, then those of the second and so on; and their sums. Or to words, in
+  // the order of words' fields, sums[0] being theirs.
   void (*to_digits)(Code code, const float* x, float inverse, int digits, int8_t* out, int32_t* sums);
 
   // fp16 to fp32.
@@ -73,7 +77,8 @@ struct IntegerKernels {
 
   // sums[i][q][lane] (+)= sum over units u of a_scale[i][u] (b_scale[q][u] sum a(i, k) b(q, k) - b_sum[q][u]), for
   // kFewRows rows of codes as they lie and `queries` of them. Where `last` is given the last chunk is read from there.
-  // b [chunks][queries][digits][vectors][64], vector v with the numbers of field_of(v) of a chunk's bytes; b_scale and
+  // b [chunks][queries][digits][vectors][64], vector v with the numbers of field_of(v) of a chunk's bytes, or vector
+  // [digit][v] with those of field digit * vectors + field_of(v) of its words; b_scale and
   // b_sum are padded to whole vectors of kFewLanes, b_scale is kFewShare of the scale for int2 and sign.
   void (*few)(Code code, const uint8_t* const* rows, const uint8_t* const* last, int64_t units,
               const float* const* a_scale, const int8_t* b, int digits, const float* b_scale, const float* b_sum,

@@ -10,20 +10,19 @@ namespace lgk {
 
 constexpr int64_t kMostRows = 288;  // rows whose sums a thread holds in the L2 cache
 
-// Queries: packed in groups() of columns() each for rows of kUnitBytes a unit, which
+// Queries: packed in groups() of columns() each for rows which
 //   expand(codes, units, to)               makes of whole units of codes,
 //   tile(group, s, unit, units, rows, ld_rows, row_scales, sums, ld, pending)
 //                                          multiplies, units of span s and kernels.shape.rows rows, and
 //   finish(ld, pending)                    adds to the sums, where tile has left something.
 template <class Queries>
 struct ManyProduct : Codes {
-  static constexpr int64_t kUnitBytes = Queries::kUnitBytes;
   const Queries& b;
   Output<float> c;
   const TileShape shape = b.kernels.shape;
 
   // Rows a power of 2 apart would share cache sets.
-  int64_t ld_rows() const { return shape.run_units * kUnitBytes + 64; }
+  int64_t ld_rows() const { return shape.run_units * shape.unit_bytes + 64; }
   int64_t ld() const { return b.groups() * b.columns() + 16; }
   int64_t scratch_size(int64_t rows) const {
     return rows * ld() + shape.rows * (shape.run_units + ld_rows() / 4) + round_up(shape.run_units, kFewLanes);
@@ -31,7 +30,7 @@ struct ManyProduct : Codes {
 
   void expand(int64_t row, int64_t unit, int64_t units, uint8_t* to) const {
     if (row >= m) {
-      std::memset(to, 0, units * kUnitBytes);
+      std::memset(to, 0, units * shape.unit_bytes);
       return;
     }
     const bool ragged = unit + units == plan.units() && plan.depth % kUnit != 0;
@@ -39,7 +38,7 @@ struct ManyProduct : Codes {
     if (!ragged) return;
     uint8_t last[kUnit];
     copy_last(row, plan.units() - 1, last);
-    b.expand(last, 1, to + (units - 1) * kUnitBytes);
+    b.expand(last, 1, to + (units - 1) * shape.unit_bytes);
   }
 
   void multiply(int64_t row, int64_t rows, float* scratch) const {
@@ -62,8 +61,8 @@ struct ManyProduct : Codes {
           for (int64_t s = 0; s < spans; ++s) {
             next.fetch();
             const int64_t u = s * plan.span_units();
-            b.tile(g, first + s, unit + u, std::min(plan.span_units(), units - u), expanded + u * kUnitBytes, ld_rows(),
-                   scales + s * step, sums + (i - row) * ld() + g * b.columns(), ld(), pending);
+            b.tile(g, first + s, unit + u, std::min(plan.span_units(), units - u), expanded + u * shape.unit_bytes,
+                   ld_rows(), scales + s * step, sums + (i - row) * ld() + g * b.columns(), ld(), pending);
           }
         }
         b.finish(ld(), pending);

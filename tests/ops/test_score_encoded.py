@@ -120,6 +120,19 @@ def test_many_whole_numbers_are_exact(span):
         assert torch.equal(got.double(), queries.double() @ numbers.double().T)
 
 
+@pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0x81, 0xFF])
+@pytest.mark.parametrize("q", [1, 3, 4, 40])
+def test_sums_of_the_largest_codes_and_queries_do_not_overflow(q, byte):
+    for name in ("int8", "int4", "int2", "sign"):
+        for d, span in ((512, 512), (1300, 1024)):
+            rows = lk.quantize_rows(torch.ones(5, d), lk.RowFormat.of(name, span, "fp32"))
+            rows.codes.view(torch.uint8).fill_(byte)
+            numbers = lk.dequantize_rows(rows, backend="reference").double()
+            for queries in (torch.ones(q, d), -torch.ones(q, d), numbers[:1].sign().float().expand(q, d)):
+                got = lk.score_block(queries, rows, backend="cpp")
+                torch.testing.assert_close(got.double(), queries.double() @ numbers.T, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_scales_that_are_not_finite_stay_in_their_row(name, bad):
     queries, rows = case(20, 40, 700, name)
