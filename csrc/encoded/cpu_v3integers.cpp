@@ -176,20 +176,23 @@ void tile(const uint8_t* a, int64_t lda, const int8_t* b, int, int64_t units, co
 
 void finish(int, int64_t, Pending&) {}
 
-// Where few has the vector of a chunk's field of words.
+// Where few has the vectors of a chunk's fields of words, bytes from its start.
 template <Code kCode>
-constexpr int64_t place_of(int field) {
-  constexpr int kVectors = 8 / bits_of(kCode) * (kCode == Code::kI8 ? 2 : 1);
-  const int v = field % kVectors, levels = 4 / (bits_of(kCode) < 4 ? bits_of(kCode) : 4);
-  return 64 * (field / kVectors * kVectors + (levels == 1 ? v : v % levels * 2 + v / levels));
-}
+struct Places {
+  static constexpr int64_t kVectors = chunk_units(kCode) * kUnit / 64;
+  int64_t of[2 * kVectors] = {};
+  constexpr Places() {
+    for (int64_t v = 0; v < 2 * kVectors; ++v) of[v / kVectors * kVectors + field_of(kCode, v % kVectors)] = 64 * v;
+  }
+};
 
 // Half of a chunk: 16 words of each field, whose fields of one place in a half of a byte are multiplied before the sums
 // move up to the next place.
 template <Code kCode, int kCount>
 LGK_INLINE void few_half(const uint8_t* codes, const int8_t* b, __m256i (&sum)[kCount]) {
   constexpr int kBits = bits_of(kCode), kLevels = kBits < 4 ? 4 / kBits : 1;
-  constexpr int64_t kQueryBytes = 2 * kUnit * chunk_units(kCode);
+  constexpr int64_t kQueryBytes = kUnitBytes * chunk_units(kCode);
+  static constexpr Places<kCode> kPlaces;
   const auto add = [&](__m256i words, int64_t place) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int q = 0; q < kCount; ++q) sum[q] = add_pairs(sum[q], words, load(b + q * kQueryBytes + place));
@@ -197,7 +200,7 @@ LGK_INLINE void few_half(const uint8_t* codes, const int8_t* b, __m256i (&sum)[k
   if constexpr (kCode == Code::kI8) {
 #pragma GCC unroll 4
     for (int f = 0; f < 4; ++f) {
-      add(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 32 * f))), place_of<kCode>(f));
+      add(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 32 * f))), kPlaces.of[f]);
     }
   } else {
     const __m256i words = load(codes);
@@ -208,7 +211,10 @@ LGK_INLINE void few_half(const uint8_t* codes, const int8_t* b, __m256i (&sum)[k
 #pragma GCC unroll 4
       for (int q = 0; q < kCount && level > 0; ++q) sum[q] = _mm256_slli_epi32(sum[q], kBits);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) add(field<kCode>(shifted[j], level), place_of<kCode>(j * kLevels + level));
+      for (int j = 0; j < 4; ++j) {
+        const bool is_all = kBits == 4 && j == 3;  // that is left
+        add(is_all ? shifted[j] : field<kCode>(shifted[j], level), kPlaces.of[j * kLevels + level]);
+      }
     }
   }
 }

@@ -15,7 +15,7 @@ constexpr int kMostDigits = 2;
 constexpr int64_t kTileColumns = 32;        // queries, or their digits, in a tile
 constexpr int64_t kFewRows = 4;             // rows read side by side
 constexpr int64_t kFewQueries = 4;          // queries that few takes at most
-constexpr int64_t kFewLanes = 16;           // sums of every sixteenth group of four numbers
+constexpr int64_t kFewLanes = 16;           // sums that a row and a query have
 constexpr int64_t kStreamBytes = 20 << 10;  // of digits that stay in the L1 cache beside a stream of rows
 constexpr float kFewShare = 0.25f;          // of what few makes of int2 and sign codes
 
@@ -92,7 +92,7 @@ struct IntegerKernels {
 const IntegerKernels* integer_kernels();
 
 // Of int2 and sign codes the fields that lie four bits apart are multiplied one after the other.
-inline int64_t field_of(Code code, int64_t v) {
+constexpr int64_t field_of(Code code, int64_t v) {
   return code == Code::kI2 ? v / 2 + v % 2 * 2 : code == Code::kSign ? v / 2 + v % 2 * 4 : v;
 }
 

@@ -120,9 +120,8 @@ def test_many_whole_numbers_are_exact(span):
         assert torch.equal(got.double(), queries.double() @ numbers.double().T)
 
 
-@pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0x81, 0xFF])
-@pytest.mark.parametrize("q", [1, 3, 4, 40])
-def test_sums_of_the_largest_codes_and_queries_do_not_overflow(q, byte):
+def check_the_largest(q, byte):
+    """Rows of one code, and queries of the largest number of one sign or of the code's."""
     for name in ("int8", "int4", "int2", "sign"):
         for d, span in ((512, 512), (1300, 1024)):
             rows = lk.quantize_rows(torch.ones(5, d), lk.RowFormat.of(name, span, "fp32"))
@@ -131,6 +130,12 @@ def test_sums_of_the_largest_codes_and_queries_do_not_overflow(q, byte):
             for queries in (torch.ones(q, d), -torch.ones(q, d), numbers[:1].sign().float().expand(q, d)):
                 got = lk.score_block(queries, rows, backend="cpp")
                 torch.testing.assert_close(got.double(), queries.double() @ numbers.T, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0x81, 0xFF])
+@pytest.mark.parametrize("q", [1, 3, 4, 40])
+def test_sums_of_the_largest_codes_and_queries_do_not_overflow(q, byte):
+    check_the_largest(q, byte)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -183,8 +188,12 @@ def test_few_queries_that_are_not_finite(name):
 def test_every_instruction_set(isa):
     script = """
 import sys, torch, logra_kernels as lk
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/ops"]
+from test_score_encoded import check_the_largest
 from tolerance import assert_as_good_as_naive
+for q in (1, 4, 40):
+    for byte in (0x00, 0x7F, 0x80, 0xFF):
+        check_the_largest(q, byte)
 for name in ("fp8", "int8", "int4", "int2", "sign"):
     for block, scale in ((64, "fp32"), (128, "fp32"), (256, "fp16"), (1024, "fp32")):
         for q, n, d in ((1, 27, 1000), (20, 25, 9000), (33, 70, 1300)):
