@@ -1,5 +1,5 @@
-// AVX2 multiplies no bytes of which any pair's products fit 16 bits, but words: a query's number, whatever its digits
-// would be, is one word, and so is a code. Two products are added to each 32-bit lane.
+// Integer codes by AVX2, whose sums of two products of bytes overflow their 16 bits: a query's number is a word, not
+// digits, and so is a code. Two products of words are added to each 32-bit lane.
 //
 // A unit's words lie in the order of the codes': words of codes hold 4, 8 or 16 fields, and all words' first fields are
 // followed by the second ones. Codes of 8 bits lie as their numbers do and keep their signs.
@@ -21,7 +21,6 @@ namespace lgk {
 namespace {
 
 constexpr int64_t kRows = 6;                     // of a tile
-constexpr int64_t kQueries = kTileColumns / 2;   // of a tile, two vectors of sums
 constexpr int64_t kUnitBytes = 2 * kUnit;        // as words
 constexpr int64_t kRowBytes = 4 * kTileColumns;  // of a tile's queries: of a pair and of the one half a unit after it
 constexpr int64_t kBlockUnits = 16;              // of a row, before those of the next row
