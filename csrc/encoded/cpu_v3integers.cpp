@@ -187,32 +187,50 @@ struct Places {
 
 // Half of a chunk: 16 words of each field, whose fields of one place in a half of a byte are multiplied before the sums
 // move up to the next place.
-template <Code kCode, int kCount>
-LGK_INLINE void few_half(const uint8_t* codes, const int8_t* b, __m256i (&sum)[kCount]) {
+template <Code kCode, int kSide, int kCount>
+LGK_INLINE void few_half(const uint8_t* const (&codes)[kSide], int64_t at, const int8_t* b,
+                         __m256i (&sum)[kSide][kCount]) {
   constexpr int kBits = bits_of(kCode), kLevels = kBits < 4 ? 4 / kBits : 1;
   constexpr int64_t kQueryBytes = kUnitBytes * chunk_units(kCode);
   static constexpr Places<kCode> kPlaces;
-  const auto add = [&](__m256i words, int64_t place) __attribute__((always_inline)) {
+  const auto add = [&](const __m256i(&words)[kSide], int64_t place) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int q = 0; q < kCount; ++q) sum[q] = add_pairs(sum[q], words, load(b + q * kQueryBytes + place));
+    for (int q = 0; q < kCount; ++q) {
+      const __m256i numbers = load(b + q * kQueryBytes + place);
+#pragma GCC unroll 4
+      for (int i = 0; i < kSide; ++i) sum[i][q] = add_pairs(sum[i][q], words[i], numbers);
+    }
   };
+  __m256i words[kSide];
   if constexpr (kCode == Code::kI8) {
 #pragma GCC unroll 4
     for (int f = 0; f < 4; ++f) {
-      add(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 32 * f))), kPlaces.of[f]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kSide; ++i) {
+        words[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes[i] + at + 32 * f)));
+      }
+      add(words, kPlaces.of[f]);
     }
   } else {
-    const __m256i words = load(codes);
-    const __m256i shifted[4] = {words, _mm256_srli_epi16(words, 4), _mm256_srli_epi16(words, 8),
-                                _mm256_srli_epi16(words, 12)};
+    __m256i shifted[kSide][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < kSide; ++i) {
+      shifted[i][0] = load(codes[i] + at);
+#pragma GCC unroll 4
+      for (int j = 1; j < 4; ++j) shifted[i][j] = _mm256_srli_epi16(shifted[i][0], 4 * j);
+    }
 #pragma GCC unroll 4
     for (int level = 0; level < kLevels; ++level) {
 #pragma GCC unroll 4
-      for (int q = 0; q < kCount && level > 0; ++q) sum[q] = _mm256_slli_epi32(sum[q], kBits);
+      for (int i = 0; i < kSide * kCount && level > 0; ++i) {
+        sum[i / kCount][i % kCount] = _mm256_slli_epi32(sum[i / kCount][i % kCount], kBits);
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         const bool is_all = kBits == 4 && j == 3;  // that is left
-        add(is_all ? shifted[j] : field<kCode>(shifted[j], level), kPlaces.of[j * kLevels + level]);
+#pragma GCC unroll 4
+        for (int i = 0; i < kSide; ++i) words[i] = is_all ? shifted[i][j] : field<kCode>(shifted[i][j], level);
+        add(words, kPlaces.of[j * kLevels + level]);
       }
     }
   }
@@ -229,22 +247,28 @@ LGK_INLINE __m256 factors(const float* a_scale, const float* b_scale, int half) 
   }
 }
 
-// A row's chunk by kCount queries: its sums, scaled, are added to the totals.
-template <Code kCode, int kCount>
-LGK_INLINE void few_chunk(const uint8_t* codes, const int8_t* b, const float* a_scale, const float* b_scale,
-                          int64_t ldb, __m256 (&total)[kCount][2]) {
+// A chunk, `at` bytes from the start, of kSide rows by kCount queries: its sums, scaled, are added to the totals.
+template <Code kCode, int kSide, int kCount>
+LGK_INLINE void few_chunk(const uint8_t* const (&codes)[kSide], int64_t at, const int8_t* b,
+                          const float* const (&a_scale)[kSide], int64_t unit, const float* b_scale, int64_t ldb,
+                          __m256 (&total)[kSide][kCount][2]) {
   constexpr bool kShared = chunk_units(kCode) == 1;  // one scale for both halves
-  __m256i sum[kCount];
+  __m256i sum[kSide][kCount];
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 4
-    for (int q = 0; q < kCount && (half == 0 || !kShared); ++q) sum[q] = _mm256_setzero_si256();
-    few_half<kCode, kCount>(codes + half * (kCode == Code::kI8 ? 16 : 32), b + 32 * half, sum);
+    for (int i = 0; i < kSide * kCount && (half == 0 || !kShared); ++i) {
+      sum[i / kCount][i % kCount] = _mm256_setzero_si256();
+    }
+    few_half<kCode, kSide, kCount>(codes, at + half * (kCode == Code::kI8 ? 16 : 32), b + 32 * half, sum);
     if (half == 0 && kShared) continue;
 #pragma GCC unroll 4
-    for (int q = 0; q < kCount; ++q) {
-      const __m256 factor = factors<kCode>(a_scale, b_scale + q * ldb, half);
-      total[q][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[q]), factor, total[q][half]);
+    for (int i = 0; i < kSide; ++i) {
+#pragma GCC unroll 4
+      for (int q = 0; q < kCount; ++q) {
+        const __m256 factor = factors<kCode>(a_scale[i] + unit, b_scale + q * ldb, half);
+        total[i][q][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i][q]), factor, total[i][q][half]);
+      }
     }
   }
 }
@@ -262,48 +286,74 @@ LGK_INLINE __m256 few_offsets(const float* a_scale, int64_t units, const float* 
   return _mm256_fnmadd_ps(_mm256_load_ps(rest), _mm256_loadu_ps(b_sum + u), total);
 }
 
-// At most kBlockUnits of a row, whose queries stay in the L1 cache for the rows beside it. last: the codes of the last
-// chunk, which may lack units, or null.
-template <Code kCode, int kCount>
-void few_block(const uint8_t* codes, const uint8_t* last, int64_t units, const float* a_scale, const int8_t* b,
-               const float* b_scale, const float* b_sum, int64_t ldb, float* sums) {
+// At most kBlockUnits of kSide rows, whose queries stay in the L1 cache for the rows beside them. last: the rows' codes
+// of the last chunk, which may lack units, or null.
+template <Code kCode, int kSide, int kCount>
+void few_block(const uint8_t* const (&codes)[kSide], const uint8_t* const* last, int64_t units,
+               const float* const (&a_scale)[kSide], const int8_t* b, const float* b_scale, const float* b_sum,
+               int64_t ldb, float* sums) {
   constexpr int64_t kUnits = chunk_units(kCode), kBytes = kUnits * kUnit * bits_of(kCode) / 8;
   constexpr int64_t kChunk = kCount * kUnits * kUnitBytes;
-  __m256 total[kCount][2];
+  __m256 total[kSide][kCount][2];
 #pragma GCC unroll 4
-  for (int q = 0; q < kCount; ++q) {
-    total[q][0] = _mm256_loadu_ps(sums + q * kFewLanes);
-    total[q][1] = _mm256_loadu_ps(sums + q * kFewLanes + 8);
-    if (kCode != Code::kI8) total[q][0] = few_offsets(a_scale, units, b_sum + q * ldb, total[q][0]);
+  for (int i = 0; i < kSide; ++i) {
+#pragma GCC unroll 4
+    for (int q = 0; q < kCount; ++q) {
+      const float* from = sums + (i * kCount + q) * kFewLanes;
+      total[i][q][0] = _mm256_loadu_ps(from), total[i][q][1] = _mm256_loadu_ps(from + 8);
+      if (kCode != Code::kI8) total[i][q][0] = few_offsets(a_scale[i], units, b_sum + q * ldb, total[i][q][0]);
+    }
   }
+  const int64_t whole = (last == nullptr ? units : units - 1) / kUnits;
 #pragma GCC unroll 1
-  for (int64_t whole = (last == nullptr ? units : units - 1) / kUnits; whole > 0; --whole) {
+  for (int64_t chunk = 0; chunk < whole; ++chunk) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSide; ++i) {
 #pragma GCC unroll 2
-    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(codes + kAhead + line);
-    few_chunk<kCode, kCount>(codes, b, a_scale, b_scale, ldb, total);
-    codes += kBytes, b += kChunk, a_scale += kUnits, b_scale += kUnits, units -= kUnits;
+      for (int64_t line = 0; line < kBytes; line += 64) {
+        __builtin_prefetch(codes[i] + chunk * kBytes + kAhead + line);
+      }
+    }
+    few_chunk<kCode, kSide, kCount>(codes, chunk * kBytes, b + chunk * kChunk, a_scale, chunk * kUnits,
+                                    b_scale + chunk * kUnits, ldb, total);
   }
-  if (units > 0) {
-    float scales[kUnits] = {};
-    for (int64_t u = 0; u < units; ++u) scales[u] = a_scale[u];
-    few_chunk<kCode, kCount>(last, b, scales, b_scale, ldb, total);
+  if (whole * kUnits < units) {
+    float kept[kSide][kUnits] = {};
+    const float* scales[kSide];
+    const uint8_t* ends[kSide];
+    for (int i = 0; i < kSide; ++i) {
+      for (int64_t u = whole * kUnits; u < units; ++u) kept[i][u - whole * kUnits] = a_scale[i][u];
+      scales[i] = kept[i];
+      ends[i] = last[i];
+    }
+    few_chunk<kCode, kSide, kCount>(ends, 0, b + whole * kChunk, scales, 0, b_scale + whole * kUnits, ldb, total);
   }
 #pragma GCC unroll 4
-  for (int q = 0; q < kCount; ++q) {
-    _mm256_storeu_ps(sums + q * kFewLanes, total[q][0]);
-    _mm256_storeu_ps(sums + q * kFewLanes + 8, total[q][1]);
+  for (int i = 0; i < kSide * kCount; ++i) {
+    _mm256_storeu_ps(sums + i * kFewLanes, total[i / kCount][i % kCount][0]);
+    _mm256_storeu_ps(sums + i * kFewLanes + 8, total[i / kCount][i % kCount][1]);
   }
 }
+
+// Rows that share what is loaded of a query: loads take the time of one.
+constexpr int side_of(Code code, int queries) { return queries > 1 ? 1 : code == Code::kI8 ? 4 : 2; }
 
 template <Code kCode, int kCount>
 void few_rows(const uint8_t* const* rows, const uint8_t* const* last, int64_t units, const float* const* a_scale,
               const int8_t* b, const float* b_scale, const float* b_sum, int64_t ldb, float* sums) {
+  constexpr int kSide = side_of(kCode, kCount);
   for (int64_t u = 0; u < units; u += kBlockUnits) {
     const int64_t here = units - u < kBlockUnits ? units - u : kBlockUnits;
-    for (int64_t i = 0; i < kFewRows; ++i) {
-      few_block<kCode, kCount>(rows[i] + u * kUnit * bits_of(kCode) / 8,
-                               last != nullptr && u + here == units ? last[i] : nullptr, here, a_scale[i] + u,
-                               b + u * kCount * kUnitBytes, b_scale + u, b_sum + u, ldb, sums + i * kCount * kFewLanes);
+    const bool ends = last != nullptr && u + here == units;
+    for (int64_t first = 0; first < kFewRows; first += kSide) {
+      const uint8_t* codes[kSide];
+      const float* scales[kSide];
+      for (int i = 0; i < kSide; ++i) {
+        codes[i] = rows[first + i] + u * kUnit * bits_of(kCode) / 8;
+        scales[i] = a_scale[first + i] + u;
+      }
+      few_block<kCode, kSide, kCount>(codes, ends ? last + first : nullptr, here, scales, b + u * kCount * kUnitBytes,
+                                      b_scale + u, b_sum + u, ldb, sums + first * kCount * kFewLanes);
     }
   }
 }
