@@ -85,8 +85,8 @@ const IntegerKernels* integer_kernels() {
 
 const SignKernels* sign_kernels() {
 #if LGK_HAS_X86_SETS
-  static const bool have = __builtin_cpu_supports("avx512vbmi");
-  return have && multiplies_bytes() ? &kSignsV4Vbmi : nullptr;
+  static const bool have = __builtin_cpu_supports("avx512vbmi") && multiplies_bytes();
+  return have ? &kSignsV4Vbmi : nullptr;
 #else
   return nullptr;
 #endif
@@ -94,9 +94,10 @@ const SignKernels* sign_kernels() {
 
 const F8Kernels* f8_kernels() {
 #if LGK_HAS_X86_SETS
-  static const bool have = __builtin_cpu_supports("avx512vbmi") && (isa_name() == std::string("v4bf16") || in_tiles());
+  static const bool have =
+      __builtin_cpu_supports("avx512vbmi") && multiplies_bytes() && (isa_name() == std::string("v4bf16") || in_tiles());
   static const F8Kernels chosen = with_tiles(kF8V4);
-  return have && multiplies_bytes() ? &chosen : nullptr;
+  return have ? &chosen : nullptr;
 #else
   return nullptr;
 #endif

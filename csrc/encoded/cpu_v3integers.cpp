@@ -35,13 +35,11 @@ LGK_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i b) {
 // Not to be put into another order by the compiler, which keeps more sums than there are registers.
 LGK_INLINE void add_in_turn(__m256i& sum, __m256i x) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
 
-constexpr int bits_of(Code code) { return code == Code::kI8 ? 8 : code == Code::kI4 ? 4 : code == Code::kI2 ? 2 : 1; }
-
 // 16 words shifted so that a field is below the middle of the low byte, and what is left of them.
 template <Code kCode>
 LGK_INLINE __m256i field(__m256i shifted, int level) {
   return _mm256_and_si256(
-      shifted, _mm256_set1_epi16(static_cast<int16_t>(((1 << bits_of(kCode)) - 1) << (level * bits_of(kCode)))));
+      shifted, _mm256_set1_epi16(static_cast<int16_t>(((1 << code_bits(kCode)) - 1) << (level * code_bits(kCode)))));
 }
 
 float largest(const float* x, int64_t n) {
@@ -101,7 +99,7 @@ void widen(const uint16_t* halves, int64_t n, float* out) {
 
 template <Code kCode>
 void expand_units(const uint8_t* codes, int64_t units, int16_t* out) {
-  constexpr int kBits = bits_of(kCode), kFields = 16 / kBits;
+  constexpr int kBits = code_bits(kCode), kFields = 16 / kBits;
   for (int64_t u = 0; u < units; ++u, codes += kUnit * kBits / 8, out += kUnit) {
     if constexpr (kCode == Code::kI8) {
       for (int64_t i = 0; i < kUnit; i += 16) {
@@ -190,7 +188,7 @@ struct Places {
 template <Code kCode, int kSide, int kCount>
 LGK_INLINE void few_half(const uint8_t* const (&codes)[kSide], int64_t at, const int8_t* b,
                          __m256i (&sum)[kSide][kCount]) {
-  constexpr int kBits = bits_of(kCode), kLevels = kBits < 4 ? 4 / kBits : 1;
+  constexpr int kBits = code_bits(kCode), kLevels = kBits < 4 ? 4 / kBits : 1;
   constexpr int64_t kQueryBytes = kUnitBytes * chunk_units(kCode);
   static constexpr Places<kCode> kPlaces;
   const auto add = [&](const __m256i(&words)[kSide], int64_t place) __attribute__((always_inline)) {
@@ -292,7 +290,7 @@ template <Code kCode, int kSide, int kCount>
 void few_block(const uint8_t* const (&codes)[kSide], const uint8_t* const* last, int64_t units,
                const float* const (&a_scale)[kSide], const int8_t* b, const float* b_scale, const float* b_sum,
                int64_t ldb, float* sums) {
-  constexpr int64_t kUnits = chunk_units(kCode), kBytes = kUnits * kUnit * bits_of(kCode) / 8;
+  constexpr int64_t kUnits = chunk_units(kCode), kBytes = kUnits * kUnit * code_bits(kCode) / 8;
   constexpr int64_t kChunk = kCount * kUnits * kUnitBytes;
   __m256 total[kSide][kCount][2];
 #pragma GCC unroll 4
@@ -349,7 +347,7 @@ void few_rows(const uint8_t* const* rows, const uint8_t* const* last, int64_t un
       const uint8_t* codes[kSide];
       const float* scales[kSide];
       for (int i = 0; i < kSide; ++i) {
-        codes[i] = rows[first + i] + u * kUnit * bits_of(kCode) / 8;
+        codes[i] = rows[first + i] + u * kUnit * code_bits(kCode) / 8;
         scales[i] = a_scale[first + i] + u;
       }
       few_block<kCode, kSide, kCount>(codes, ends ? last + first : nullptr, here, scales, b + u * kCount * kUnitBytes,

@@ -7,12 +7,16 @@ namespace lgk {
 
 enum class Code : int { kF8 = 3, kI8 = 4, kI4 = 5, kI2 = 6, kSign = 7 };
 
+constexpr int code_bits(Code code) {
+  return code == Code::kI4 ? 4 : code == Code::kI2 ? 2 : code == Code::kSign ? 1 : 8;
+}
+
 struct Encoding {
   Code code;
   bool half_scales;  // fp16, otherwise fp32
   int64_t block;     // numbers that share a scale: a power of 2 from 32 on
 
-  int64_t bits() const { return code == Code::kI4 ? 4 : code == Code::kI2 ? 2 : code == Code::kSign ? 1 : 8; }
+  int64_t bits() const { return code_bits(code); }
   // Of the first `numbers` numbers of a row; a multiple of 8, or all.
   int64_t bytes(int64_t numbers) const { return (numbers * bits() + 7) / 8; }
 };
