@@ -121,15 +121,16 @@ def test_many_whole_numbers_are_exact(span):
 
 
 def check_the_largest(q, byte):
-    """Rows of one code, and queries of the largest number of one sign or of the code's."""
+    """Rows of one code, and queries of the largest number of one sign or of the code's: fixed point is that close."""
     for name in ("int8", "int4", "int2", "sign"):
         for d, span in ((512, 512), (1300, 1024)):
             rows = lk.quantize_rows(torch.ones(5, d), lk.RowFormat.of(name, span, "fp32"))
             rows.codes.view(torch.uint8).fill_(byte)
             numbers = lk.dequantize_rows(rows, backend="reference").double()
             for queries in (torch.ones(q, d), -torch.ones(q, d), numbers[:1].sign().float().expand(q, d)):
-                got = lk.score_block(queries, rows, backend="cpp")
-                torch.testing.assert_close(got.double(), queries.double() @ numbers.T, rtol=1e-5, atol=0)
+                off = lk.score_block(queries, rows, backend="cpp").double() - queries.double() @ numbers.T
+                allowed = numbers.abs().sum(1) / 65000 + 4 * torch.finfo(torch.float32).eps * d  # of codes of at most 1
+                assert (off.abs() <= allowed).all(), f"{name} {d=} {off.abs().max()=:.3e}"
 
 
 @pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0x81, 0xFF])
