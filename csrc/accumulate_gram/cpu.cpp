@@ -70,7 +70,7 @@ struct Tile {
 
   void mirror(int64_t d, int64_t i, int64_t j, int64_t rows, int64_t columns, T* out) const {
     const Rows sums = matrix(sum, sizeof(T) == sizeof(double) ? Dtype::kF64 : Dtype::kF32, ld, 1);
-    const Kernels<T>& kernels = lgk::kernels<T>();
+    const Products<T>& kernels = lgk::kernels<T>();
     const int64_t step = 2 * kernels.lanes;
     T *transposed = left, *scratch = right;
     for (int64_t r = 0; r < rows; r += step) {

@@ -22,37 +22,57 @@ int64_t width_of(int64_t columns) {
 }
 
 template <typename T>
+const Products<T>& with_dots(const Products<T>& products) {
+  return products.dot != nullptr ? products : kernels<T>();
+}
+
+// How few columns are laid out: run by run, so that those which are used together lie together, and not a power of two
+// apart, where they would share cache sets.
+template <typename T>
+struct FewColumns {
+  const Products<T>& products;
+  int64_t n, depth;
+  int64_t width = width_of(n);
+
+  // Packed numbers; what is used again for each row stays in the L2 cache.
+  int64_t run() const { return kDotRun * std::max<int64_t>(1, kDotRunsOfOne / width); }
+  int64_t run_numbers() const { return run() * products.terms; }
+  int64_t longest() const { return std::min(run(), round_up(ceil_div(depth, products.terms), products.lanes)); }
+  int64_t ld() const { return longest() + products.lanes; }
+  int64_t offset(int64_t k) const { return k / run_numbers() * round_up(width, products.row_tile) * ld(); }
+  int64_t size() const { return offset(round_up(depth, run_numbers())); }
+};
+
+template <typename T>
 struct Few {
-  const Kernels<T>& kernels;
+  FewColumns<T> columns;
   Rows a;
-  const T* packed;  // b
-  int64_t ldb, n, width, depth;
+  const T* packed;
   Output<T> c;
 
-  // What is used again for each row stays in the L2 cache.
-  int64_t run() const { return kDotRun * std::max<int64_t>(1, kDotRunsOfOne / width); }
+  const Products<T>& products() const { return columns.products; }
   bool in_place() const { return a.column_stride == 1 && !a.rounded; }
   int64_t task_rows(int64_t m, int n_threads) const {
-    const int64_t most = in_place() ? kTaskSums / width : kCopiedRows;
-    const int64_t large = kTaskBytes / (depth * dtype_bytes(a.dtype));
+    const int64_t most = in_place() ? kTaskSums / columns.width : kCopiedRows;
+    const int64_t large = kTaskBytes / (columns.depth * dtype_bytes(a.dtype));
     return round_up(std::min(std::clamp(large, kCopiedRows, most), ceil_div(m, 4 * n_threads)), kDotRows);
   }
-  int64_t sums_size(int64_t task) const { return task * width * kernels.lanes; }
-  int64_t scratch_size(int64_t task) const { return sums_size(task) + (in_place() ? 0 : task * std::min(ldb, run())); }
+  int64_t sums_size(int64_t task) const { return task * columns.width * products().lanes; }
+  int64_t scratch_size(int64_t task) const { return sums_size(task) + (in_place() ? 0 : task * columns.longest()); }
 
   void multiply(int64_t row, int64_t rows, T* sums, T* copy) const {
-    const int64_t ld = std::min(ldb, run());
-    const Rows copied = matrix(copy, sizeof(T) == sizeof(double) ? Dtype::kF64 : Dtype::kF32, ld, 1);
-    for (int64_t k = 0; k < depth; k += run()) {
-      const int64_t here = std::min(run(), depth - k);
-      if (!in_place()) kernels.pack_rows(a, row, rows, k, here, copy, ld);
-      kernels.dot(in_place() ? a : copied, in_place() ? row : 0, rows, in_place() ? k : 0, here, packed + k, ldb, width,
-                  sums, k > 0);
+    const Rows copied = matrix(copy, products().dtype, columns.longest() * products().terms, 1);
+    for (int64_t k = 0; k < columns.depth; k += columns.run_numbers()) {
+      const int64_t here = std::min(columns.run_numbers(), columns.depth - k);
+      if (!in_place()) products().pack_rows(a, row, rows, k, here, copy, columns.longest());
+      products().dot(in_place() ? a : copied, in_place() ? row : 0, rows, in_place() ? k : 0, here,
+                     packed + columns.offset(k), columns.ld(), columns.width, sums, k > 0);
     }
+    const int64_t lanes = products().lanes;
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < n; ++j) {
+      for (int64_t j = 0; j < columns.n; ++j) {
         c.data[(row + i) * c.row_stride + j * c.column_stride] =
-            sum_of_lanes(sums + (i * width + j) * kernels.lanes, kernels.lanes);
+            sum_of_lanes(sums + (i * columns.width + j) * lanes, lanes);
       }
     }
   }
@@ -61,22 +81,23 @@ struct Few {
 }  // namespace
 
 template <typename T>
-Buffer<T> lay_out_few(const Rows& b, int64_t n, int64_t depth) {
-  const Kernels<T>& kernels = lgk::kernels<T>();
-  const int64_t ldb = round_up(depth, kernels.lanes), width = width_of(n);
-  Buffer<T> packed(round_up(width, kernels.row_tile) * ldb);
-  kernels.pack_rows(b, 0, n, 0, depth, packed.data(), ldb);
-  std::fill(packed.data() + n * ldb, packed.data() + width * ldb, T{0});
+Buffer<T> lay_out_few(const Products<T>& products, const Rows& b, int64_t n, int64_t depth) {
+  const FewColumns<T> columns = {with_dots(products), n, depth};
+  Buffer<T> packed(columns.size());
+  for (int64_t k = 0; k < depth; k += columns.run_numbers()) {
+    T* to = packed.data() + columns.offset(k);
+    columns.products.pack_rows(b, 0, n, k, std::min(columns.run_numbers(), depth - k), to, columns.ld());
+    std::fill(to + n * columns.ld(), to + columns.width * columns.ld(), T{0});
+  }
   return packed;
 }
 
 template <typename T>
-void multiply_few(const Rows& a, int64_t m, const T* laid_out, int64_t n, int64_t depth, Output<T> c, int n_threads) {
-  const Kernels<T>& kernels = lgk::kernels<T>();
+void multiply_few(const Products<T>& products, const Rows& a, int64_t m, const T* laid_out, int64_t n, int64_t depth,
+                  Output<T> c, int n_threads) {
+  const Few<T> few = {{with_dots(products), n, depth}, a, laid_out, c};
   n_threads = threads_for(double(m) * depth * kFew, n_threads);
-  const int64_t ldb = round_up(depth, kernels.lanes);
-  const Few<T> few = {kernels, a, laid_out, ldb, n, width_of(n), depth, c};
-  const int64_t task = few.task_rows(m, n_threads), size = round_up(few.scratch_size(task), kernels.lanes);
+  const int64_t task = few.task_rows(m, n_threads), size = round_up(few.scratch_size(task), products.lanes);
   const Buffer<T> scratch(size * n_threads);
 
 #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
@@ -86,9 +107,11 @@ void multiply_few(const Rows& a, int64_t m, const T* laid_out, int64_t n, int64_
   }
 }
 
-template Buffer<float> lay_out_few<float>(const Rows&, int64_t, int64_t);
-template Buffer<double> lay_out_few<double>(const Rows&, int64_t, int64_t);
-template void multiply_few<float>(const Rows&, int64_t, const float*, int64_t, int64_t, Output<float>, int);
-template void multiply_few<double>(const Rows&, int64_t, const double*, int64_t, int64_t, Output<double>, int);
+template Buffer<float> lay_out_few(const Products<float>&, const Rows&, int64_t, int64_t);
+template Buffer<double> lay_out_few(const Products<double>&, const Rows&, int64_t, int64_t);
+template void multiply_few(const Products<float>&, const Rows&, int64_t, const float*, int64_t, int64_t, Output<float>,
+                           int);
+template void multiply_few(const Products<double>&, const Rows&, int64_t, const double*, int64_t, int64_t,
+                           Output<double>, int);
 
 }  // namespace lgk

@@ -35,6 +35,8 @@ Products<float> by_tiles(Products<float> pairs, const Products<float>& tiles) {
   pairs.multiply = tiles.multiply;
   pairs.multiply_strip = tiles.multiply_strip;
   pairs.outer = tiles.outer;
+  pairs.few = kFew / 2;
+  pairs.dot = nullptr;  // Intel's vdpbf16ps multiplies half as many numbers a second as its fp32 instruction
   return pairs;
 }
 #endif
@@ -55,7 +57,6 @@ const std::vector<Isa>& isas() {
     const bool has_pairs = v4 && __builtin_cpu_supports("avx512bf16");
     const Isa vnni = {"v4vnni", &kKernelsV4, nullptr, v4 && __builtin_cpu_supports("avx512vnni")};
     const Isa pairs = {"v4bf16", &kKernelsV4, &kPairsV4Bf16, has_pairs};
-    // Intel's vdpbf16ps multiplies half as many numbers a second as its fp32 instruction.
     const bool slow_pairs = __builtin_cpu_is("intel");
     found.push_back(slow_pairs ? pairs : vnni);
     found.push_back(slow_pairs ? vnni : pairs);
@@ -92,12 +93,12 @@ const Isa& chosen() {
 }  // namespace
 
 template <>
-const Kernels<float>& kernels<float>() {
+const Products<float>& kernels<float>() {
   return chosen().kernels->f32;
 }
 
 template <>
-const Kernels<double>& kernels<double>() {
+const Products<double>& kernels<double>() {
   return chosen().kernels->f64;
 }
 

@@ -99,7 +99,7 @@ LaidOut<T>::LaidOut(const Rows& b, int64_t n, int64_t depth, Dtype a, int n_thre
     : b_(b), n_(n), depth_(depth), a_(a) {
   if (n == 0 || n > kColumns || depth == 0) return;
   const Products<T>& products = lgk::products<T>(a, b.number());
-  laid_out_ = std::make_unique<Buffer<T>>(n <= products.few ? lay_out_few<T>(b, n, depth)
+  laid_out_ = std::make_unique<Buffer<T>>(n <= products.few ? lay_out_few(products, b, n, depth)
                                                             : lay_out_tiles<T>(products, b, n, depth, n_threads));
 }
 
@@ -108,7 +108,8 @@ void LaidOut<T>::multiply(const Rows& a, int64_t m, int64_t first, int64_t n, Ou
   if (laid_out_ == nullptr || m == 0 || n != n_ || a.number() != a_) {
     return multiply_rows(a, m, b_.from(first), n, depth_, c, n_threads);
   }
-  if (n <= products<T>(a_, b_.number()).few) return multiply_few(a, m, laid_out_->data(), n, depth_, c, n_threads);
+  const Products<T>& products = lgk::products<T>(a_, b_.number());
+  if (n <= products.few) return multiply_few(products, a, m, laid_out_->data(), n, depth_, c, n_threads);
   multiply_tiles(a, m, b_, n, depth_, c, n_threads, laid_out_->data());
 }
 
@@ -121,8 +122,9 @@ void multiply_rows(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t d
     }
     return;
   }
-  if (n <= products<T>(a.number(), b.number()).few) {
-    return multiply_few(a, m, lay_out_few<T>(b, n, depth).data(), n, depth, c, n_threads);
+  const Products<T>& products = lgk::products<T>(a.number(), b.number());
+  if (n <= products.few) {
+    return multiply_few(products, a, m, lay_out_few(products, b, n, depth).data(), n, depth, c, n_threads);
   }
   if (n <= m) return multiply_tiles<T>(a, m, b, n, depth, c, n_threads, nullptr);
   multiply_tiles<T>(b, n, a, m, depth, {c.data, c.column_stride, c.row_stride}, n_threads, nullptr);

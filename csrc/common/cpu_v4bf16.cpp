@@ -19,7 +19,9 @@
 #define LGK_ROW_STEP 2
 #define LGK_VECTORS 4
 #define LGK_SUMS 24
+#define LGK_DOT_SUMS 16
 #define LGK_F16C
+#include "common/dot.inc"
 #include "common/outer.inc"
 #include "common/pack.inc"
 
@@ -37,6 +39,18 @@ struct PairProducts {
     typedef T Number __attribute__((may_alias));
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*static_cast<const Number*>(a)));
     return sum;
+  }
+};
+
+struct PairDot {
+  static constexpr int kTerms = 2;
+  template <typename T>
+  static LGK_METHOD Vec<T> row(const BFloat16* p) {
+    return load(reinterpret_cast<const T*>(p));
+  }
+  template <typename T>
+  static LGK_METHOD Vec<T> add(Vec<T> sum, Vec<T> row, Vec<T> column) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)column, (__m512bh)row);
   }
 };
 
@@ -126,14 +140,15 @@ const Products<float> kPairsV4Bf16 = {Dtype::kBF16,
                                       LGK_ROW_STEP,
                                       LGK_ROWS,
                                       2,
-                                      kFew / 2,
+                                      kFew,
                                       kFewTerms,
                                       pack_pairs,
                                       pack_columns<float, pack_pairs, 2>,
                                       multiply<PairProducts, float>,
                                       nullptr,
                                       pack_row_pairs,
-                                      outer<PairProducts, float>};
+                                      outer<PairProducts, float>,
+                                      dot_dtype<PairDot, float, BFloat16>};
 
 }  // namespace lgk
 #endif

@@ -1,16 +1,18 @@
 // Products of rows with few columns, at the speed of memory.
 #pragma once
+#include "common/kernels.h"
 #include "common/product.h"
 
 namespace lgk {
 
-// b's rows 0 .. n - 1 as multiply_few reads them, 1 <= n <= kFew.
+// b's rows 0 .. n - 1 as multiply_few reads them, 1 <= n <= kFew. `products` are those of the dtypes of a and b.
 template <typename T>
-Buffer<T> lay_out_few(const Rows& b, int64_t n, int64_t depth);
+Buffer<T> lay_out_few(const Products<T>& products, const Rows& b, int64_t n, int64_t depth);
 
 // multiply_rows by what was laid out. Each row of a is read once, from where it lies.
 template <typename T>
-void multiply_few(const Rows& a, int64_t m, const T* laid_out, int64_t n, int64_t depth, Output<T> c, int n_threads);
+void multiply_few(const Products<T>& products, const Rows& a, int64_t m, const T* laid_out, int64_t n, int64_t depth,
+                  Output<T> c, int n_threads);
 
 // Adds the upper half of the lanes to the lower half until one is left.
 template <int64_t kLanes, typename T>

@@ -34,6 +34,7 @@ constexpr int64_t kDotRun = 8192;
 // The most columns for which rows are read from where they lie, and the rows that are read side by side at most.
 constexpr int64_t kFew = 8;
 constexpr int64_t kDotRows = 4;
+constexpr int64_t kDotPiece = 32;
 constexpr int64_t kFewTerms = 64;
 
 // What a product fetches into the cache meanwhile: what the next one reads of as many rows, row_step bytes of each
@@ -80,13 +81,11 @@ struct Products {
   // c[i][j] (+)= sum_k a[k][i] b[k][j]: both from pack_terms; k ascending. depth counts packed rows.
   void (*outer)(const T* a, int64_t lda, int64_t rows, const T* b, int64_t ldb, int64_t columns, int64_t depth, T* c,
                 int64_t ldc, bool add);
-};
 
-template <typename T>
-struct Kernels : Products<T> {
-  // sums[i][j][lane] (+)= sum over a's columns column + k of a[row + i, column + k] b[j][k], k = lane modulo lanes, in
-  // chains of kDotChain. a's columns are neighbours in memory; b comes from pack_rows, its `width` a power of 2 up to
-  // kFew; whole kDotRuns of columns, but for the last. sums has room for whole multiples of kDotRows rows.
+  // sums[i][j][lane] (+)= sum over a's columns column + k of a[row + i, column + k] b[j][k], packed number k / terms =
+  // lane modulo lanes, in chains of kDotChain. a's columns are neighbours in memory, and of `dtype` where terms > 1; b
+  // comes from pack_rows, its `width` a power of 2 up to kFew; whole kDotRuns of packed columns, but for the last. sums
+  // has room for whole multiples of kDotRows rows. Null: those few columns are multiplied as the dtype T has it.
   void (*dot)(const Rows& a, int64_t row, int64_t rows, int64_t column, int64_t columns, const T* b, int64_t ldb,
               int64_t width, T* sums, bool add);
 };
@@ -111,8 +110,8 @@ struct FactorKernels {
 };
 
 struct KernelSet {
-  Kernels<float> f32;
-  Kernels<double> f64;
+  Products<float> f32;
+  Products<double> f64;
   FactorKernels<float> factors_f32;
   FactorKernels<double> factors_f64;
 };
@@ -120,7 +119,7 @@ struct KernelSet {
 // The table for the instruction set in use: the fastest this machine has, or the one LOGRA_KERNELS_ISA names. Throws
 // std::invalid_argument when that one is unknown or missing here.
 template <typename T>
-const Kernels<T>& kernels();
+const Products<T>& kernels();
 
 template <typename T>
 const FactorKernels<T>& factor_kernels();

@@ -17,9 +17,9 @@ struct Output {
 //
 // Order of summation, n > few of the dtypes' Products: panels of kPanel terms (two bf16 operands on a machine that
 // multiplies bf16: pairs), each a chain; the sums of kPanelsPerRun panels are added in order, and then the sums of
-// these runs. n <= few: lane l of a vector sums the terms l modulo lanes, in chains of kDotChain that are added in
-// order; then the lanes are added. Neither m nor the thread count changes the bits of a result, and n only by whether
-// it exceeds few.
+// these runs. n <= few: lane l of a vector sums the terms (or pairs) l modulo lanes, in chains of kDotChain that are
+// added in order; then the lanes are added. Neither m nor the thread count changes the bits of a result, and n only by
+// whether it exceeds few.
 template <typename T>
 void multiply_rows(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<T> c, int n_threads);
 

@@ -98,11 +98,10 @@ void multiply_wide(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, in
 // For few columns: rows decoded into the registers or the cache, a run at a time, and multiplied there.
 struct Narrow {
   const EncodedRows& a;
-  int64_t m, n, depth, width, ldb;
-  const float* packed;
+  int64_t m, n, depth, width;
   Output<float> c;
   const EncodedKernels& decoder = encoded_kernels();
-  const Kernels<float>& kernels = lgk::kernels<float>();
+  const Products<float>& kernels = lgk::kernels<float>();
 
   bool fused() const { return a.encoding.code == Code::kF8 && decoder.few_f8 != nullptr; }
   int64_t run() const {
@@ -110,6 +109,8 @@ struct Narrow {
     return fused() ? std::max(chains, kColumnBytes / (4 * width) / chains * chains) : chains;
   }
   int64_t ld() const { return run() + kernels.lanes; }
+  // Columns are laid out run by run, so that those which are used together lie together.
+  int64_t run_size() const { return round_up(width, kernels.row_tile) * ld(); }
   int64_t task_rows(int n_threads) const {
     const int64_t large = std::clamp(kTaskBytes / depth, kTaskRows, kTaskSums / width);
     return round_up(std::min(fused() ? large : kTaskRows, ceil_div(m, 4 * n_threads)), kDotRows);
@@ -117,17 +118,17 @@ struct Narrow {
   int64_t sums_size(int64_t task) const { return task * width * kernels.lanes; }
   int64_t scratch_size(int64_t task) const { return sums_size(task) + (fused() ? 0 : kDotRows * ld()); }
 
-  void multiply(int64_t row, int64_t rows, float* all, float* decoded) const {
-    for (int64_t k = 0; k < depth; k += run()) {
+  void multiply(int64_t row, int64_t rows, const float* packed, float* all, float* decoded) const {
+    for (int64_t k = 0; k < depth; k += run(), packed += run_size()) {
       const int64_t here = std::min(run(), depth - k);
       if (fused()) {
-        decoder.few_f8(a, row, rows, k, here, packed + k, ldb, width, all, k > 0);
+        decoder.few_f8(a, row, rows, k, here, packed, ld(), width, all, k > 0);
         continue;
       }
       for (int64_t r = 0; r < rows; r += kDotRows) {
         const int64_t count = std::min(kDotRows, rows - r);
         for (int64_t x = 0; x < count; ++x) decoder.decode(a, row + r + x, k, here, decoded + x * ld());
-        kernels.dot(matrix(decoded, Dtype::kF32, ld(), 1), 0, count, 0, here, packed + k, ldb, width,
+        kernels.dot(matrix(decoded, Dtype::kF32, ld(), 1), 0, count, 0, here, packed, ld(), width,
                     all + r * width * kernels.lanes, k > 0);
       }
     }
@@ -145,22 +146,25 @@ struct Narrow {
 
 void multiply_narrow(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
                      int n_threads) {
-  const Kernels<float>& kernels = lgk::kernels<float>();
+  const Products<float>& kernels = lgk::kernels<float>();
   n_threads = threads_for(double(m) * depth * kFewColumns, n_threads);
   int64_t width = 1;
   while (width < n) width *= 2;
-  const int64_t ldb = round_up(depth, kernels.lanes);
-  const Buffer<float> packed(round_up(width, kernels.row_tile) * ldb);
-  kernels.pack_rows(b, 0, n, 0, depth, packed.data(), ldb);
-  std::fill(packed.data() + n * ldb, packed.data() + width * ldb, 0.0f);
-  const Narrow narrow = {a, m, n, depth, width, ldb, packed.data(), c};
+  const Narrow narrow = {a, m, n, depth, width, c};
+  const int64_t ld = narrow.ld(), run = narrow.run();
+  const Buffer<float> packed(narrow.run_size() * ceil_div(depth, run));
+  for (int64_t k = 0; k < depth; k += run) {
+    float* to = packed.data() + k / run * narrow.run_size();
+    kernels.pack_rows(b, 0, n, k, std::min(run, depth - k), to, ld);
+    std::fill(to + n * ld, to + width * ld, 0.0f);
+  }
   const int64_t task = narrow.task_rows(n_threads), size = round_up(narrow.scratch_size(task), kCacheLine);
   const Buffer<float> scratch(size * n_threads);
 
 #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
   for (int64_t i = 0; i < m; i += task) {
     float* sums = scratch.data() + size * omp_get_thread_num();
-    narrow.multiply(i, std::min(task, m - i), sums, sums + narrow.sums_size(task));
+    narrow.multiply(i, std::min(task, m - i), packed.data(), sums, sums + narrow.sums_size(task));
   }
 }
 

@@ -35,7 +35,7 @@ int64_t width_of(const FactoredLayer& layer, int64_t rank) {
 
 template <typename T>
 struct Job {
-  const Kernels<T>& kernels;
+  const Products<T>& kernels;
   const FactorKernels<T>& factor_kernels;
   Rows rows;
   int64_t n;
@@ -116,7 +116,7 @@ struct Job {
 template <typename T>
 void factor_rows(const Rows& rows, int64_t n, const Factored& layers, T* out, int n_threads) {
   if (n == 0 || layers.factors == 0) return;
-  const Kernels<T>& kernels = lgk::kernels<T>();
+  const Products<T>& kernels = lgk::kernels<T>();
   Job<T> job = {kernels, lgk::factor_kernels<T>(), rows, n, layers, nullptr, out, 0, 0};
   int64_t longest = 0, widest = 0;
   for (const FactoredLayer& layer : layers.layers) {

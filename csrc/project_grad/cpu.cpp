@@ -29,7 +29,7 @@ T weight_at(const Rows& weights, int64_t r) {
 // One side's projection, packed once a call, and the block of projected positions it fills.
 template <typename T>
 struct Projector {
-  const Kernels<T>& kernels;
+  const Products<T>& kernels;
   Side side;
   int64_t d, k;
   Block<T> projection;
@@ -219,7 +219,7 @@ void run_block(const Projector<T>& x, const Projector<T>& dy, const Rows& weight
 template <typename T>
 void project_grad(const Side& x_side, const Side& dy_side, const Rows& weights, T* out, Shape shape, int n_threads) {
   if (shape.samples == 0 || shape.k_in == 0 || shape.k_out == 0) return;
-  const Kernels<T>& kernels = lgk::kernels<T>();
+  const Products<T>& kernels = lgk::kernels<T>();
   const int64_t positions = shape.start(shape.samples) - shape.start(0);
   n_threads =
       threads_for(double(positions) * (double(shape.d_in) * shape.k_in + double(shape.d_out) * shape.k_out), n_threads);

@@ -31,7 +31,7 @@ uint32_t mix(uint64_t x) {
 
 struct Encoder {
   const EncodedKernels& kernels;
-  const Kernels<float>& pack;
+  const Products<float>& pack;
   const Rows& g;
   const Encoding& encoding;
   const Chance& chance;

@@ -59,7 +59,7 @@ template <typename T>
 struct Base {
   static constexpr int64_t kStride = kTileLd * sizeof(T);  // bytes from row to row of a tile that is multiplied
 
-  const Kernels<T>& kernels;
+  const Products<T>& kernels;
   const FactorKernels<T>& factor_kernels;
   const Products<T>& products;
   Rows queries, factors;

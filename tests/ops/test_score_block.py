@@ -38,6 +38,16 @@ def test_strides(target, dtype, view):
     check(target, *map(VIEWS[view], case(5, 29, 37, dtype, target.device)))
 
 
+@pytest.mark.parametrize("depth", [31, 4097, 3 * 8192 + 1, 2 * 16384 + 33])
+def test_few_queries(dtype, depth):
+    """Every count of queries that rows meet as dot products; depths that end in a run, a vector and a pair."""
+    for q in range(1, 10):
+        queries, rows = case(q, 13, depth, dtype)
+        got = lk.score_block(queries, rows, backend="cpp")
+        assert_as_good_as_naive(got, queries.double() @ rows.double().T, queries @ rows.T)
+        assert torch.equal(got[:, :7], lk.score_block(queries, rows[:7].contiguous(), backend="cpp"))
+
+
 def test_expanded(target):
     queries, rows = case(1, 1, 37, device=target.device)
     check(target, queries.expand(3, 37), rows.expand(20, 37))
