@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/buffer.h"
+#include "common/cache.h"
 #include "common/kernels.h"
 
 namespace lgk {
@@ -49,11 +50,12 @@ struct Block {
   // to[i][j] = sum_k a[row + i][depth_start + k] b[column + j][depth_start + k].
   void multiply(const Rows& a, int64_t row, int64_t rows, T* scratch, T* to, int64_t ld) const {
     if (products.multiply_strip != nullptr) return multiply_strips(a, row, rows, scratch, to, ld);
-    const int64_t step = strip(), bytes = dtype_bytes(a.dtype), row_block = products.row_block;
+    const int64_t step = strip(), bytes = dtype_bytes(a.dtype);
     const int64_t fetch_step = kCacheLine * products.terms * bytes / int64_t{sizeof(T)};
     for (int64_t start = 0; start < depth; start += step) {
       const int64_t end = std::min(depth, start + step);
       const bool in_place = lies_packed(a, row, rows, end - start);
+      const int64_t row_block = rows_at_once(in_place ? a.row_stride * bytes : kTileLd * int64_t{sizeof(T)});
       // All rows at once where a cache line holds numbers of several.
       const int64_t chunk = in_place || a.column_stride > a.row_stride ? rows : row_block;
       for (int64_t first = 0; first < rows; first += chunk) {
@@ -63,7 +65,7 @@ struct Block {
         const int64_t panel_bytes = in_place ? kPanel * sizeof(T) : strip_panel(count) * sizeof(T);
         const char* from = in_place ? address(a, row + first, start) : reinterpret_cast<const char*>(scratch);
         for (int64_t i = 0; i < count; i += row_block, from += row_block * stride) {
-          const char* next = next_rows(a, row, rows, first + i, start);
+          const char* next = next_rows(a, row, rows, first + i, row_block, start);
           const char* here = from;
           for (int64_t k = start; k < end; k += panel(), here += panel_bytes) {
             const char* fetched = !in_place           ? next + (k - start) * bytes
@@ -100,11 +102,17 @@ struct Block {
            (a.offset(row) + (depth_start + column) * a.column_stride) * dtype_bytes(a.dtype);
   }
 
-  // What is read after rows at .. of a tile and this strip of theirs: the tile's next rows, its next strip, the next
-  // tile.
-  const char* next_rows(const Rows& a, int64_t row, int64_t rows, int64_t at, int64_t start) const {
-    if (at + products.row_block < rows) return address(a, row + at + products.row_block, start);
+  // What is read after `count` rows at .. of a tile and this strip of theirs: the tile's next rows, its next strip, the
+  // next tile.
+  const char* next_rows(const Rows& a, int64_t row, int64_t rows, int64_t at, int64_t count, int64_t start) const {
+    if (at + count < rows) return address(a, row + at + count, start);
     return start + strip() < depth ? address(a, row, start + strip()) : address(a, row + rows, 0);
+  }
+
+  // Half as many as could be where they would push each other out of the cache. More columns have smaller tiles anyway.
+  int64_t rows_at_once(int64_t stride) const {
+    const int64_t most = products.row_block;
+    return columns <= 2 * products.lanes && crowd_a_set(most, stride) ? round_up(most / 2, products.row_tile) : most;
   }
 
   int64_t packed_terms(int64_t terms) const { return products.terms == 1 ? terms : (terms + 1) / 2; }
