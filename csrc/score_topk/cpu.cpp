@@ -17,8 +17,8 @@ constexpr int64_t kQueries = 256;          // scored at a time
 constexpr int64_t kBlockScores = 1 << 20;  // scores held at a time
 constexpr int64_t kLeastRows = 512;
 constexpr int64_t kMostRows = 16384;
-constexpr int64_t kGlance = 64;  // scores that are compared before they are looked at one by one
-constexpr int64_t kSlack = 512;  // candidates beyond k that are gathered before the worst are dropped
+constexpr int64_t kGlance = 16;  // scores that are compared before they are looked at one by one
+constexpr int64_t kSlack = 128;  // candidates beyond k that are gathered before the worst are dropped
 
 template <typename T>
 struct Bits;
