@@ -11,9 +11,10 @@ namespace {
 struct RowsCall {
   Rows x, p;
   project_rows::Shape shape;
-  bool wide;
+  bool wide, rounded;
 
-  RowsCall(const Positions& x_tensor, const Matrix& p_tensor, int64_t rows, int64_t d, int64_t k) {
+  RowsCall(const Positions& x_tensor, const Matrix& p_tensor, int64_t rows, int64_t d, int64_t k, bool rounded = false)
+      : rounded(rounded) {
     const char* op = "project_rows";
     check_sizes(op, {rows, d});
     check_sizes(op, {k, d});
@@ -21,13 +22,16 @@ struct RowsCall {
     p = rows_of(op, p_tensor);
     x = beside(rows_of(op, x_tensor), p);
     wide = is_double(op, {x.dtype, p.dtype});
+    LGK_CHECK(!(wide && rounded), "project_rows: fp64 is not rounded to bf16");
     shape = {rows, d, k};
   }
 
   void run(Address out, int n_threads) const {
     check_threads("project_rows", n_threads);
     py::gil_scoped_release unlocked;
-    if (wide) {
+    if (rounded) {
+      project_rows::project_rows_rounded(x, p, reinterpret_cast<uint16_t*>(out), shape, n_threads);
+    } else if (wide) {
       project_rows::project_rows(x, p, reinterpret_cast<double*>(out), shape, n_threads);
     } else {
       project_rows::project_rows(x, p, reinterpret_cast<float*>(out), shape, n_threads);
@@ -58,9 +62,10 @@ void bind_project_rows(py::module_& m) {
 
   m.def(
       "row_projector",
-      [](const Positions& x, const Matrix& p, int64_t rows, int64_t d, int64_t k) {
-        return bound(&kProjectRows, new RowsCall(x, p, rows, d, k));
+      [](const Positions& x, const Matrix& p, int64_t rows, int64_t d, int64_t k, bool rounded) {
+        return bound(&kProjectRows, new RowsCall(x, p, rows, d, k, rounded));
       },
-      "f(x, out, n_threads): project_rows, checked once for many x of these sizes and strides.", py::arg("x"),
-      py::arg("p"), py::arg("rows"), py::arg("d"), py::arg("k"));
+      "f(x, out, n_threads): project_rows, checked once for many x of these sizes and strides; rounded to bf16 if "
+      "asked.",
+      py::arg("x"), py::arg("p"), py::arg("rows"), py::arg("d"), py::arg("k"), py::arg("rounded"));
 }

@@ -1,6 +1,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "common/amx.h"
 #include "common/block.h"
@@ -36,6 +37,21 @@ void add_tile(const T* tile, int64_t ld, int64_t rows, int64_t columns, Output<T
   }
 }
 
+// To the nearest, and to even.
+uint16_t bf16_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t nearest = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16, nan = bits >> 16 | 0x40u;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : nearest);
+}
+
+template <typename T>
+void round_tile(const T* tile, int64_t ld, int64_t rows, int64_t columns, uint16_t* out, int64_t row_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) out[i * row_stride + j] = bf16_of(static_cast<float>(tile[i * ld + j]));
+  }
+}
+
 // All n <= kColumns columns as multiply_tiles reads them.
 template <typename T>
 Buffer<T> lay_out_tiles(const Products<T>& products, const Rows& b, int64_t n, int64_t depth, int n_threads) {
@@ -51,7 +67,7 @@ Buffer<T> lay_out_tiles(const Products<T>& products, const Rows& b, int64_t n, i
   return packed;
 }
 
-// laid_out: what lay_out_tiles made of b, or null.
+// laid_out: what lay_out_tiles made of b, or null. Only one run of at most kColumns columns is rounded.
 template <typename T>
 void multiply_tiles(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<T> c, int n_threads,
                     T* laid_out) {
@@ -80,7 +96,10 @@ void multiply_tiles(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t 
         for (int64_t i = 0; i < m; i += tile) {
           const int64_t rows = std::min(tile, m - i);
           const Output<T> to = {c.data + i * c.row_stride + j * c.column_stride, c.row_stride, c.column_stride};
-          if (k == 0 && to.column_stride == 1 && block.fills(rows)) {
+          if (c.rounded != nullptr) {
+            block.multiply(a, i, rows, strip, c_tile, ld);
+            round_tile(c_tile, ld, rows, block.columns, c.rounded + i * c.row_stride, c.row_stride);
+          } else if (k == 0 && to.column_stride == 1 && block.fills(rows)) {
             block.multiply(a, i, rows, strip, to.data, to.row_stride);
           } else {
             block.multiply(a, i, rows, strip, c_tile, ld);
@@ -128,6 +147,17 @@ void multiply_rows(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t d
   }
   if (n <= m) return multiply_tiles<T>(a, m, b, n, depth, c, n_threads, nullptr);
   multiply_tiles<T>(b, n, a, m, depth, {c.data, c.column_stride, c.row_stride}, n_threads, nullptr);
+}
+
+void multiply_rows_rounded(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, uint16_t* c,
+                           int n_threads) {
+  const Products<float>& products = lgk::products<float>(a.number(), b.number());
+  if (depth > 0 && depth <= kRun * products.terms && products.few < n && n <= std::min(m, kColumns)) {
+    return multiply_tiles<float>(a, m, b, n, depth, {nullptr, n, 1, c}, n_threads, nullptr);
+  }
+  const Buffer<float> whole(m * n);
+  multiply_rows<float>(a, m, b, n, depth, {whole.data(), n, 1}, n_threads);
+  round_tile(whole.data(), n, m, n, c, n);
 }
 
 template class LaidOut<float>;

@@ -11,6 +11,7 @@ template <typename T>
 struct Output {
   T* data;
   int64_t row_stride, column_stride;
+  uint16_t* rounded = nullptr;  // where results go instead, in bf16
 };
 
 // c[i][j] = sum_k a[i][k] b[j][k] for i < m, j < n, k < depth; sizes 0 are allowed and a sum of nothing is 0.
@@ -22,6 +23,10 @@ struct Output {
 // whether it exceeds few.
 template <typename T>
 void multiply_rows(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<T> c, int n_threads);
+
+// The same, rounded to bf16: c [m, n].
+void multiply_rows_rounded(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, uint16_t* c,
+                           int n_threads);
 
 // b's rows 0 .. n - 1 for products with any number of blocks of rows. They are laid out once, unless they are more than
 // multiply_rows lays out at a time; b is read by multiply too.

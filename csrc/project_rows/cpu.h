@@ -13,4 +13,7 @@ struct Shape {
 template <typename T>
 void project_rows(const Rows& x, const Rows& p, T* out, Shape shape, int n_threads);
 
+// The same of fp32 sums, rounded to bf16.
+void project_rows_rounded(const Rows& x, const Rows& p, uint16_t* out, Shape shape, int n_threads);
+
 }  // namespace lgk::project_rows

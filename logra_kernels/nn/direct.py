@@ -133,7 +133,7 @@ def _gather(
             if g is None:
                 leaf.grad = torch.zeros(leaf.shape, dtype=leaf.dtype, device="cpu")
             return None
-        rows = dy if dy.dim() == 2 else dy.flatten(0, -2)
+        rows = dy if dy.is_contiguous() or dy.dim() == 2 else dy.flatten(0, -2)
         if g is not None:
             add(x, rows, g, True)
         else:

@@ -41,8 +41,8 @@ def made(monkeypatch):
         widths.append(k)
         project(x, p, out, rows, d, k, n_threads)
 
-    def row_projector(x, p, rows, d, k):
-        run = prepare(x, p, rows, d, k)
+    def row_projector(x, p, rows, d, k, rounded):
+        run = prepare(x, p, rows, d, k, rounded)
         return lambda *args: (widths.append(k), run(*args))[1]
 
     monkeypatch.setattr(_C, "project_rows", project_rows)

@@ -198,3 +198,19 @@ def test_prepared_for_many_batches(dtype):
         torch.testing.assert_close(project(batch), lk.project_rows(batch, p), rtol=0, atol=0)
     with pytest.raises(ValueError, match="with one d"):
         op.row_projector(x[0], p[:, :3])
+
+
+@pytest.mark.parametrize("p_dtype", [torch.float32, torch.bfloat16], ids=["p-fp32", "p-bf16"])
+@pytest.mark.parametrize(
+    ("n", "t", "d", "k"),
+    [(3, 37, 40, 64), (3, 7, 40, 5), (2, 70, 33, 9), (1, 5, 40, 64), (2, 200, 64, 300), (2, 40, 20000, 24)],
+)
+def test_prepared_to_round(n, t, d, k, p_dtype):
+    """Tiles that are whole or not, few columns, more columns than rows, several runs; numbers bf16 has no room for."""
+    x, p = torch.randn(n, t, d), torch.randn(k, d).to(p_dtype)
+    x[0, 0, 0], x[0, 1, 1], x[0, 2] = float("nan"), float("inf"), 3e38
+    project = op.row_projector(x, p, torch.bfloat16)
+    got, expected = project(x), lk.project_rows(x, p).to(torch.bfloat16)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num())

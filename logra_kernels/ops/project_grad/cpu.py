@@ -55,7 +55,10 @@ def kept_dtype(dy: torch.dtype, p_out: Tensor | None) -> torch.dtype:
 
 
 def prepare_add(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> Callable[..., None]:
-    """f(x, dy, g, add): G of x [N, T, d_in], with this one's strides, and of dy [N * T, d_out] to g, or added to it."""
+    """f(x, dy, g, add): G of x [N, T, d_in], with this one's strides, and of dy to g, or added to it.
+
+    dy: [N * T, d_out], or contiguous with more dimensions.
+    """
     (n, t, d_in), d_out = x.shape, dy.shape[-1]
     k_in = d_in if p_in is None else p_in.shape[0]
     k_out = d_out if p_out is None else p_out.shape[0]
@@ -67,6 +70,7 @@ def prepare_add(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None
     def add_project_grad(
         x: Tensor, dy: Tensor, g: Tensor, add: bool, _held: tuple[Tensor | None, Tensor | None] = (p_in, p_out)
     ) -> None:
-        native(x.data_ptr(), dy.data_ptr(), *dy.stride(), g.data_ptr(), add, threads())  # type: ignore[call-arg, arg-type]
+        strides = (d_out, 1) if dy.is_contiguous() else dy.stride()
+        native(x.data_ptr(), dy.data_ptr(), *strides, g.data_ptr(), add, threads())  # type: ignore[call-arg, arg-type]
 
     return add_project_grad

@@ -136,7 +136,8 @@ def add_project_grad(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor |
     """`g += project_grad(x, dy, p_in, p_out)` as a function of x, dy and g, checked here for a layer's many batches.
 
     It takes plain CPU tensors of these dtypes outside of autograd: x [N, T, d_in] of this one's shape and
-    strides, dy [N * T, d_out] of any strides, g [N, k_out, k_in] contiguous in the dtype that `project_grad` returns.
+    strides, dy [N * T, d_out] of any strides or contiguous with more dimensions, g [N, k_out, k_in] contiguous in the
+    dtype that `project_grad` returns.
     An x that is projected already may also be in `kept_dtype`.
 
     Returns:

@@ -20,8 +20,10 @@ def launch(x: Tensor, p: Tensor) -> Tensor:
 def prepare(x: Tensor, p: Tensor, rounded: torch.dtype | None) -> Callable[[Tensor], Tensor]:
     """f(x): launch of contiguous x [N, T, d]; its result in dtype `rounded` where one is given."""
     (n, t, d), k = x.shape, p.shape[0]
-    native = _C.row_projector(positions(x), matrix(p), n * t, d, k)
-    dtype, empty, threads = accumulator_dtype(x.dtype), torch.empty, torch.get_num_threads
+    sums = accumulator_dtype(x.dtype)
+    to_bf16 = rounded is torch.bfloat16 and sums is torch.float32
+    native = _C.row_projector(positions(x), matrix(p), n * t, d, k, to_bf16)
+    dtype, empty, threads = torch.bfloat16 if to_bf16 else sums, torch.empty, torch.get_num_threads
 
     def project(x: Tensor, _held: Tensor = p) -> Tensor:
         a = empty(n, t, k, dtype=dtype, device="cpu")
