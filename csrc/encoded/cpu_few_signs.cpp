@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "common/cache.h"
 #include "encoded/integer_product.h"
 #include "encoded/signs.h"
 
@@ -99,7 +100,7 @@ struct SignProduct : Codes {
     const int64_t units = units_from(unit), rows = std::min(kSignRows, end - row);
     const auto lines = [&](const void* from, int64_t stride, int64_t bytes, int64_t steps) {
       const int64_t left = rows * ceil_div(bytes, kCacheLine);
-      return Ahead{static_cast<const uint8_t*>(from), stride, bytes, left, ceil_div(left, steps)};
+      return Ahead{static_cast<const uint8_t*>(from), stride, bytes, left, ceil_div(left, steps), fetches_into_l2()};
     };
     Next next = {lines(at(row, unit), a.code_stride, bytes_from(unit), units * b.width * kSignVectors), {}};
     if (scales_lie_whole()) {

@@ -14,14 +14,20 @@ constexpr int64_t kScaleUnits = 16;        // units of a vector of a row's scale
 constexpr float kLargestSum = 32767;
 
 // Rows of cache lines that are fetched in the order of their addresses, a few at a time: what is asked for too fast the
-// processor drops. Not only into the L2 cache, since it drops those sooner.
+// processor drops. Into the L1 cache too, or only into the L2 cache.
 struct Ahead {
   const uint8_t* row;
-  int64_t stride, row_bytes, left, step, at = 0;
+  int64_t stride, row_bytes, left, step;
+  bool into_l2;
+  int64_t at = 0;
 
   inline __attribute__((always_inline)) void fetch() {
     for (int64_t lines = step < left ? step : left; lines > 0; --lines, --left) {
-      __builtin_prefetch(row + at);
+      if (into_l2) {
+        __builtin_prefetch(row + at, 0, 2);
+      } else {
+        __builtin_prefetch(row + at);
+      }
       at += 64;
       if (at >= row_bytes) {
         at = 0;
