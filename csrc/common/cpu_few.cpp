@@ -15,33 +15,13 @@ constexpr int64_t kTaskSums = 1024;      // rows times columns of b at most
 constexpr int64_t kCopiedRows = 16;      // of a task, where rows are copied
 constexpr int64_t kDotRunsOfOne = 4;     // runs of a single column that are read before the next row is
 
-int64_t width_of(int64_t columns) {
-  int64_t width = 1;
-  while (width < columns) width *= 2;
-  return width;
-}
-
 template <typename T>
-const Products<T>& with_dots(const Products<T>& products) {
-  return products.dot != nullptr ? products : kernels<T>();
+FewColumns<T> columns_of(const Products<T>& of_dtypes, int64_t n, int64_t depth) {
+  const Products<T>& products = of_dtypes.dot != nullptr ? of_dtypes : kernels<T>();
+  FewColumns<T> columns = {products, n, depth, kDotRun};
+  columns.run *= std::max<int64_t>(1, kDotRunsOfOne / columns.width);
+  return columns;
 }
-
-// How few columns are laid out: run by run, so that those which are used together lie together, and not a power of two
-// apart, where they would share cache sets.
-template <typename T>
-struct FewColumns {
-  const Products<T>& products;
-  int64_t n, depth;
-  int64_t width = width_of(n);
-
-  // Packed numbers; what is used again for each row stays in the L2 cache.
-  int64_t run() const { return kDotRun * std::max<int64_t>(1, kDotRunsOfOne / width); }
-  int64_t run_numbers() const { return run() * products.terms; }
-  int64_t longest() const { return std::min(run(), round_up(ceil_div(depth, products.terms), products.lanes)); }
-  int64_t ld() const { return longest() + products.lanes; }
-  int64_t offset(int64_t k) const { return k / run_numbers() * round_up(width, products.row_tile) * ld(); }
-  int64_t size() const { return offset(round_up(depth, run_numbers())); }
-};
 
 template <typename T>
 struct Few {
@@ -82,20 +62,13 @@ struct Few {
 
 template <typename T>
 Buffer<T> lay_out_few(const Products<T>& products, const Rows& b, int64_t n, int64_t depth) {
-  const FewColumns<T> columns = {with_dots(products), n, depth};
-  Buffer<T> packed(columns.size());
-  for (int64_t k = 0; k < depth; k += columns.run_numbers()) {
-    T* to = packed.data() + columns.offset(k);
-    columns.products.pack_rows(b, 0, n, k, std::min(columns.run_numbers(), depth - k), to, columns.ld());
-    std::fill(to + n * columns.ld(), to + columns.width * columns.ld(), T{0});
-  }
-  return packed;
+  return columns_of(products, n, depth).lay_out(b);
 }
 
 template <typename T>
 void multiply_few(const Products<T>& products, const Rows& a, int64_t m, const T* laid_out, int64_t n, int64_t depth,
                   Output<T> c, int n_threads) {
-  const Few<T> few = {{with_dots(products), n, depth}, a, laid_out, c};
+  const Few<T> few = {columns_of(products, n, depth), a, laid_out, c};
   n_threads = threads_for(double(m) * depth * kFew, n_threads);
   const int64_t task = few.task_rows(m, n_threads), size = round_up(few.scratch_size(task), products.lanes);
   const Buffer<T> scratch(size * n_threads);

@@ -95,11 +95,13 @@ void multiply_tiles(const Rows& a, int64_t m, const Rows& b, int64_t n, int64_t 
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < m; i += tile) {
           const int64_t rows = std::min(tile, m - i);
-          const Output<T> to = {c.data + i * c.row_stride + j * c.column_stride, c.row_stride, c.column_stride};
           if (c.rounded != nullptr) {
             block.multiply(a, i, rows, strip, c_tile, ld);
             round_tile(c_tile, ld, rows, block.columns, c.rounded + i * c.row_stride, c.row_stride);
-          } else if (k == 0 && to.column_stride == 1 && block.fills(rows)) {
+            continue;
+          }
+          const Output<T> to = {c.data + i * c.row_stride + j * c.column_stride, c.row_stride, c.column_stride};
+          if (k == 0 && to.column_stride == 1 && block.fills(rows)) {
             block.multiply(a, i, rows, strip, to.data, to.row_stride);
           } else {
             block.multiply(a, i, rows, strip, c_tile, ld);

@@ -1,9 +1,42 @@
 // Products of rows with few columns, at the speed of memory.
 #pragma once
+#include <algorithm>
+
 #include "common/kernels.h"
 #include "common/product.h"
 
 namespace lgk {
+
+// How a few columns are laid out, at most kFew, for `dot` or what else reads them so: run by run, so that those which
+// are used together lie together, and not a power of two apart, where they would share cache sets.
+template <typename T>
+struct FewColumns {
+  const Products<T>& products;
+  int64_t n, depth;
+  int64_t run;  // packed numbers, which are used again for each row: whole chains
+  int64_t width = power_of_two(n);
+
+  static int64_t power_of_two(int64_t least) {
+    int64_t power = 1;
+    while (power < least) power *= 2;
+    return power;
+  }
+  int64_t run_numbers() const { return run * products.terms; }
+  int64_t longest() const { return std::min(run, round_up(ceil_div(depth, products.terms), products.lanes)); }
+  int64_t ld() const { return longest() + products.lanes; }
+  int64_t offset(int64_t k) const { return k / run_numbers() * round_up(width, products.row_tile) * ld(); }
+  int64_t size() const { return offset(round_up(depth, run_numbers())); }
+
+  Buffer<T> lay_out(const Rows& b) const {
+    Buffer<T> packed(size());
+    for (int64_t k = 0; k < depth; k += run_numbers()) {
+      T* to = packed.data() + offset(k);
+      products.pack_rows(b, 0, n, k, std::min(run_numbers(), depth - k), to, ld());
+      std::fill(to + n * ld(), to + width * ld(), T{0});
+    }
+    return packed;
+  }
+};
 
 // b's rows 0 .. n - 1 as multiply_few reads them, 1 <= n <= kFew. `products` are those of the dtypes of a and b.
 template <typename T>

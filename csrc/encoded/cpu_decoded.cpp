@@ -4,6 +4,7 @@
 
 #include "common/block.h"
 #include "common/buffer.h"
+#include "common/few.h"
 #include "common/kernels.h"
 #include "common/threads.h"
 #include "encoded/kernels.h"
@@ -98,47 +99,49 @@ void multiply_wide(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, in
 // For few columns: rows decoded into the registers or the cache, a run at a time, and multiplied there.
 struct Narrow {
   const EncodedRows& a;
-  int64_t m, n, depth, width;
+  int64_t m;
+  FewColumns<float> columns;
+  const float* packed;
   Output<float> c;
   const EncodedKernels& decoder = encoded_kernels();
-  const Products<float>& kernels = lgk::kernels<float>();
+  int64_t width = columns.width, lanes = columns.products.lanes;
 
-  bool fused() const { return a.encoding.code == Code::kF8 && decoder.few_f8 != nullptr; }
-  int64_t run() const {
-    const int64_t chains = kDotChain * kernels.lanes;
-    return fused() ? std::max(chains, kColumnBytes / (4 * width) / chains * chains) : chains;
+  static bool fused(const EncodedRows& a) {
+    return a.encoding.code == Code::kF8 && encoded_kernels().few_f8 != nullptr;
   }
-  int64_t ld() const { return run() + kernels.lanes; }
-  // Columns are laid out run by run, so that those which are used together lie together.
-  int64_t run_size() const { return round_up(width, kernels.row_tile) * ld(); }
+  static FewColumns<float> columns_of(const EncodedRows& a, int64_t n, int64_t depth) {
+    const Products<float>& products = lgk::kernels<float>();
+    const int64_t chain = kDotChain * products.lanes;
+    FewColumns<float> columns = {products, n, depth, chain};
+    if (fused(a)) columns.run = std::max(chain, kColumnBytes / (4 * columns.width) / chain * chain);
+    return columns;
+  }
+  int64_t ld() const { return columns.ld(); }
   int64_t task_rows(int n_threads) const {
-    const int64_t large = std::clamp(kTaskBytes / depth, kTaskRows, kTaskSums / width);
-    return round_up(std::min(fused() ? large : kTaskRows, ceil_div(m, 4 * n_threads)), kDotRows);
+    const int64_t large = std::clamp(kTaskBytes / columns.depth, kTaskRows, kTaskSums / width);
+    return round_up(std::min(fused(a) ? large : kTaskRows, ceil_div(m, 4 * n_threads)), kDotRows);
   }
-  int64_t sums_size(int64_t task) const { return task * width * kernels.lanes; }
-  int64_t scratch_size(int64_t task) const { return sums_size(task) + (fused() ? 0 : kDotRows * ld()); }
+  int64_t sums_size(int64_t task) const { return task * width * lanes; }
+  int64_t scratch_size(int64_t task) const { return sums_size(task) + (fused(a) ? 0 : kDotRows * ld()); }
 
-  void multiply(int64_t row, int64_t rows, const float* packed, float* all, float* decoded) const {
-    for (int64_t k = 0; k < depth; k += run(), packed += run_size()) {
-      const int64_t here = std::min(run(), depth - k);
-      if (fused()) {
-        decoder.few_f8(a, row, rows, k, here, packed, ld(), width, all, k > 0);
+  void multiply(int64_t row, int64_t rows, float* sums, float* decoded) const {
+    for (int64_t k = 0; k < columns.depth; k += columns.run) {
+      const int64_t here = std::min(columns.run, columns.depth - k);
+      const float* b = packed + columns.offset(k);
+      if (fused(a)) {
+        decoder.few_f8(a, row, rows, k, here, b, ld(), width, sums, k > 0);
         continue;
       }
       for (int64_t r = 0; r < rows; r += kDotRows) {
         const int64_t count = std::min(kDotRows, rows - r);
         for (int64_t x = 0; x < count; ++x) decoder.decode(a, row + r + x, k, here, decoded + x * ld());
-        kernels.dot(matrix(decoded, Dtype::kF32, ld(), 1), 0, count, 0, here, packed, ld(), width,
-                    all + r * width * kernels.lanes, k > 0);
+        columns.products.dot(matrix(decoded, Dtype::kF32, ld(), 1), 0, count, 0, here, b, ld(), width,
+                             sums + r * width * lanes, k > 0);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = 0; j < n; ++j) {
-        float* lane = all + (r * width + j) * kernels.lanes;
-        for (int64_t half = kernels.lanes / 2; half > 0; half /= 2) {
-          for (int64_t x = 0; x < half; ++x) lane[x] += lane[x + half];
-        }
-        c.data[(row + r) * c.row_stride + j * c.column_stride] = lane[0];
+      for (int64_t j = 0; j < columns.n; ++j) {
+        c.data[(row + r) * c.row_stride + j * c.column_stride] = sum_of_lanes(sums + (r * width + j) * lanes, lanes);
       }
     }
   }
@@ -146,25 +149,17 @@ struct Narrow {
 
 void multiply_narrow(const EncodedRows& a, int64_t m, const Rows& b, int64_t n, int64_t depth, Output<float> c,
                      int n_threads) {
-  const Products<float>& kernels = lgk::kernels<float>();
   n_threads = threads_for(double(m) * depth * kFewColumns, n_threads);
-  int64_t width = 1;
-  while (width < n) width *= 2;
-  const Narrow narrow = {a, m, n, depth, width, c};
-  const int64_t ld = narrow.ld(), run = narrow.run();
-  const Buffer<float> packed(narrow.run_size() * ceil_div(depth, run));
-  for (int64_t k = 0; k < depth; k += run) {
-    float* to = packed.data() + k / run * narrow.run_size();
-    kernels.pack_rows(b, 0, n, k, std::min(run, depth - k), to, ld);
-    std::fill(to + n * ld, to + width * ld, 0.0f);
-  }
+  const FewColumns<float> columns = Narrow::columns_of(a, n, depth);
+  const Buffer<float> packed = columns.lay_out(b);
+  const Narrow narrow = {a, m, columns, packed.data(), c};
   const int64_t task = narrow.task_rows(n_threads), size = round_up(narrow.scratch_size(task), kCacheLine);
   const Buffer<float> scratch(size * n_threads);
 
 #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
   for (int64_t i = 0; i < m; i += task) {
     float* sums = scratch.data() + size * omp_get_thread_num();
-    narrow.multiply(i, std::min(task, m - i), packed.data(), sums, sums + narrow.sums_size(task));
+    narrow.multiply(i, std::min(task, m - i), sums, sums + narrow.sums_size(task));
   }
 }
 

@@ -48,6 +48,16 @@ def test_few_queries(dtype, depth):
         assert torch.equal(got[:, :7], lk.score_block(queries, rows[:7].contiguous(), backend="cpp"))
 
 
+@pytest.mark.parametrize("q", [10, 16, 20, 32, 33])
+def test_rows_whose_lines_share_a_set_of_the_cache(dtype, q):
+    """Rows a page apart, which are multiplied fewer at a time: the same bits as of rows that lie otherwise."""
+    queries, rows = case(q, 70, 4096, dtype)
+    got = lk.score_block(queries, rows, backend="cpp")
+    assert_as_good_as_naive(got, queries.double() @ rows.double().T, queries @ rows.T)
+    apart = torch.nn.functional.pad(rows, (0, 24))[:, :4096]
+    assert torch.equal(got, lk.score_block(queries, apart, backend="cpp"))
+
+
 def test_expanded(target):
     queries, rows = case(1, 1, 37, device=target.device)
     check(target, queries.expand(3, 37), rows.expand(20, 37))

@@ -25,9 +25,11 @@ def prepare(x: Tensor, p: Tensor, rounded: torch.dtype | None) -> Callable[[Tens
     native = _C.row_projector(positions(x), matrix(p), n * t, d, k, to_bf16)
     dtype, empty, threads = torch.bfloat16 if to_bf16 else sums, torch.empty, torch.get_num_threads
 
+    given = rounded is None or rounded is dtype
+
     def project(x: Tensor, _held: Tensor = p) -> Tensor:
         a = empty(n, t, k, dtype=dtype, device="cpu")
         native(x.data_ptr(), a.data_ptr(), threads())
-        return a if rounded is None else a.to(rounded)
+        return a if given else a.to(rounded)
 
     return project
