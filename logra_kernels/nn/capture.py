@@ -1,5 +1,6 @@
 """capture(model): taps on the chosen layers, and the projected gradients they gather."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -69,6 +70,7 @@ class Taps(TapState):
         self.projection = projection
         self._model, self._layers = model, layers
         self._probes = {layer.name: Probe(layer, projection, projection_dtype) for layer in layers}
+        self._compare_factors()
         self.sequence_first = any(adapter.samples_at for layer in layers for _, adapter in layer.holders)
         self._hooks: dict[tuple[str, nn.Module], Hook] = {}
         self._handles: list = []
@@ -116,10 +118,16 @@ class Taps(TapState):
         """
         for layer in self._layers:
             self._probes[layer.name].project(layer, projection)
+        self._compare_factors()
         if self.shared is not None:
             self.shared.forget()
         self.projection = projection
         self.reset()
+
+    def _compare_factors(self) -> None:
+        sources = Counter(id(probe.source) for probe in self._probes.values() if probe.source is not None)
+        for probe in self._probes.values():
+            probe.shares = sources[id(probe.source)] > 1
 
     def reset(
         self,
@@ -337,9 +345,10 @@ def capture(
             works. Without it, eager models on the CPU are tapped more cheaply where a layer's output gets a gradient
             anyway, and `backward()` is what gathers.
         shared_inputs: Project a tensor that several linear layers are given, as q, k and v or gate and up are, once by
-            all their factors; which layers are is seen in the first batches. None does so on GPUs; True on the CPU as
-            well, where it pays for wide inputs and few columns alone. There, layers whose weights learn keep x itself
-            without `in_graph`, and project it in the backward, each for itself.
+            all their factors; which layers are is seen in the first batches. None does so where it pays: on GPUs, and
+            wherever the factors are the same, as those that PCA learned from one tensor. True does so for unlike
+            factors on the CPU as well, where it pays for wide inputs and few columns alone. There, layers whose
+            weights learn keep x itself without `in_graph`, and project it in the backward, each for itself.
 
     Raises:
         ValueError: An unknown kind, a pattern that matches no layer, or another dtype than bf16 and fp32.

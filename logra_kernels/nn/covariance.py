@@ -16,7 +16,7 @@ from torch import Tensor
 from logra_kernels.errors import LograError
 from logra_kernels.nn.adapters import Adapter
 from logra_kernels.nn.tap import alias, check_heard
-from logra_kernels.projection import Moment, SecondMoment, SideSpectrum, moment
+from logra_kernels.projection import Moment, SecondMoment, SideSpectrum, moment, side_spectra
 
 SHARING = ("expand", "reduce")
 
@@ -189,7 +189,7 @@ class Covariances:
         Raises:
             LograError: As `layers`.
         """
-        return {key: SideSpectrum.of(side, min(self.rank, side.dim)) for key, side in self.whole_sides().items()}
+        return side_spectra(self.whole_sides(), self.rank)
 
     def whole_sides(self) -> dict[tuple[str, str], Moment]:
         """(layer name, side) -> the moment of every side that was taken whole.

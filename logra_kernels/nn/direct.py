@@ -151,9 +151,11 @@ class _Prepared:
 
     Attributes:
         add: None where the layer cannot be tapped directly.
-        project: Of a frozen weight's x.
+        project: Of a frozen weight's x,
+        kept: which gives this dtype,
+        shares: and perhaps to other taps as well.
         source: A weight that learns, and the node that adds to its gradient.
-        columns: Row stride of a shared projection, and what `add` is where x is columns of one.
+        columns: Row stride and dtype of a shared projection, and what `add` is where x is columns of one.
     """
 
     weight: Tensor | None = None
@@ -163,17 +165,21 @@ class _Prepared:
     k: tuple[int, int] | None = None
     add: AddProjectGrad | None = None
     project: ProjectRows | None = None
+    kept: torch.dtype | None = None
+    shares: bool = False
     p_in: Tensor | None = None
     p_out: Tensor | None = None
     source: tuple[Tensor | None, Node | None] = (None, None)
-    columns: tuple[int, AddProjectGrad] | None = None
+    columns: tuple[tuple[int, torch.dtype], AddProjectGrad] | None = None
 
     def adder_of(self, columns: Tensor, y: Tensor) -> AddProjectGrad:
-        made = self.columns
-        if made is None or made[0] != columns.stride(1):
+        if columns.dtype is self.kept and columns.is_contiguous():
+            return self.add  # type: ignore[return-value]
+        made, layout = self.columns, (columns.stride(1), columns.dtype)
+        if made is None or made[0] != layout:
             add = add_project_grad(columns, y.detach().reshape(*columns.shape[:2], -1), None, self.p_out)
             assert add is not None  # there is one for a projection of its own
-            self.columns = made = columns.stride(1), add
+            self.columns = made = layout, add
         return made[1]
 
 
@@ -242,8 +248,8 @@ class LinearHook(Hook):
         if made.project is not None:
             shared = self.taps.shared
             columns = None
-            if shared is not None and shared.on_cpu:
-                columns = shared.project(self.adapter, probe, x, made.p_in)
+            if made.shares and shared is not None:
+                columns = shared.project(self.adapter, probe, x, made.p_in, made.project)
             if columns is None:
                 kept = made.project(x)
             else:
@@ -273,8 +279,9 @@ class LinearHook(Hook):
         else:
             if p_in is None:  # x would be kept as it is, and autograd would not notice that it was written to
                 return made
-            dtype = kept_dtype(y.dtype, made.p_out)
+            made.kept = dtype = kept_dtype(y.dtype, made.p_out)
             made.project = row_projector(kept, p_in, dtype)
+            made.shares = self.taps.shared is not None and self.taps.shared.serves(self.probe, x.device)
             if made.project is None:
                 return made
             kept, made.p_in, p_in = kept.new_empty(*kept.shape[:2], len(p_in), dtype=dtype), p_in, None

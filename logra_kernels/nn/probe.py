@@ -8,7 +8,15 @@ from logra_kernels.projection import Projection
 
 
 class Probe:
-    """What one tapped weight needs: its factors, and the zero leaf that receives its gradient."""
+    """What one tapped weight needs: its factors, and the zero leaf that receives its gradient.
+
+    Attributes:
+        p_in, p_out: The factors; None stands for the identity.
+        source: What p_in was learned as; probes with one such tensor have the same p_in,
+        shares: which some other probe of the taps has.
+        device, dtype: Of the leaf.
+        k: (k_out, k_in), another object for other factors.
+    """
 
     def __init__(self, layer: Layer, projection: Projection, projection_dtype: torch.dtype | None) -> None:
         dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.float32
@@ -18,11 +26,13 @@ class Probe:
         self.device, self.dtype = layer.weight.device, torch.float64 if dtype == torch.float64 else torch.float32
         self._weight_dtype = dtype
         self.leaf: Tensor | None = None
+        self.shares = False
         self.project(layer, projection)
 
     def project(self, layer: Layer, projection: Projection) -> None:
         sides = (("in", layer.d_in), ("out", layer.d_out))
         factors = (projection.factor(layer.name, side, d, self.device) for side, d in sides)
+        self.source = None if projection.learned is None else projection.learned.get((layer.name, "in"))
         dtype = self._beside(self._weight_dtype)
         self.p_in, self.p_out = (None if p is None else p.to(self.device, dtype) for p in factors)
         self._cast.clear()

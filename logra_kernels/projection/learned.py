@@ -42,15 +42,39 @@ class SideSpectrum:
         return cls(vectors.float().contiguous(), values, spread)
 
 
+def side_spectra(moments: Mapping[tuple[str, str], Moment], rank: int) -> dict[tuple[str, str], SideSpectrum]:
+    """The `rank` leading directions of each side, or all of a narrower one.
+
+    Moments of the same numbers, as those of the input that q, k and v share, are solved once: they give one object.
+    """
+    found: dict[tuple[str, str], SideSpectrum] = {}
+    solved: dict[tuple[int, float], list[tuple[Moment, SideSpectrum]]] = {}
+    for key, moment in moments.items():
+        alike = solved.setdefault((moment.dim, moment.trace()), [])
+        side = next((side for other, side in alike if moment.equals(other)), None)
+        if side is None:
+            side = SideSpectrum.of(moment, min(rank, moment.dim))
+            alike.append((moment, side))
+        found[key] = side
+    return found
+
+
 class Learned(Mapping[tuple[str, str], Tensor]):
     """(layer name, "in" or "out") -> P [k, d] fp32, of the sides that were learned; equal if the numbers are.
+
+    Sides of the same numbers have one tensor, as the inputs of q, k and v do.
 
     Attributes:
         spread: Layer name -> the product of its learned sides' spreads.
     """
 
     def __init__(self, factors: Mapping[tuple[str, str], Tensor], spread: Mapping[str, float]) -> None:
-        self._factors = {key: p.detach().float().cpu().contiguous() for key, p in factors.items()}
+        self._factors: dict[tuple[str, str], Tensor] = {}
+        held: dict[bytes, Tensor] = {}
+        for key, p in factors.items():
+            p = p.detach().float().cpu().contiguous()
+            numbers = xxhash.xxh3_128(p.numpy().tobytes()).digest() + bytes(str(tuple(p.shape)), "ascii")
+            self._factors[key] = held.setdefault(numbers, p)
         self.spread = dict(spread)
 
     @classmethod

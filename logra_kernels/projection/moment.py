@@ -37,7 +37,7 @@ class Moment(ABC):
     @property
     @abstractmethod
     def parts(self) -> list[Tensor]:
-        """All that it knows, for `join`."""
+        """All that it knows, for another's `join`."""
 
     @abstractmethod
     def join(self, parts: Sequence[Tensor]) -> None:
@@ -46,6 +46,18 @@ class Moment(ABC):
     @abstractmethod
     def isfinite(self) -> bool:
         """Whether no row held NaN or infinity."""
+
+    @property
+    @abstractmethod
+    def numbers(self) -> list[Tensor]:
+        """All that it holds, as it is."""
+
+    def equals(self, other: "Moment") -> bool:
+        """Whether the other holds the same numbers, bit by bit."""
+        pairs = zip(self.numbers, other.numbers, strict=False)
+        return type(self) is type(other) and all(
+            a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in pairs
+        )
 
 
 class SecondMoment(Moment):
@@ -80,6 +92,8 @@ class SecondMoment(Moment):
     @property
     def parts(self) -> list[Tensor]:
         return [self.matrix]
+
+    numbers = parts
 
     def join(self, parts: Sequence[Tensor]) -> None:
         self.matrix += parts[0]

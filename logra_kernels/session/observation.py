@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from logra_kernels.curvature import keep_covariances
 from logra_kernels.errors import LograError
 from logra_kernels.nn import Covariances, Taps
-from logra_kernels.projection import Projection, SideSpectrum
+from logra_kernels.projection import Projection, SideSpectrum, side_spectra
 from logra_kernels.store import GradientStore
 
 
@@ -81,12 +81,12 @@ class Observation:
             raise LograError("observe: nothing was observed that a projection could be learned from")
         if any(p is not None for factors in self._taps.factors.values() for p in factors):
             raise LograError('observe: these batches were projected; observe with Projection(kind="identity")')
-        sides = {
-            (name, side): SideSpectrum.of(moment, min(rank, moment.dim))
+        moments = {
+            (name, side): moment
             for name, sums in self._seen.layers.items()
             for side, moment in (("in", sums.right), ("out", sums.left))
         }
-        return Projection(rank, "pca").learn(sides)
+        return Projection(rank, "pca").learn(side_spectra(moments, rank))
 
     @property
     def learning(self) -> bool:

@@ -1,6 +1,7 @@
 """A model whose layers share inputs, its taps on every path, and what they have projected."""
 
 from functools import partial
+from itertools import product
 
 import torch
 from oracle import assert_equal_rows, projected_autograd
@@ -11,8 +12,8 @@ import logra_kernels as lk
 RANK = 12  # enough for C++ to sum in the same order however many factors are stacked
 SMALL = lk.Projection(rank=RANK)
 N, T, WIDTH = 3, 7, 16
-TOGETHER = [RANK] * 3 + [2 * RANK, 3 * RANK]  # the widths of a pass's projections: gate and up, and q, k and v
-ALONE = [RANK] * 8
+TOGETHER = 1, 1, 1, 2, 3  # how many taps a projection of a pass is for: gate and up, and q, k and v
+ALONE = (1,) * 8
 
 
 class Net(nn.Module):
@@ -50,13 +51,40 @@ def loss_of(model, x, target):
 
 
 class Case:
-    """A model, a batch and its taps."""
+    """A model, a batch and its taps.
 
-    def __init__(self, path: str, **settings) -> None:
+    Args:
+        path: One of `PATHS`.
+        learned: Factors are PCA's of this batch, so that taps which share an input have the same, and share it without
+            being told to; else unlike ones that are stacked.
+    """
+
+    def __init__(self, path: str, learned: bool = False, **settings) -> None:
         self.frozen = path != "learning, in the graph"
         self.model = Net(bias=settings.get("bias", False)).requires_grad_(not self.frozen)
         self.x, self.target = torch.randn(N, T, WIDTH, requires_grad=True), torch.randn(N, T, 5)
-        self.taps = lk.capture(self.model, SMALL, in_graph=path != "a hook", **{"shared_inputs": True, **settings})
+        self.settings = {"in_graph": path != "a hook", "shared_inputs": None if learned else True, **settings}
+        self.learned = learned
+        self.projection = self.learn() if learned else SMALL
+        self.taps = self.capture()
+
+    def capture(self, **settings) -> lk.Taps:
+        return lk.capture(self.model, self.projection, **{**self.settings, **settings})
+
+    def learn(self) -> lk.Projection:
+        """The projection that this batch teaches."""
+        with self.capture_whole() as taps, taps.covariances(whole=("in", "out"), rank=RANK) as seen:
+            loss_of(self.model, self.x, self.target).backward()
+        self.x.grad = None
+        self.model.zero_grad()
+        return lk.Projection(RANK, "pca").learn(seen.spectra())
+
+    def capture_whole(self) -> lk.Taps:
+        return lk.capture(self.model, SMALL, bias=self.settings.get("bias", False))
+
+    def widths(self, *taps: int) -> list[int]:
+        """Those of projections for so many taps each."""
+        return sorted(RANK * (1 if self.learned else n) for n in taps)
 
     def rows(self, loss=loss_of) -> Tensor:
         self.taps.reset()
@@ -81,9 +109,17 @@ class Case:
 PATHS = ["a hook", "in the graph", "learning, in the graph"]
 
 
+EVERY = list(product(PATHS, (False, True)))
+
+
+def name_of(param: tuple[str, bool]) -> str:
+    path, learned = param
+    return f"{path}, {'the same factors' if learned else 'stacked'}"
+
+
 def tapped(request):
-    """A case on the path that is the parameter; for `pytest.fixture(params=PATHS)`."""
-    made = Case(request.param)
+    """A case on the path that is the parameter; for `pytest.fixture(params=EVERY)`."""
+    made = Case(*request.param)
     with made.taps:
         yield made
 

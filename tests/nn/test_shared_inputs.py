@@ -8,6 +8,7 @@ import pytest
 import torch
 from nn.sharing import (
     ALONE,
+    EVERY,
     PATHS,
     RANK,
     SMALL,
@@ -18,6 +19,7 @@ from nn.sharing import (
     Net,
     T,
     loss_of,
+    name_of,
     tapped,
     widths_of,
 )
@@ -28,7 +30,7 @@ import logra_kernels as lk
 from logra_kernels import _C
 from logra_kernels.nn.shared_inputs import MOST_FAILURES, SharedInputs
 
-case = pytest.fixture(params=PATHS)(tapped)
+case = pytest.fixture(params=EVERY, ids=name_of)(tapped)
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def made(monkeypatch):
 
 def test_x_is_projected_once(case, made):
     case.check(passes=3)
-    assert widths_of(case, made) == TOGETHER
+    assert widths_of(case, made) == case.widths(*TOGETHER)
     case.check()
 
 
@@ -60,19 +62,17 @@ def test_taps_that_were_taken_off_and_put_on_again(case, made):
     for i in range(3):
         case.taps.detach()
         case.taps.attach()
-        assert widths_of(case, made) == (TOGETHER if i else ALONE)
+        assert widths_of(case, made) == case.widths(*(TOGETHER if i else ALONE))
         case.check()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "learned"), EVERY)
 @pytest.mark.parametrize("projection_dtype", [None, torch.bfloat16])
-def test_the_same_bits_as_alone(path, projection_dtype):
-    case = Case(path, projection_dtype=projection_dtype)
+def test_the_same_bits_as_alone(path, learned, projection_dtype):
+    case = Case(path, learned, projection_dtype=projection_dtype)
     with case.taps:
         together = [case.rows() for _ in range(3)]
-    case.taps = lk.capture(
-        case.model, SMALL, in_graph=case.taps.in_graph, projection_dtype=projection_dtype, shared_inputs=False
-    )
+    case.taps = case.capture(shared_inputs=False)
     with case.taps:
         assert all(torch.equal(case.rows(), rows) for rows in together)
 
@@ -83,20 +83,18 @@ def test_not_shared_on_the_cpu_where_it_is_not_asked_for(path, shared_inputs, ma
     case = Case(path, shared_inputs=shared_inputs)
     with case.taps:
         case.check(passes=3)
-        assert widths_of(case, made) == ALONE
+        assert widths_of(case, made) == case.widths(*ALONE)
 
 
 @pytest.mark.parametrize("shape", [(N, WIDTH), (N, 2, 3, WIDTH), (N, T + 2, WIDTH)])
 def test_other_shapes(case, made, shape):
     case.model.mix = case.model.forward = lambda x: case.model.head(Net.mix(case.model, x))
     case.taps.detach()
-    with lk.capture(
-        case.model, SMALL, ["gate", "up", "down", "head"], in_graph=case.taps.in_graph, shared_inputs=True
-    ) as case.taps:
+    with case.capture(include=["gate", "up", "down", "head"]) as case.taps:
         for shape_now in (shape, (N, T, WIDTH), shape):
             case.x, case.target = torch.randn(shape_now, requires_grad=True), torch.randn(*shape_now[:-1], 5)
             case.check(passes=2)
-            assert widths_of(case, made) == [RANK, RANK, 2 * RANK]
+            assert widths_of(case, made) == case.widths(1, 1, 2)
 
 
 def test_not_shared_where_the_bits_could_be_others(monkeypatch, made):
@@ -104,24 +102,17 @@ def test_not_shared_where_the_bits_could_be_others(monkeypatch, made):
     case = Case("a hook")
     with case.taps:
         case.check(passes=3)
-        assert widths_of(case, made) == ALONE
+        assert widths_of(case, made) == case.widths(*ALONE)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "learned"), EVERY)
 @pytest.mark.parametrize("projection_dtype", [None, torch.bfloat16])
-def test_biases_and_bf16_factors(path, projection_dtype, made):
-    case = Case(path, bias=True, projection_dtype=projection_dtype)
-    alone = lk.capture(
-        case.model,
-        SMALL,
-        in_graph=case.taps.in_graph,
-        bias=True,
-        projection_dtype=projection_dtype,
-        shared_inputs=False,
-    )
+def test_biases_and_bf16_factors(path, learned, projection_dtype, made):
+    case = Case(path, learned, bias=True, projection_dtype=projection_dtype)
+    alone = case.capture(shared_inputs=False)
     with case.taps:
         together = [case.rows() for _ in range(3)][-1]
-        assert widths_of(case, made) == TOGETHER
+        assert widths_of(case, made) == case.widths(*TOGETHER)
     with alone:
         case.taps = alone
         torch.testing.assert_close(case.rows(), together, rtol=1e-6, atol=1e-6)
@@ -138,24 +129,24 @@ def test_weights_and_packed_documents(case, made):
         begin = case.taps.reset
         case.taps.reset = lambda begin=begin, reset=reset: begin(**reset)
         case.check(weighted, passes=3)
-        assert widths_of(case, made, weighted) == TOGETHER
+        assert widths_of(case, made, weighted) == case.widths(*TOGETHER)
         case.taps.reset = begin
 
 
 def test_another_tensor(case, made):
     case.check(passes=2)
     case.model.given = lambda name, x: x.clone() if name == "k" else x
-    case.check(passes=2)
-    assert widths_of(case, made) == [RANK] * 4 + [2 * RANK] * 2  # q and v go on together
+    case.check(passes=3)
+    assert widths_of(case, made) == case.widths(1, 1, 1, 1, 2, 2)  # q and v go on together
     case.model.given = lambda name, x: x[..., :] if name in "qv" else x
     case.check(passes=3)
     case.model.given = lambda name, x: x
     case.check(passes=2)
 
 
-@pytest.mark.parametrize("path", PATHS[:2])  # weights that learn forbid to change x
-def test_a_tensor_changed_in_place(path, made):
-    case = Case(path)
+@pytest.mark.parametrize(("path", "learned"), EVERY[:4])  # weights that learn forbid to change x
+def test_a_tensor_changed_in_place(path, learned, made):
+    case = Case(path, learned)
     with case.taps:
         for changed in (None, "k", "v", "up", None, "q"):
 
@@ -171,7 +162,7 @@ def test_another_order(case, made):
     for order in ("qkv", "vqk", "kvq", "qkv"):
         case.model.order = order
         case.check()
-    assert widths_of(case, made) == TOGETHER
+    assert widths_of(case, made) == case.widths(*TOGETHER)
 
 
 def test_a_tap_that_is_not_called(case, made):
@@ -185,7 +176,7 @@ def test_a_tap_that_is_not_called(case, made):
     case.check(passes=2)
     case.check(with_and_without, passes=2 * MOST_FAILURES + 2)
     case.check(passes=3)
-    assert widths_of(case, made) == [RANK] * 6 + [2 * RANK]  # q, k and v have been wrong too often
+    assert widths_of(case, made) == case.widths(1, 1, 1, 1, 1, 1, 2)  # q, k and v have been wrong too often
 
 
 def test_modules_called_again_and_inside_of_others(case):
@@ -212,7 +203,7 @@ def test_an_exception_in_between(case, made):
                 case.rows()
         else:
             case.check(passes=3)
-    assert widths_of(case, made) == TOGETHER
+    assert widths_of(case, made) == case.widths(*TOGETHER)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -225,9 +216,8 @@ def test_checkpointing(case, made, reentrant):
     exact = case.rows()
     for _ in range(4):
         torch.testing.assert_close(case.rows(checkpointed), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
-    widths = widths_of(case, made, checkpointed)
-    assert set(widths) == {RANK, 2 * RANK, 3 * RANK}
-    assert widths.count(3 * RANK) == widths.count(2 * RANK) == (1 if reentrant else 2)
+    inside = (1, 1, 2, 3) * (1 if reentrant else 2)
+    assert widths_of(case, made, checkpointed) == case.widths(1, *inside)
 
 
 def test_two_threads(case):
@@ -276,7 +266,7 @@ def test_passes_without_gradients_and_without_taps(case, made):
         with torch.set_grad_enabled(between == 1):
             case.model(case.x)
         case.taps.active = True
-    assert widths_of(case, made) == TOGETHER
+    assert widths_of(case, made) == case.widths(*TOGETHER)
 
     def switch(name, x):
         case.taps.active = name != "k"
@@ -309,7 +299,11 @@ def test_other_factors(case, made):
     for seed in range(3):
         case.taps.project(lk.Projection(rank=RANK, seed=seed))
         case.check(passes=2)
-        assert widths_of(case, made) == TOGETHER
+        assert widths_of(case, made) == case.widths(*(ALONE if case.learned else TOGETHER))
+        if case.learned:
+            case.taps.project(case.projection)
+            case.check(passes=2)
+            assert widths_of(case, made) == case.widths(*TOGETHER)
 
 
 def test_one_weight_under_two_names(made):
@@ -319,7 +313,7 @@ def test_one_weight_under_two_names(made):
         case.taps = lk.capture(case.model, SMALL, in_graph=case.taps.in_graph, shared_inputs=True)
         with case.taps:
             case.check(passes=3)
-            assert widths_of(case, made) == [RANK] * 4 + [3 * RANK]  # gate and up have one factor
+            assert widths_of(case, made) == case.widths(1, 1, 1, 1, 3)  # gate and up have one factor
 
 
 def test_few_columns_are_projected_alone_for_the_sake_of_their_bits(made):
@@ -333,7 +327,7 @@ def test_copies_find_out_by_themselves(case):
     case.check(passes=2)
     for copied in (copy.deepcopy(case.taps.shared), pickle.loads(pickle.dumps(case.taps.shared))):
         assert isinstance(copied, SharedInputs)
-        assert copied.on_cpu
+        assert copied.on_cpu == (not case.learned)
         assert case.taps.shared._groups
         assert not copied._groups
 

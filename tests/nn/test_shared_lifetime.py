@@ -2,28 +2,26 @@
 
 import pytest
 import torch
-from nn.sharing import PATHS, RANK, loss_of, tapped
+from nn.sharing import EVERY, loss_of, name_of, tapped
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
 
-from logra_kernels.nn.adapters import LinearAdapter
+from logra_kernels.nn import shared_inputs
 
-case = pytest.fixture(params=PATHS)(tapped)
+case = pytest.fixture(params=EVERY, ids=name_of)(tapped)
 
 
 @pytest.fixture
 def alive(monkeypatch):
     """How many projections of several taps there are."""
     projections: list[TensorWeakRef] = []
-    keep = LinearAdapter.keep
+    projected = shared_inputs._Projected
 
-    def recorded(self, x, p_in):
-        a = keep(self, x, p_in)
-        if a.shape[-1] > RANK:
-            projections.append(TensorWeakRef(a))
-        return a
+    def recorded(x, a, stream, awaited):
+        projections.append(TensorWeakRef(a))
+        return projected(x, a, stream, awaited)
 
-    monkeypatch.setattr(LinearAdapter, "keep", recorded)
+    monkeypatch.setattr(shared_inputs, "_Projected", recorded)
     yield lambda: sum(a() is not None for a in projections)
     assert projections
 
