@@ -70,7 +70,7 @@ def compiled(net: nn.Module, taps: lk.Taps, ids: Tensor, compiler: str) -> dict[
         step(run, ids)
         return taps.grads if active else None
 
-    own = own_factors(net, LAYERS)
+    own = own_factors(net, lk.Projection(rank=RANK), LAYERS)
     return {"plain": Provider(lambda: once(False)), "logra_kernels": Provider(lambda: once(True), factors=own)}
 
 
@@ -81,7 +81,7 @@ def eager(net: nn.Module, taps: lk.Taps, ids: Tensor) -> dict[str, Provider]:
             step(net, ids)
         return taps.grads
 
-    own = own_factors(net, LAYERS)
+    own = own_factors(net, lk.Projection(rank=RANK), LAYERS)
     size = sum(p.nbytes for pair in own.values() for p in pair)
     return {
         "plain": Provider(lambda: step(net, ids)),

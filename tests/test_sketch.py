@@ -89,7 +89,7 @@ def test_real_activations_keep_99_percent_of_the_exact_energy():
     assert len(seen) == 2
     for name, parts in seen.items():
         for k in (8, 32):
-            assert captured(torch.cat(parts), k) >= 0.99, name
+            assert captured(torch.cat(parts), k) >= 0.998, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,14 +1,15 @@
-"""C's leading eigenvectors from one pass, for sides too wide for a [d, d] matrix: Nystrom's approximation, turned
-towards them again and again.
+"""C's leading eigenvectors from one pass, for sides too wide for a [d, d] matrix: Nystrom's approximation, whose
+directions are turned towards the rows to come before these are summed.
 
-    Y [l, d] = V C,   V [l, d] some directions, l = 5/2 k,   C ~ S^T S,   S = (V C V^T)^(-1/2) Y
-    V := the eigenvectors of S^T S,   Y := V S^T S      whenever the rows since the last time are a quarter of all
+    Y [l, d] = V C,   V [l, d] some directions, l = 7/3 k,   C ~ S^T S,   S = (V C V^T)^(-1/2) Y
+    new rows R:   V := the leading eigenvectors of S^T S + R^T R, as far as V shows them,   Y := V S^T S      (a turn)
+                  Y += V R^T R
 
-Rows cost two products, R V^T and its transpose by R, and a turn is a step of the power method, which as many rows of
-new data go into as it takes to be worth it (Tropp et al. 2017, for C from V C; Hardt & Price 2014, for the steps).
-With directions that are drawn and never turned, Nystrom's captures 79 to 95 % of the energy of the k leading
-eigenvectors of a trained model's activations, whose spectra fall slowly; turned ones capture 99 to 100 %. V is kept in
-bf16, since any directions do.
+Summing costs two products, R V^T and its transpose by R. A turn is a step of the power method and costs three, and
+small eigendecompositions; it comes when the rows since the last one are a quarter of all, ever more rarely (Tropp et
+al. 2017, for C from V C; Hardt & Price 2014, for the steps). With directions that are drawn and never turned, Nystrom's
+captures 79 to 95 % of the energy of the k leading eigenvectors of a trained model's activations, whose spectra fall
+slowly; turned ones capture 99 to 100 %. V is kept in bf16, since any directions do.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +23,8 @@ from logra_kernels.projection.normal import normals
 _BLOCK = 2048  # features that are worked on at a time,
 _FINE = 256  # and in fp64
 _FEWEST = 64  # directions
-_TURN = 4  # a turn comes when the rows since the last one are one in so many
-_FIRST = 2  # how often the first batch is gone over before it counts
+_TURN = 4  # a turn comes when the rows since the last one are one in so many,
+_FIRST = 2  # turns for the first rows, whose directions are drawn
 _NONE = 1e-12  # an eigenvalue below so much of the largest is rounding
 EXACT = 1024  # sides up to here have their whole C, 4 MB
 
@@ -36,7 +37,7 @@ def moment(dim: int, rank: int, device: torch.device, dtype: torch.dtype) -> Mom
 
 
 class SketchedMoment(Moment):
-    """The sketch, of 15/4 k d numbers of 4 bytes for k of 26 and more.
+    """The sketch: 7/2 k d numbers of 4 bytes for k of 28 and more, half as many again while it turns.
 
     Args:
         dim: d.
@@ -46,55 +47,52 @@ class SketchedMoment(Moment):
     def __init__(self, dim: int, rank: int, device: torch.device, dtype: torch.dtype) -> None:
         self.dim, self.rank, self.device, self.dtype = dim, rank, device, dtype
         self.squares = torch.zeros((), dtype=torch.float64, device=device)
-        size = min(max(5 * rank // 2, _FEWEST), dim)
+        size = min(max(7 * rank // 3, _FEWEST), dim)
         self._v = torch.zeros(size, dim, dtype=torch.bfloat16, device=device)
         self._y = torch.zeros(size, dim, dtype=dtype, device=device)
         self._all = self._since = 0  # rows; and those of them since the last turn
 
     def add(self, rows: Tensor) -> None:
         self.squares += torch.linalg.vector_norm(rows).double() ** 2
-        if not self.isfinite() or not len(rows):
-            return
-        since = self._since + len(rows) if self._all else 0
-        self._take(rows)
-        self._since = since
-        if self._since * _TURN >= self._all:
-            self._turn()
+        if self.isfinite() and len(rows):
+            self._take(rows)
 
     def _take(self, rows: Tensor) -> None:
         if not self._all:
-            self._begin(rows)
-        self._sum(rows)
+            self._draw(self._v, 0)
+        steps = 1 if self._all else _FIRST
         self._all += len(rows)
-
-    def _begin(self, rows: Tensor) -> None:
-        """Directions that suit the first rows: what `_FIRST` steps of the power method make of random ones."""
-        self._draw(0)
-        for _ in range(_FIRST):
-            self._sum(rows)
-            self._turn()
-            self._y.zero_()
+        self._since += len(rows)
+        if self._since * _TURN >= self._all:
+            self._since = 0
+            for _ in range(steps):
+                self._turn(rows)
+        self._sum(rows, self._seen(rows))
 
     def _blocks(self, size: int = _FINE) -> Iterator[slice]:
         for start in range(0, self.dim, size):
             yield slice(start, start + size)
 
-    def _draw(self, first: int) -> None:
+    def _draw(self, v: Tensor, first: int) -> None:
         """Draw the directions from `first` on."""
         drawn = torch.Generator(self.device).manual_seed(first)
-        for direction in self._v[first:]:
+        for direction in v[first:]:
             direction.normal_(std=self.dim**-0.5, generator=drawn)
 
-    def _sum(self, rows: Tensor) -> None:
-        """Y += V R^T R."""
+    def _seen(self, rows: Tensor) -> Tensor:
+        """R V^T."""
         seen = rows.new_zeros(len(rows), len(self._v))
         for at in self._blocks(_BLOCK):
             seen.addmm_(rows[:, at], self._v[:, at].to(rows.dtype).T)
+        return seen
+
+    def _sum(self, rows: Tensor, seen: Tensor, sign: int = 1) -> None:
+        """Y += V R^T R, or -= where the sign is -1; `seen` is R V^T."""
         for at in self._blocks(_BLOCK):
-            self._y[:, at].addmm_(seen.T, rows[:, at])
+            self._y[:, at].addmm_(seen.T, rows[:, at], alpha=sign)
 
     def _turned(self) -> tuple[Tensor, Tensor]:
-        """(A [m, l], s [m]) on the CPU: A Y are the eigenvectors of S^T S times s, the roots of their eigenvalues."""
+        """(A [m, l], s [m]): A Y are the eigenvectors of S^T S times s, the roots of their eigenvalues."""
         size = len(self._v)
         core = torch.zeros(size, size, dtype=torch.float64, device=self.device)
         gram = torch.zeros_like(core)
@@ -108,21 +106,27 @@ class SketchedMoment(Moment):
         half = vectors[:, found] / values[found].sqrt()
         values, vectors = torch.linalg.eigh(half.T @ gram @ half)
         found = values > _NONE * values[-1:]
-        return (half @ vectors[:, found].flip(1)).T, values[found].flip(0).sqrt()
+        a, roots = (half @ vectors[:, found].flip(1)).T, values[found].flip(0).sqrt()
+        return a.to(self.device), roots.to(self.device)
 
-    def _turn(self) -> None:
-        a, roots = (one.to(self.device) for one in self._turned())
-        found = len(roots)
-        core = torch.zeros(len(self._v), found, dtype=torch.float64, device=self.device)
-        self._draw(found)
+    def _turn(self, rows: Tensor) -> None:
+        """V := the eigenvectors of S^T S + R^T R, as far as V shows them; Y := V S^T S."""
+        before, _ = self._turned()
+        seen = self._seen(rows)
+        self._sum(rows, seen)
+        a, roots = self._turned()
+        v = torch.empty_like(self._v)
         for at in self._blocks():
-            s = a @ self._y[:, at].double()
-            self._v[:found, at] = (s / roots[:, None]).to(self._v.dtype)
-            self._y[:found, at] = s.to(self.dtype)
-            core.addmm_(self._v[:, at].double(), s.T)
+            v[: len(a), at] = ((a @ self._y[:, at].double()) / roots[:, None]).to(v.dtype)
+        self._draw(v, len(a))
+        self._sum(rows, seen, -1)
+        core = before.new_zeros(len(v), len(before))
         for at in self._blocks():
-            self._y[:, at] = (core @ self._y[:found, at].double()).to(self.dtype)
-        self._since = 0
+            core.addmm_(v[:, at].double(), (before @ self._y[:, at].double()).T)
+        turn = core @ before
+        for at in self._blocks():
+            self._y[:, at] = (turn @ self._y[:, at].double()).to(self.dtype)
+        self._v = v
 
     def trace(self) -> float:
         return float(self.squares)
@@ -139,7 +143,6 @@ class SketchedMoment(Moment):
         return [self._y, self._v, self.squares]
 
     def _directions(self, a: Tensor, into: Tensor) -> None:
-        a = a.to(self.device)
         for at in self._blocks():
             into[: len(a), at] = (a @ self._y[:, at].double()).to(self.dtype)
 
@@ -147,7 +150,6 @@ class SketchedMoment(Moment):
         rows, squares = parts
         self.squares += squares
         self._take(rows)
-        self._turn()
 
     def isfinite(self) -> bool:
         return bool(self.squares <= torch.finfo(self.dtype).max)  # and then Y is finite
