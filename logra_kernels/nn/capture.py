@@ -16,7 +16,7 @@ from logra_kernels.nn.experts import TappedExperts
 from logra_kernels.nn.hook import Hook
 from logra_kernels.nn.layers import Layer, find_layers
 from logra_kernels.nn.outside import Watch, anything_compiled
-from logra_kernels.nn.probe import Probe
+from logra_kernels.nn.probe import Held, Probe
 from logra_kernels.nn.shared_inputs import SharedInputs
 from logra_kernels.nn.state import TapState
 from logra_kernels.nn.tap import check_heard
@@ -67,10 +67,9 @@ class Taps(TapState):
         shared_inputs: bool | None = None,
     ) -> None:
         super().__init__(in_graph, None if shared_inputs is False else SharedInputs(on_cpu=shared_inputs is True))
-        self.projection = projection
         self._model, self._layers = model, layers
-        self._probes = {layer.name: Probe(layer, projection, projection_dtype) for layer in layers}
-        self._compare_factors()
+        self._probes = {layer.name: Probe(layer, projection_dtype) for layer in layers}
+        self._project(projection)
         self.sequence_first = any(adapter.samples_at for layer in layers for _, adapter in layer.holders)
         self._hooks: dict[tuple[str, nn.Module], Hook] = {}
         self._handles: list = []
@@ -116,15 +115,16 @@ class Taps(TapState):
         Raises:
             LograError: `projection` is still to be learned.
         """
-        for layer in self._layers:
-            self._probes[layer.name].project(layer, projection)
-        self._compare_factors()
+        self._project(projection)
         if self.shared is not None:
             self.shared.forget()
-        self.projection = projection
         self.reset()
 
-    def _compare_factors(self) -> None:
+    def _project(self, projection: Projection) -> None:
+        self.projection = projection
+        held: Held = {}
+        for layer in self._layers:
+            self._probes[layer.name].project(layer, projection, held)
         sources = Counter(id(probe.source) for probe in self._probes.values() if probe.source is not None)
         for probe in self._probes.values():
             probe.shares = sources[id(probe.source)] > 1

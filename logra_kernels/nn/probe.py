@@ -6,6 +6,8 @@ from torch import Tensor
 from logra_kernels.nn.layers import Layer
 from logra_kernels.projection import Projection
 
+Held = dict[tuple[int, torch.device, torch.dtype], Tensor | None]
+
 
 class Probe:
     """What one tapped weight needs: its factors, and the zero leaf that receives its gradient.
@@ -18,7 +20,7 @@ class Probe:
         k: (k_out, k_in), another object for other factors.
     """
 
-    def __init__(self, layer: Layer, projection: Projection, projection_dtype: torch.dtype | None) -> None:
+    def __init__(self, layer: Layer, projection_dtype: torch.dtype | None) -> None:
         dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.float32
         mixes = all(adapter.mixes_dtypes for _, adapter in layer.holders)
         self._asked = projection_dtype if mixes else None
@@ -27,14 +29,17 @@ class Probe:
         self._weight_dtype = dtype
         self.leaf: Tensor | None = None
         self.shares = False
-        self.project(layer, projection)
 
-    def project(self, layer: Layer, projection: Projection) -> None:
+    def project(self, layer: Layer, projection: Projection, held: Held) -> None:
+        """Have other factors; a learned one that is `held` already, for another probe, is not held twice."""
         sides = (("in", layer.d_in), ("out", layer.d_out))
-        factors = (projection.factor(layer.name, side, d, self.device) for side, d in sides)
-        self.source = None if projection.learned is None else projection.learned.get((layer.name, "in"))
+        p_in, p_out = (projection.factor(layer.name, side, d, self.device) for side, d in sides)
         dtype = self._beside(self._weight_dtype)
-        self.p_in, self.p_out = (None if p is None else p.to(self.device, dtype) for p in factors)
+        self.source = None if projection.learned is None else projection.learned.get((layer.name, "in"))
+        self.p_in = None if p_in is None else p_in.to(self.device, dtype)
+        if self.source is not None:
+            self.p_in = held.setdefault((id(self.source), self.device, dtype), self.p_in)
+        self.p_out = None if p_out is None else p_out.to(self.device, dtype)
         self._cast.clear()
         self.k = (
             layer.d_out if self.p_out is None else len(self.p_out),

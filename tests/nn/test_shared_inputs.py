@@ -259,6 +259,19 @@ def test_compiled(case):
     case.check()
 
 
+def test_the_same_factors_are_met_once_in_a_compiled_graph(made):
+    case = Case("in the graph", learned=True)
+    with case.capture(shared_inputs=False) as case.taps:
+        exact = case.rows()
+        compiled = torch.compile(case.model, fullgraph=True, backend="aot_eager_decomp_partition")
+        for _ in range(2):
+            made.clear()
+            case.taps.reset(N)
+            loss_of(compiled, case.x, case.target).backward()
+            assert sorted(made) == case.widths(*TOGETHER)
+            torch.testing.assert_close(case.taps.rows(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+
+
 def test_passes_without_gradients_and_without_taps(case, made):
     for between in range(4):
         case.check()
