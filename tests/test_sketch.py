@@ -250,3 +250,19 @@ def test_numbers_too_large_for_the_sums_are_said():
     sketch = SketchedMoment(1200, 4, CPU, torch.float32)
     sketch.add(torch.full((3, 1200), 1e18))
     assert not sketch.isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu():
+    device = torch.device("cuda")
+    scale = torch.arange(1, 1501) ** -0.6
+    batches = [torch.randn(500, 1500) * scale for _ in range(6)]
+    sketch = SketchedMoment(1500, 32, device, torch.float32)
+    for rows in batches:
+        sketch.add(rows.to(device))
+    vectors, values = sketch.leading(32)
+    rows = torch.cat(batches).double()
+    exact = torch.linalg.svdvals(rows)[:32].square()
+    assert bool((values <= exact * (1 + 1e-3)).all())
+    assert float((rows @ vectors.double().T).square().sum()) >= 0.99 * float(exact.sum())
