@@ -6,12 +6,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from logra_kernels.ops import FORMATS, RowFormat
 from logra_kernels.run import Run
@@ -28,6 +29,7 @@ from logra_kernels.store import (
 )
 
 PROBE_STEPS = 3  # after a first one that also pays for what is set up once
+OBSERVED_STEPS = 2  # after a first one whose directions come from nothing
 _OP_BYTES = 8 << 20  # what score_topk keeps beside the queries and the best rows
 
 
@@ -66,15 +68,32 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Observing:
+    """What learning the projection costs before rows are logged.
+
+    Attributes:
+        first_seconds: Forward and backward of the first batch.
+        step_seconds: Of a batch after it, the longer of two.
+        solve_seconds: What the first logged batch takes longer than others, for the factors above all.
+    """
+
+    first_seconds: float
+    step_seconds: float
+    solve_seconds: float
+
+
+@dataclass(frozen=True)
 class Probe:
     """What logging costs, measured on a few batches.
 
     Attributes:
         samples: In each batch.
         step_seconds: Forward, backward and append of a batch, median.
-        peak_bytes: Peak resident memory of a process that logs, the writer's full queue included.
+        peak_bytes: Peak resident memory of a process that logs, the writer's full queue included, and observes first if
+            the projection is to be learned.
         device_bytes: Peak memory of the CUDA device; None on the CPU.
         layers: name -> (k_out, k_in) of the layers that are logged.
+        observing: None where the projection is not learned.
     """
 
     samples: int
@@ -82,10 +101,18 @@ class Probe:
     peak_bytes: int
     device_bytes: int | None
     layers: dict[str, tuple[int, int]]
+    observing: Observing | None = None
 
     def seconds(self, rows: int) -> float:
         """To log so many rows in batches of this size; the curvature is computed after that."""
         return -(-rows // self.samples) * self.step_seconds
+
+    def observe_seconds(self, rows: int) -> float:
+        """To learn the projection from so many rows in batches of this size."""
+        if self.observing is None or not rows:
+            return 0.0
+        cost = self.observing
+        return cost.first_seconds + (-(-rows // self.samples) - 1) * cost.step_seconds + cost.solve_seconds
 
 
 def plan(
@@ -153,15 +180,19 @@ def probe(
     samples: int,
     *,
     sequence_length: int | None = None,
+    weights: Tensor | None = None,
     **settings: Any,
 ) -> Probe:
     """Log a few batches for real, into a store that is thrown away, and measure.
+
+    Where the projection is one to be learned ("pca"), a few batches are observed before that.
 
     Args:
         model: As `Run` takes it.
         step: Forward and backward of one batch.
         samples: How many samples that batch has.
         sequence_length: As in `Run.log`.
+        weights: As in `Run.observe`.
         settings: Of `Run`: include, exclude, projection, dtype, rank_c, ...
 
     Raises:
@@ -173,25 +204,34 @@ def probe(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     reset_peak()
-    times = []
     with tempfile.TemporaryDirectory() as scratch, Run(Path(scratch) / "store", model, **settings) as run:
-        for number in range(1 + PROBE_STEPS):
-            begun = time.perf_counter()
-            ids = [f"{number}-{sample}" for sample in range(samples)]
-            with run.log(ids=ids, sequence_length=sequence_length):
-                step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - begun)
+        steps = 1 + OBSERVED_STEPS if run.learning else 0
+        observed = [_seconds(step, run.observe(weights, sequence_length=sequence_length), device) for _ in range(steps)]
+        peak = peak_bytes() if observed else 0
+        reset_peak()
+        ids = [[f"{number}-{sample}" for sample in range(samples)] for number in range(1 + PROBE_STEPS)]
+        times = [_seconds(step, run.log(some, sequence_length=sequence_length), device) for some in ids]
         layers, manifest = dict(run.store.layers), run.store.manifest
-    logged = min(len(times) * samples * manifest.row_bytes, writing_bytes(manifest.rows_per_shard * manifest.row_bytes))
+    writing = writing_bytes(manifest.rows_per_shard * manifest.row_bytes)
+    logged = min(len(times) * samples * manifest.row_bytes, writing)
+    usual = statistics.median(times[1:])
     return Probe(
         samples,
-        statistics.median(times[1:]),
-        peak_bytes() - logged + writing_bytes(manifest.rows_per_shard * manifest.row_bytes),
+        usual,
+        max(peak, peak_bytes() - logged + writing),
         torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         layers,
+        Observing(observed[0], max(observed[1:]), max(times[0] - usual, 0.0)) if observed else None,
     )
+
+
+def _seconds(step: Callable[[], object], inside: AbstractContextManager[None], device: torch.device) -> float:
+    begun = time.perf_counter()
+    with inside:
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
 
 
 def peak_bytes() -> int:

@@ -125,7 +125,25 @@ def test_a_probe_logs_and_leaves_nothing(tmp_path, monkeypatch):
     assert found.seconds(15) == 3 * found.step_seconds > 0
     assert found.peak_bytes > writer.writing_bytes(0)
     assert found.device_bytes is None
+    assert found.observing is None
+    assert found.observe_seconds(100) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_probe_of_a_projection_that_is_learned_observes_before_it_logs(monkeypatch):
+    model, x, inside = nn.Linear(600, 500), torch.randn(7, 600), []
+    for name in ("observe", "log"):
+        method = getattr(lk.Run, name)
+        monkeypatch.setattr(
+            lk.Run, name, lambda self, *args, _m=method, _n=name, **kw: (inside.append(_n), _m(self, *args, **kw))[1]
+        )
+    found = lk.probe(model, lambda: model(x).square().sum().backward(), 7, projection=lk.Projection(3, "pca"))
+    assert inside == ["observe"] * 3 + ["log"] * 4
+    assert found.layers == {"": (3, 3)}
+    cost = found.observing
+    assert min(cost.first_seconds, cost.step_seconds, cost.solve_seconds) > 0
+    assert found.observe_seconds(15) == cost.first_seconds + 2 * cost.step_seconds + cost.solve_seconds
+    assert found.observe_seconds(0) == 0
 
 
 def test_what_cannot_be_planned():

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     logging = parser.add_argument_group("logging, as in `logra log`; a few batches of full length are tried")
     logging.add_argument("--rank", type=int, default=64)
     logging.add_argument("--rank-c", type=int, help="of rows kept as factors, 1 to 8")
+    logging.add_argument(
+        "--observe", type=int, default=256, metavar="N", help="rows that PCA learns from (default 256); 0 for none"
+    )
     logging.add_argument("--include", nargs="+", action="extend", metavar="GLOB")
     logging.add_argument("--exclude", nargs="+", action="extend", metavar="GLOB")
     logging.add_argument("--max-length", type=int)
@@ -40,9 +43,16 @@ def run(args: argparse.Namespace) -> int:
     if GradientStore.exists(args.source):
         layers = GradientStore.open(args.source)
     else:
+        if args.observe < 0:
+            raise ValueError(f"--observe is {args.observe}; it must be at least 0")
         args.rows = DEFAULT_ROWS if args.rows is None else args.rows
         tried = _try(args)
-        _print_logging(tried, args.rows, session.window_bytes(args.window, args.batch_size, tried.layers))
+        _print_logging(
+            tried,
+            args.rows,
+            min(args.observe, args.rows),
+            session.window_bytes(args.window, args.batch_size, tried.layers),
+        )
         layers = tried.layers
     _print_costs(plan(layers, args.rows, queries=args.queries, k=args.k, rank_c=args.rank_c))
     return 0
@@ -62,17 +72,20 @@ def _try(args: argparse.Namespace) -> Probe:
         lambda: causal_lm.loss_sum(model, batch).backward(),
         args.batch_size,
         sequence_length=batch.sequence_length,
+        weights=batch.attention_mask,
         include=args.include,
         exclude=args.exclude,
-        projection=Projection(args.rank, "orthonormal"),
+        projection=Projection(args.rank, "pca" if args.observe else "orthonormal"),
         rank_c=args.rank_c,
     )
 
 
-def _print_logging(tried: Probe, rows: int, waiting: int) -> None:
+def _print_logging(tried: Probe, rows: int, observed: int, waiting: int) -> None:
     on_host, on_device = (waiting, 0) if tried.device_bytes is None else (0, waiting)
     rate = tried.samples / tried.step_seconds
     print(f"layers          {len(tried.layers)}")
+    if tried.observing is not None:
+        print(f"observe         {tried.observe_seconds(observed) / 3600:,.2f} h for {observed:,} rows of full length")
     print(f"log             {tried.seconds(rows) / 3600:,.2f} h for {rows:,} rows of full length, {rate:,.1f} rows/s")
     print(f"log, memory     {_size(tried.peak_bytes + on_host)}")
     if tried.device_bytes is not None:

@@ -15,8 +15,19 @@ def test_a_model(model_dir, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"^log .* h for 1,000 rows of full length, [\d.,]+ rows/s$", shown, re.M)
     assert re.search(r"^log, memory +\d[\d.,]* [MG]B$", shown, re.M)
+    assert re.search(r"^observe +[\d.,]+ h for 256 rows of full length$", shown, re.M)
     for name in ("fp32", "bf16", "int8", "int4"):
         assert re.search(rf"^{name} +[\d,]+ +[\d.,]+ [kMGT]B +[\d.,]+ [MG]B$", shown, re.M)
+
+
+def test_a_model_whose_factors_are_drawn(model_dir, capsys):
+    argv = ["plan", model_dir, "--rank", "4", "--batch-size", "2", "--rows", "100", "--max-length", "16"]
+    assert call(*argv, "--observe", "0") == 0
+    assert "observe" not in capsys.readouterr().out
+    assert call(*argv) == 0
+    assert " h for 100 rows of full length\n" in capsys.readouterr().out, "no more rows than there are"
+    assert call(*argv, "--observe", "-1") == 1
+    assert "--observe is -1" in capsys.readouterr().err
 
 
 def test_rows_that_wait_for_others_are_planned():
