@@ -51,7 +51,7 @@ PARTS = {
     "topk": Part(lambda: gpu_scoring.topk("cuda", 65536, 8192), 40),
     "streamed": Part(lambda: gpu_scoring.streamed("cuda", 8192, 98304), 60),
     "paper": Part(lambda: gpu_scoring.paper("cuda"), 50),
-    "logging 160m": Part(lambda: gpu_logging.measure("160m"), 60),
+    "logging 160m": Part(lambda: gpu_logging.measure("160m", observed=True), 60),
     "logging 160m compiled": Part(
         lambda: chain.from_iterable(
             gpu_logging.measure("160m", compiler) for compiler in ("default", "reduce-overhead")

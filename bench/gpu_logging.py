@@ -12,6 +12,7 @@ from logging_peers import PEERS, Factors, importable
 from torch import Tensor, nn
 
 import logra_kernels as lk
+from logra_kernels.nn import Covariances
 
 RANK, ROUNDS = 64, 7
 GPU_PEERS = ("LogIX", "Bergson")
@@ -90,6 +91,19 @@ def eager(net: nn.Module, taps: lk.Taps, ids: Tensor) -> dict[str, Provider]:
     }
 
 
+def observing(net: nn.Module, taps: lk.Taps, ids: Tensor) -> Provider:
+    """Steps that a run observes, one after the other: what PCA learns from."""
+    seen: Covariances | None = None
+
+    def once() -> None:
+        nonlocal seen
+        with taps, taps.covariances(seen, ("in", "out"), rank=RANK) as seen:
+            taps.reset(len(ids))
+            step(net, ids)
+
+    return Provider(once)
+
+
 def by_hand(net: nn.Module, ids: Tensor, factors: Factors) -> dict[str, Tensor]:
     """One step of the plain way."""
     hooked = Hooks(net, factors)
@@ -114,11 +128,13 @@ def check(got: dict[str, Tensor] | None, expected: dict[str, Tensor]) -> None:
 def measure(
     name: str, compiler: str | None = None, device: str = "cuda", dtype: torch.dtype = torch.bfloat16,
     model: tuple[dict, tuple[int, int]] | None = None, rounds: int = ROUNDS, peers: Iterable[str] = GPU_PEERS,
+    observed: bool = False,
 ) -> Iterator[dict]:  # fmt: skip
     """One row a provider. One whose gradients are not those of plain hooks, or that fails, has a row that says so.
 
     Args:
         peers: Measured where they can be imported and nothing is compiled.
+        observed: Measure a step that is observed as well; its memory without the sums.
     """
     sizes, batch = model or MODELS[name]
     part = {"part": f"logging {name}", "compiled": compiler or "no", "shape": f"{batch[0]}x{batch[1]} k{RANK}"}
@@ -127,6 +143,8 @@ def measure(
     alone = peak_beyond(lambda: step(net, ids))
     taps = lk.capture(net, lk.Projection(rank=RANK), include=INCLUDE)
     steps = eager(net, taps, ids) if compiler is None else compiled(net, taps, ids, compiler)
+    if observed:
+        steps["observed"] = observing(net, taps, ids)
     for other in importable(peers) if compiler is None else ():
         try:
             steps[other] = peer(other, net, ids)

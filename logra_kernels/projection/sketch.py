@@ -25,7 +25,7 @@ _FINE = 256  # and in fp64
 _FEWEST = 64  # directions
 _TURN = 4  # a turn comes when the rows since the last one are one in so many,
 _FIRST = 2  # turns for the first rows, whose directions are drawn
-_NONE = 1e-12  # an eigenvalue below so much of the largest is rounding
+_NONE = 1e-9  # an eigenvalue below so much of the largest is rounding: Y's, which its root would make large
 EXACT = 1024  # sides up to here have their whole C, 4 MB
 
 
@@ -91,27 +91,38 @@ class SketchedMoment(Moment):
         for at in self._blocks(_BLOCK):
             self._y[:, at].addmm_(seen.T, rows[:, at], alpha=sign)
 
+    def _root(self) -> Tensor:
+        """H [m, l] on the CPU with H Y = S."""
+        core = torch.zeros(len(self._v), len(self._v), dtype=torch.float64, device=self.device)
+        for at in self._blocks():
+            core.addmm_(self._y[:, at].double(), self._v[:, at].double().T)
+        core = core.cpu()
+        core = (core + core.T) / 2
+        lower, failed = torch.linalg.cholesky_ex(core)
+        pivots = lower.diagonal().square()
+        if not failed and bool(pivots.min() > _NONE * pivots.max()):
+            return torch.linalg.solve_triangular(
+                lower, torch.eye(len(core), dtype=core.dtype, device="cpu"), upper=False
+            )
+        values, vectors = torch.linalg.eigh(core)
+        found = values > _NONE * values[-1]
+        return (vectors[:, found] / values[found].sqrt()).T
+
     def _turned(self) -> tuple[Tensor, Tensor]:
         """(A [m, l], s [m]): A Y are the eigenvectors of S^T S times s, the roots of their eigenvalues."""
-        size = len(self._v)
-        core = torch.zeros(size, size, dtype=torch.float64, device=self.device)
-        gram = torch.zeros_like(core)
+        root = self._root()
+        gram = torch.zeros(len(self._v), len(self._v), dtype=torch.float64, device=self.device)
         for at in self._blocks():
             y = self._y[:, at].double()
-            core.addmm_(y, self._v[:, at].double().T)
             gram.addmm_(y, y.T)
-        core, gram = core.cpu(), gram.cpu()
-        values, vectors = torch.linalg.eigh((core + core.T) / 2)
-        found = values > _NONE * values[-1]
-        half = vectors[:, found] / values[found].sqrt()
-        values, vectors = torch.linalg.eigh(half.T @ gram @ half)
+        values, vectors = torch.linalg.eigh(root @ gram.cpu() @ root.T)
         found = values > _NONE * values[-1:]
-        a, roots = (half @ vectors[:, found].flip(1)).T, values[found].flip(0).sqrt()
+        a, roots = vectors[:, found].flip(1).T @ root, values[found].flip(0).sqrt()
         return a.to(self.device), roots.to(self.device)
 
     def _turn(self, rows: Tensor) -> None:
         """V := the eigenvectors of S^T S + R^T R, as far as V shows them; Y := V S^T S."""
-        before, _ = self._turned()
+        before = self._root().to(self.device)
         seen = self._seen(rows)
         self._sum(rows, seen)
         a, roots = self._turned()

@@ -15,6 +15,8 @@ import logging_peers
 import pytest
 import torch
 
+import logra_kernels as lk
+
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
@@ -44,8 +46,8 @@ def test_logging():
     pytest.importorskip("transformers")
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = {**sizes, "num_key_value_heads": 1, "vocab_size": 64}, (2, 8)
-    rows = list(gpu_logging.measure("tiny", None, "cpu", torch.float32, model, 1, peers=()))
-    assert [row["provider"] for row in rows] == ["plain", "logra_kernels", "hooks"]
+    rows = list(gpu_logging.measure("tiny", None, "cpu", torch.float32, model, 1, peers=(), observed=True))
+    assert [row["provider"] for row in rows] == ["plain", "logra_kernels", "hooks", "observed"]
     assert all(row["tokens_per_s"] > 0 for row in rows)
 
 
@@ -56,7 +58,7 @@ def test_peers_beside_it(monkeypatch):
     model = {**sizes, "num_key_value_heads": 1, "vocab_size": 64}, (2, 8)
 
     def right(net, ids, rank, step, within):
-        factors = gpu_logging.own_factors(net, within)
+        factors = gpu_logging.own_factors(net, lk.Projection(rank=rank), within)
         return logging_peers.Peer(lambda: gpu_logging.by_hand(net, ids, factors), factors)
 
     def wrong(net, ids, rank, step, within):
