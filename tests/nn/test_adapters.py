@@ -96,21 +96,23 @@ def test_convolutions(name, kind):
         assert taps.layers["0"] == (conv.out_channels, conv.weight[0].numel())
 
 
+@pytest.mark.parametrize("kind", ["orthonormal", "identity"])
 @pytest.mark.parametrize("name", ["2d", "2d groups", "2d depthwise", "2d pointwise"])
-def test_a_convolution_of_no_samples(name):
+def test_a_convolution_of_no_samples(name, kind):
     conv, shape = CONVOLUTIONS[name]
     conv = conv.to(torch.get_default_device())
-    with lk.capture(nn.Sequential(conv), lk.Projection(rank=3)) as taps:
+    with lk.capture(nn.Sequential(conv), lk.Projection(rank=3, kind=kind)) as taps:
         conv(torch.randn(0, *shape)).sum().backward()
     assert taps.grads["0"].shape == (0, *taps.layers["0"])
 
 
+@pytest.mark.parametrize("kind", ["orthonormal", "identity"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["2d stride dilation", "2d groups", "2d depthwise", "2d pointwise stride"])
-def test_convolutions_in_other_dtypes_and_under_autocast(name, dtype):
+def test_convolutions_in_other_dtypes_and_under_autocast(name, dtype, kind):
     layer, shape = CONVOLUTIONS[name]
     conv, x = copy.deepcopy(layer).to(torch.get_default_device()), torch.randn(3, *shape)
-    with lk.capture(nn.Sequential(conv), lk.Projection(rank=3)) as taps:
+    with lk.capture(nn.Sequential(conv), lk.Projection(rank=3, kind=kind)) as taps:
         conv(x).tanh().double().square().sum().backward()
         exact = taps.grads["0"].clone()
         taps.reset()
@@ -119,7 +121,7 @@ def test_convolutions_in_other_dtypes_and_under_autocast(name, dtype):
         y.double().tanh().square().sum().backward()
         assert_equal_rows({"": taps.grads["0"]}, {"": exact.double()}, 0.05)
     conv.to(dtype)
-    with lk.capture(nn.Sequential(conv), lk.Projection(rank=3)) as taps:
+    with lk.capture(nn.Sequential(conv), lk.Projection(rank=3, kind=kind)) as taps:
         conv(x.to(dtype)).double().tanh().square().sum().backward()
         assert_equal_rows({"": taps.grads["0"]}, {"": exact.double()}, 0.05 if dtype == torch.bfloat16 else 1e-5)
 

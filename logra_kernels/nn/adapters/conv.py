@@ -13,9 +13,9 @@ from logra_kernels.ops import project_rows
 class ConvAdapter(Adapter):
     """y = conv(x, W), groups side by side: dW = sum over groups and output positions of dy[g,t] (x) patch[g,t].
 
-    The patches are never laid out: P_in seen as k_in filters is itself a convolution of x, with the layer's own stride,
-    padding and dilation. (Patches are as many times x as the kernel has places.) Groups are samples to it, as they
-    share their filters, and where the kernel has one place, x's own rows are projected. dW is
+    The patches are not laid out where they are projected: P_in seen as k_in filters is itself a convolution of x, with
+    the layer's own stride, padding and dilation. (Patches are as many times x as the kernel has places.) Groups are
+    samples to it, as they share their filters, and where the kernel has one place, x's own rows are projected. dW is
     [C_out, C_in/groups * kernel]; P_out acts on all C_out rows, so a group has its columns.
     """
 
@@ -50,11 +50,12 @@ class ConvAdapter(Adapter):
         if self.pointwise:
             rows = x[:, :, *(slice(None, None, step) for step in self.stride)].flatten(2).transpose(1, 2)
             return rows if p_in is None else project_rows(rows, p_in)
-        filters = torch.eye(self.d_in, dtype=x.dtype, device=x.device) if p_in is None else p_in
+        if p_in is None:
+            return self._patches(x)
         padding: tuple[int, ...] | str = self.padding
         if self.mode != "zeros":
             x, padding = F.pad(x, self.around, mode=self.mode), 0  # type: ignore[assignment]
-        kernel = filters.reshape(-1, *self.in_shape)
+        kernel = p_in.reshape(-1, *self.in_shape)
         if self.groups == self.channels:  # oneDNN is slow at convolutions of many samples with one channel
             kernel = kernel.repeat(self.groups, *[1] * (kernel.dim() - 1))
             a = self.convolve(x, kernel, None, self.stride, padding, self.dilation, self.groups)
@@ -62,7 +63,20 @@ class ConvAdapter(Adapter):
             apart = x.reshape(len(x) * self.groups, self.in_shape[0], *x.shape[2:])
             a = self.convolve(apart, kernel, None, self.stride, padding, self.dilation)
         a = a.flatten(2)
-        return a.reshape(len(x), self.groups, len(filters), a.shape[-1]).transpose(2, 3).flatten(1, 2)
+        return a.reshape(len(x), self.groups, len(p_in), a.shape[-1]).transpose(2, 3).flatten(1, 2)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """[N, groups * T, d_in]."""
+        x = F.pad(x, self.around, mode="constant" if self.mode == "zeros" else self.mode)
+        for at, (places, step, apart) in enumerate(
+            zip(self.in_shape[1:], self.stride, self.dilation, strict=True), start=2
+        ):
+            x = x.unfold(at, (places - 1) * apart + 1, step)[..., ::apart]
+        spatial = len(self.stride)
+        x = x.unflatten(1, (self.groups, self.in_shape[0])).movedim(
+            2, 2 + spatial
+        )  # [N, groups, *T, C/groups, *kernel]
+        return x.reshape(len(x), self.groups * math.prod(x.shape[2 : 2 + spatial]), self.d_in)
 
     def gradient(
         self,
