@@ -79,8 +79,9 @@ class LayerCovariance:
             left, right = left.flatten(0, 1), right.flatten(0, 1)
             if weights is not None:
                 factor = weights.flatten()
-                kept = factor != 0
-                left, right = left[kept] * factor[kept][:, None], right[kept]
+                if not bool((factor == 1).all()):  # those of a batch without padding are, and need no copies
+                    kept = factor != 0
+                    left, right = left[kept] * factor[kept][:, None], right[kept]
         self.right.add(right)
         self.left.add(left)
         self.positions += len(left)

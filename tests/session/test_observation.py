@@ -264,6 +264,21 @@ def test_reduce_means_inputs_and_sums_gradients_over_counted_positions():
         torch.testing.assert_close(sums.b.double(), b.T @ b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64])
+def test_weights_that_are_all_one_change_nothing(dtype):
+    model, x, y = make_case()
+    found = []
+    for weights in (None, torch.ones(N, T, dtype=dtype)):
+        with lk.capture(model, lk.Projection(kind="identity")) as taps, taps.covariances() as seen:
+            taps.reset(weights=weights)
+            loss_of(model, x, y).backward()
+        found.append(seen.layers)
+    for name, plain in found[0].items():
+        assert torch.equal(plain.a, found[1][name].a)
+        assert torch.equal(plain.b, found[1][name].b)
+        assert plain.positions == found[1][name].positions == N * T
+
+
 def test_sharing_must_stay_the_same(tmp_path):
     model, x, y = make_case()
     with lk.Run(tmp_path / "s", model) as run:
