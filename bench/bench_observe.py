@@ -8,8 +8,8 @@ moments up to 1024 features, sketches beyond); and hooks that sum the whole seco
 is what a sketch stands for. A run's first batch, whose directions come from nothing, is timed apart, and so is solving
 for the factors. Before any timing the directions of the widest sides are held against the exact eigenvectors of what
 the hooks summed: `least_energy` is the least share of theirs that the learned ones capture. Random weights and tokens
-have the flattest spectra there are (some 64th eigenvalue is two thirds of the first); on a trained model's activations
-it is 0.998 and more (tests/test_sketch.py).
+have flat spectra (some 64th eigenvalue is two thirds of the first); on the flattest activations of the trained model in
+tests/test_sketch.py it is 0.998 and more.
 
 Prints a table and writes bench/results.
 """
