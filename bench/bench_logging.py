@@ -38,6 +38,7 @@ from logra_kernels.projection import Learned
 
 RANK, BATCH, TOKENS, ROUNDS = 64, 8, 256, 16
 INCLUDE = ["*.mlp.*"]
+EVERY_LINEAR = (".self_attn.", ".mlp.")  # by parts of their names
 STEPS = PANEL // BATCH  # to a panel of rows
 
 

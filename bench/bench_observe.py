@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench_logging import RANK, keep_heap, make_model, median_error, step
+from bench_logging import EVERY_LINEAR, RANK, keep_heap, make_model, median_error, step
 from logging_peers import targets
 from torch import Tensor, nn
 
@@ -29,8 +29,6 @@ import logra_kernels as lk
 from logra_kernels.nn import Covariances
 from logra_kernels.projection import SideSpectrum
 
-LAYERS = (".self_attn.", ".mlp.")
-INCLUDE = ["*.self_attn.*", "*.mlp.*"]
 ROUNDS, BATCHES, LEAST_ENERGY = 8, 4, 0.9
 
 
@@ -39,7 +37,7 @@ class Moments:
 
     def __init__(self, model: nn.Module) -> None:
         self.sums: dict[tuple[str, str], Tensor] = {}
-        self.layers = targets(model, LAYERS)
+        self.layers = targets(model, EVERY_LINEAR)
         self.handles: list = []
 
     def attach(self) -> None:
@@ -80,7 +78,7 @@ def measure(rounds: int) -> list[dict]:
     model, _ = make_model()
     draw = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, 8192, (8, 256), generator=draw) for _ in range(BATCHES)]
-    taps = lk.capture(model, lk.Projection(RANK), include=INCLUDE)
+    taps = lk.capture(model, lk.Projection(RANK), include=[f"*{part}*" for part in EVERY_LINEAR])
 
     def observe(ids: Tensor, into: Covariances | None) -> Covariances:
         with taps, taps.covariances(into, ("in", "out"), rank=RANK) as seen:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from bench_logging import Hooks, own_factors, step
+from bench_logging import EVERY_LINEAR, Hooks, own_factors, step
 from clock import synced
 from gpu_clock import failed, peak_beyond
 from logging_peers import PEERS, Factors, importable
@@ -17,8 +17,6 @@ from logra_kernels.nn import Covariances
 RANK, ROUNDS = 64, 7
 GPU_PEERS = ("LogIX", "Bergson")
 WARMUPS = 3  # until a compiler's graphs are recorded
-LAYERS = (".self_attn.", ".mlp.")
-INCLUDE = ["*.self_attn.*", "*.mlp.*"]
 MODELS = {  # of a Llama; then sequences and tokens of a step
     "8b": ({"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
             "num_key_value_heads": 8, "vocab_size": 128256}, (4, 2048)),
@@ -71,7 +69,7 @@ def compiled(net: nn.Module, taps: lk.Taps, ids: Tensor, compiler: str) -> dict[
         step(run, ids)
         return taps.grads if active else None
 
-    own = own_factors(net, lk.Projection(rank=RANK), LAYERS)
+    own = own_factors(net, lk.Projection(rank=RANK), EVERY_LINEAR)
     return {"plain": Provider(lambda: once(False)), "logra_kernels": Provider(lambda: once(True), factors=own)}
 
 
@@ -82,7 +80,7 @@ def eager(net: nn.Module, taps: lk.Taps, ids: Tensor) -> dict[str, Provider]:
             step(net, ids)
         return taps.grads
 
-    own = own_factors(net, lk.Projection(rank=RANK), LAYERS)
+    own = own_factors(net, lk.Projection(rank=RANK), EVERY_LINEAR)
     size = sum(p.nbytes for pair in own.values() for p in pair)
     return {
         "plain": Provider(lambda: step(net, ids)),
@@ -114,7 +112,7 @@ def by_hand(net: nn.Module, ids: Tensor, factors: Factors) -> dict[str, Tensor]:
 
 def peer(name: str, net: nn.Module, ids: Tensor) -> Provider:
     before = allocated()
-    made = PEERS[name](net, ids, RANK, step, LAYERS)
+    made = PEERS[name](net, ids, RANK, step, EVERY_LINEAR)
     return Provider(made.run, allocated() - before, made.factors)
 
 
@@ -141,7 +139,7 @@ def measure(
     net, ids = make(sizes, batch, device, dtype)
     held = allocated()
     alone = peak_beyond(lambda: step(net, ids))
-    taps = lk.capture(net, lk.Projection(rank=RANK), include=INCLUDE)
+    taps = lk.capture(net, lk.Projection(rank=RANK), include=[f"*{part}*" for part in EVERY_LINEAR])
     steps = eager(net, taps, ids) if compiler is None else compiled(net, taps, ids, compiler)
     if observed:
         steps["observed"] = observing(net, taps, ids)

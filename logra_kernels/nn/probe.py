@@ -6,7 +6,7 @@ from torch import Tensor
 from logra_kernels.nn.layers import Layer
 from logra_kernels.projection import Projection
 
-Held = dict[tuple[int, torch.device, torch.dtype], Tensor | None]
+Held = dict[tuple[int, torch.device, torch.dtype], Tensor | None]  # a learned factor's id, and p_in made of it
 
 
 class Probe:

@@ -6,7 +6,7 @@ directions are turned towards the rows to come before these are summed.
                   Y += V R^T R
 
 Summing costs two products, R V^T and its transpose by R. A turn is a step of the power method and costs three, and
-small eigendecompositions; it comes when the rows since the last one are a quarter of all, ever more rarely (Tropp et
+a small eigendecomposition; it comes when the rows since the last one are a quarter of all, ever more rarely (Tropp et
 al. 2017, for C from V C; Hardt & Price 2014, for the steps). With directions that are drawn and never turned, Nystrom's
 captures 79 to 95 % of the energy of the k leading eigenvectors of a trained model's activations, whose spectra fall
 slowly; turned ones capture 99 to 100 %. V is kept in bf16, since any directions do.
@@ -23,7 +23,7 @@ from logra_kernels.projection.normal import normals
 _BLOCK = 2048  # features that are worked on at a time,
 _FINE = 256  # and in fp64
 _FEWEST = 64  # directions
-_TURN = 4  # a turn comes when the rows since the last one are one in so many,
+_TURN = 4  # a turn comes when the rows since the last one are one in so many
 _FIRST = 2  # turns for the first rows, whose directions are drawn
 _NONE = 1e-9  # an eigenvalue below so much of the largest is rounding: Y's, which its root would make large
 EXACT = 1024  # sides up to here have their whole C, 4 MB
@@ -37,7 +37,7 @@ def moment(dim: int, rank: int, device: torch.device, dtype: torch.dtype) -> Mom
 
 
 class SketchedMoment(Moment):
-    """The sketch: 7/2 k d numbers of 4 bytes for k of 28 and more, half as many again while it turns.
+    """The sketch: 7/2 k d numbers of 4 bytes for k of 28 and more, a third more while it turns.
 
     Args:
         dim: d.

@@ -73,14 +73,12 @@ class Case:
 
     def learn(self) -> lk.Projection:
         """The projection that this batch teaches."""
-        with self.capture_whole() as taps, taps.covariances(whole=("in", "out"), rank=RANK) as seen:
+        bias = self.settings.get("bias", False)
+        with lk.capture(self.model, SMALL, bias=bias) as taps, taps.covariances(whole=("in", "out"), rank=RANK) as seen:
             loss_of(self.model, self.x, self.target).backward()
         self.x.grad = None
         self.model.zero_grad()
         return lk.Projection(RANK, "pca").learn(seen.spectra())
-
-    def capture_whole(self) -> lk.Taps:
-        return lk.capture(self.model, SMALL, bias=self.settings.get("bias", False))
 
     def widths(self, *taps: int) -> list[int]:
         """Those of projections for so many taps each."""
