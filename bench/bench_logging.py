@@ -113,13 +113,13 @@ def own_factors(model: nn.Module, projection: lk.Projection, within: tuple[str, 
     }
 
 
-def as_learned(model: nn.Module) -> lk.Projection:
+def as_learned(model: nn.Module, dtype: torch.dtype) -> lk.Projection:
     """Drawn factors in the place of PCA's, of which gate and up, that have one input, have one for it."""
     drawn = own_factors(model, lk.Projection(rank=RANK))
     factors = {}
     for name, (_, p_out) in drawn.items():
-        factors[name, "in"] = drawn[name.replace("up_proj", "gate_proj")][0]
-        factors[name, "out"] = p_out
+        factors[name, "in"] = drawn[name.replace("up_proj", "gate_proj")][0].to(dtype)
+        factors[name, "out"] = p_out.to(dtype)
     return lk.Projection(RANK, "pca", learned=Learned(factors, dict.fromkeys(drawn, 1.0)))
 
 
@@ -168,12 +168,13 @@ def provider(name: str, model: nn.Module, ids: Tensor) -> Provider:
         return Provider(peer.run, peer.factors, 1e-4)
     if name == "plain":
         return Provider(lambda: step(model, ids), {}, 0)
-    projection = as_learned(model) if " pca" in name else lk.Projection(rank=RANK)
+    narrow = " bf16" in name
+    dtype = torch.bfloat16 if narrow else torch.float32
+    projection = as_learned(model, dtype) if " pca" in name else lk.Projection(rank=RANK)
     factors = own_factors(model, projection)
     if name == "hooks":
         return Provider(lambda: by_hooks(model, ids, factors), factors, 1e-4)
-    narrow = " bf16" in name
-    taps = lk.capture(model, projection, include=INCLUDE, projection_dtype=torch.bfloat16 if narrow else None)
+    taps = lk.capture(model, projection, include=INCLUDE, projection_dtype=dtype)
 
     def run() -> dict[str, Tensor]:
         with taps:
@@ -229,7 +230,7 @@ def high_water() -> int:
 
 
 def peak_bytes(name: str) -> int:
-    """High-water mark of a fresh process after three steps of one provider."""
+    """High-water mark of a fresh process in the second to fourth step of one provider."""
     # every freed block goes back to the system, so that the mark does not hang on how they fitted into the heap
     settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     asked = [sys.executable, __file__, "--peak", name]
@@ -296,7 +297,8 @@ def main() -> None:
         made = provider(asked.peak, model, ids)
         if asked.peak != "hooks":
             made.factors.clear()  # the check's, beside the taps' own
-        Path("/proc/self/clear_refs").write_text("5")  # the mark is of the steps alone
+        made.seconds()  # in which a tap learns who shares its input
+        Path("/proc/self/clear_refs").write_text("5")  # the mark is of the steps to come alone
         for _ in range(3):
             made.seconds()
         print(high_water())

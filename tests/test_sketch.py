@@ -227,7 +227,7 @@ def test_moments_of_the_same_numbers_are_solved_once(dim, monkeypatch):
     assert sides["q", "in"] is sides["k", "in"] is sides["v", "in"]
     for key, one in moments.items():
         assert torch.equal(sides[key].factor, SideSpectrum.of(one, 8).factor)
-    learned = Learned.restore(Learned.of(sides).state(), {})
+    learned = Learned.restore(Learned.of(sides, {}).state(), {})
     assert learned["q", "in"] is learned["v", "in"]
     assert learned["q", "in"] is not learned["o", "in"]
 

@@ -263,6 +263,11 @@ class Taps(TapState):
         return {name: (probe.p_in, probe.p_out) for name, probe in self._probes.items()}
 
     @property
+    def factor_dtypes(self) -> dict[str, torch.dtype]:
+        """Layer name -> dtype of the numbers that its factors are held for."""
+        return {name: probe.factor_dtype for name, probe in self._probes.items()}
+
+    @property
     def holders(self) -> dict[str, tuple[tuple[nn.Module, Adapter], ...]]:
         """Layer name -> the modules that hold its weight (several where it is tied), with their adapters."""
         return {layer.name: layer.holders for layer in self._layers}

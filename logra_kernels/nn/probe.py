@@ -17,6 +17,7 @@ class Probe:
         source: What p_in was learned as; probes with one such tensor have the same p_in,
         shares: which some other probe of the taps has.
         device, dtype: Of the leaf.
+        factor_dtype: That of the numbers p_in and p_out are held for.
         k: (k_out, k_in), another object for other factors.
     """
 
@@ -26,7 +27,7 @@ class Probe:
         self._asked = projection_dtype if mixes else None
         self._cast: dict[tuple[torch.dtype, torch.dtype], tuple[Tensor | None, Tensor | None]] = {}
         self.device, self.dtype = layer.weight.device, torch.float64 if dtype == torch.float64 else torch.float32
-        self._weight_dtype = dtype
+        self.factor_dtype = self._beside(dtype)
         self.leaf: Tensor | None = None
         self.shares = False
 
@@ -34,7 +35,7 @@ class Probe:
         """Have other factors; a learned one that is `held` already, for another probe, is not held twice."""
         sides = (("in", layer.d_in), ("out", layer.d_out))
         p_in, p_out = (projection.factor(layer.name, side, d, self.device) for side, d in sides)
-        dtype = self._beside(self._weight_dtype)
+        dtype = self.factor_dtype
         self.source = None if projection.learned is None else projection.learned.get((layer.name, "in"))
         self.p_in = None if p_in is None else p_in.to(self.device, dtype)
         if self.source is not None:

@@ -2,6 +2,9 @@
 
 P = the k leading eigenvectors of C = sum over positions of r r^T, as rows      (Choe et al. 2024, section 3.2)
 spread = (trace(C) / d) / (trace(P C P^T) / k)      mean eigenvalue of the whole side over that of what P keeps
+
+A factor that meets numbers of 16 bits is rounded to them once, when it is learned: it is P from then on, whatever dtype
+a later model multiplies it in, and takes half the memory and half the file.
 """
 
 import json
@@ -16,6 +19,7 @@ from torch import Tensor
 from logra_kernels.projection.moment import Moment
 
 SIDES = ("in", "out")
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,9 @@ def side_spectra(moments: Mapping[tuple[str, str], Moment], rank: int) -> dict[t
 
 
 class Learned(Mapping[tuple[str, str], Tensor]):
-    """(layer name, "in" or "out") -> P [k, d] fp32, of the sides that were learned; equal if the numbers are.
+    """(layer name, "in" or "out") -> P [k, d], of the sides that were learned; equal if the numbers are.
 
-    Sides of the same numbers have one tensor, as the inputs of q, k and v do.
+    They are kept in bf16 or fp16 where they come in it, and in fp32 otherwise. Sides of the same numbers have one tensor, as the inputs of q, k and v do.
 
     Attributes:
         spread: Layer name -> the product of its learned sides' spreads.
@@ -72,17 +76,21 @@ class Learned(Mapping[tuple[str, str], Tensor]):
         self._factors: dict[tuple[str, str], Tensor] = {}
         held: dict[bytes, Tensor] = {}
         for key, p in factors.items():
-            p = p.detach().float().cpu().contiguous()
-            numbers = xxhash.xxh3_128(p.numpy().tobytes()).digest() + bytes(str(tuple(p.shape)), "ascii")
+            p = (p if p.dtype in _HALF else p.float()).detach().cpu().contiguous()
+            numbers = xxhash.xxh3_128(_bytes(p)).digest() + bytes(f"{p.dtype} {tuple(p.shape)}", "ascii")
             self._factors[key] = held.setdefault(numbers, p)
         self.spread = dict(spread)
 
     @classmethod
-    def of(cls, sides: Mapping[tuple[str, str], SideSpectrum]) -> "Learned":
+    def of(cls, sides: Mapping[tuple[str, str], SideSpectrum], dtypes: Mapping[str, torch.dtype]) -> "Learned":
+        """What was learned, for layers whose factors meet numbers of these dtypes; fp32 where nothing is said."""
         spread: dict[str, float] = {}
-        for (name, _), side in sides.items():
+        factors = {}
+        for (name, end), side in sides.items():
             spread[name] = spread.get(name, 1.0) * side.spread
-        return cls({key: side.factor for key, side in sides.items()}, spread)
+            dtype = dtypes.get(name)
+            factors[name, end] = side.factor.to(dtype) if dtype in _HALF else side.factor
+        return cls(factors, spread)
 
     def __getitem__(self, key: tuple[str, str]) -> Tensor:
         return self._factors[key]
@@ -105,7 +113,7 @@ class Learned(Mapping[tuple[str, str], Tensor]):
         found = xxhash.xxh3_128(json.dumps(self.spread, sort_keys=True).encode())
         for name, tensor in sorted(self.state().items()):
             found.update(f"{name} {tuple(tensor.shape)} ".encode())
-            found.update(tensor.numpy().tobytes())
+            found.update(_bytes(tensor))
         return found.hexdigest()
 
     def state(self) -> dict[str, Tensor]:
@@ -120,3 +128,7 @@ class Learned(Mapping[tuple[str, str], Tensor]):
             name, side = key.rsplit("/", 1)
             factors[name, side] = tensor
         return cls(factors, spread)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.view(torch.uint8).numpy().tobytes()

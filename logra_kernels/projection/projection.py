@@ -69,9 +69,16 @@ class Projection:
         """The sides whose factors must still be learned from data."""
         return () if self.learned is not None else tuple(side for side, kind in self.kinds.items() if kind == "pca")
 
-    def learn(self, sides: Mapping[tuple[str, str], SideSpectrum]) -> "Projection":
-        """The same projection with the factors of its "pca" sides."""
-        return replace(self, learned=Learned.of(sides))
+    def learn(
+        self, sides: Mapping[tuple[str, str], SideSpectrum], dtypes: Mapping[str, torch.dtype] | None = None
+    ) -> "Projection":
+        """The same projection with the factors of its "pca" sides.
+
+        Args:
+            sides: What was learned.
+            dtypes: Layer name -> that of the numbers its factors meet: bf16 and fp16 have them rounded. Default fp32.
+        """
+        return replace(self, learned=Learned.of(sides, dtypes or {}))
 
     def drawn(self) -> "Projection":
         """The same with random orthonormal factors in place of those that must still be learned."""
@@ -85,7 +92,7 @@ class Projection:
         return dim if self.kinds[side] == "identity" else min(self.rank, dim)
 
     def factor(self, name: str, side: str, dim: int, device: torch.device | str = "cpu") -> Tensor | None:
-        """The factor [k, dim] in fp32 for the layer `name`; None for the identity.
+        """The factor [k, dim] for the layer `name`, in fp32 or the 16 bits it was learned in; None for the identity.
 
         Args:
             name: The layer's name in the model.

@@ -62,7 +62,7 @@ class Observation:
         spectra = self._spectra()
         projection = self._wanted or Projection(kind="orthonormal" if spectra is None else "pca")
         if projection.learns and spectra is not None:
-            projection = projection.learn(spectra)
+            projection = projection.learn(spectra, self._taps.factor_dtypes)
             self._seen = None if self._seen is None else self._seen.projected(spectra)
         self._taps.project(projection)
         self._open = False

@@ -1,6 +1,6 @@
 """A projection's learned factors, kept in the store whose rows were made with them.
 
-    sidecars/projection.<digest>.safetensors           "<layer>/in" and "<layer>/out", P [k, d] fp32
+    sidecars/projection.<digest>.safetensors           "<layer>/in" and "<layer>/out", P [k, d] fp32, bf16 or fp16
     sidecars/projection-spread.<digest>.safetensors    "<layer>", see `projection.learned`; by itself, since it is small
 
 They are there before the first row is. The manifest names their digest, so other factors are refused.

@@ -247,6 +247,50 @@ def test_factors_of_fewer_rows_than_the_rank(tmp_path):
         lk.capture(model, lk.Projection(rank=4, kind="pca", learned=Learned(factors, {})))
 
 
+def held_as_learned(run, dtype):
+    learned = run.taps.projection.learned
+    for name, factors in run.taps.factors.items():
+        for side, p in zip(("in", "out"), factors, strict=True):
+            assert p is learned[name, side]
+            assert p.dtype == dtype
+    return learned
+
+
+def test_factors_of_a_bf16_projection_are_rounded_once_and_held_once(tmp_path):
+    model, x, y = make_case()
+    learned, rows = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        path = tmp_path / str(dtype)
+        with lk.Run(path, model, projection=PCA, projection_dtype=dtype) as run:
+            observe(run, model, x, y)
+            log(run, model, x, y)
+            learned.append(held_as_learned(run, dtype))
+            run.commit()
+            rows.append(run.store.read(0, N))
+        with lk.Run(path, model) as again:
+            assert held_as_learned(again, dtype) == learned[-1]
+    for key, p in learned[0].items():
+        assert torch.equal(learned[1][key], p.bfloat16())
+    assert learned[0] != learned[1]
+    torch.testing.assert_close(rows[1], rows[0], rtol=0, atol=1e-2 * rows[0].norm(dim=1).max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_16_bits_learns_factors_of_16_bits_which_one_of_32_can_use(tmp_path, dtype):
+    wide, x, y = make_case()
+    model = make_case()[0].to(dtype)
+    with lk.Run(tmp_path / "s", model, projection=PCA) as run:
+        observe(run, model, x.to(dtype), y.to(dtype))
+        log(run, model, x.to(dtype), y.to(dtype))
+        learned = held_as_learned(run, dtype)
+    projection = lk.Projection(K, "pca", learned=learned)
+    with lk.Run(tmp_path / "t", wide, projection=projection) as run:
+        log(run, wide, x, y)
+        for name, (p_in, p_out) in run.taps.factors.items():
+            assert torch.equal(p_in, learned[name, "in"].float())
+            assert torch.equal(p_out, learned[name, "out"].float())
+
+
 def test_reduce_means_inputs_and_sums_gradients_over_counted_positions():
     model, x, y = make_case()
     weights = torch.rand(N, T)
