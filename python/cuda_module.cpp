@@ -27,10 +27,12 @@ Arch arch_of(const char* op, int code) {
 }
 
 // positions as (address, dtype code, strides of sample, row and column), d, and the projection with its k.
-project_grad::CudaSide side_of(const std::tuple<Address, int, int64_t, int64_t, int64_t>& positions, int64_t d,
-                               const std::optional<Matrix>& projection, int64_t k) {
+project_grad::CudaSide side_of(int element, const std::tuple<Address, int, int64_t, int64_t, int64_t>& positions,
+                               int64_t d, const std::optional<Matrix>& projection, int64_t k) {
   const auto& [data, dtype, sample_stride, row_stride, column_stride] = positions;
   LGK_CHECK(projection || d == k, "project_grad: d and k must be equal for a side without a projection");
+  LGK_CHECK(dtype == element || (!projection && dtype == 0), "project_grad: positions must have the call's dtype");
+  LGK_CHECK(!projection || std::get<1>(*projection) == element, "project_grad: factors must have the call's dtype");
   project_grad::CudaSide side = {};
   side.positions = reinterpret_cast<const void*>(data);
   side.sample_stride = sample_stride, side.row_stride = row_stride, side.column_stride = column_stride;
@@ -112,8 +114,8 @@ PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
                   "project_grad: chunk, chunks and length must not be negative");
         LGK_CHECK((offsets == 0) == (chunk_ends == 0), "project_grad: offsets and chunk_ends come together");
         project_grad::CudaArgs args = {};
-        args.x = side_of(x, d_in, p_in, k_in);
-        args.dy = side_of(dy, d_out, p_out, k_out);
+        args.x = side_of(dtype, x, d_in, p_in, k_in);
+        args.dy = side_of(dtype, dy, d_out, p_out, k_out);
         args.weights = reinterpret_cast<const float*>(std::get<0>(weights));
         args.weight_sample_stride = std::get<1>(weights), args.weight_row_stride = std::get<2>(weights);
         args.out = reinterpret_cast<float*>(out), args.partial = reinterpret_cast<float*>(partial);

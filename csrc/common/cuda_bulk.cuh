@@ -60,27 +60,20 @@ __device__ inline void arrive_expecting(Barrier* barrier, int bytes) {
                : "memory");
 }
 
-#define LGK_WAIT(name, scope)                                 \
-  __device__ inline void name(Barrier* barrier, int parity) { \
-    asm volatile(                                             \
-        "{\n"                                                 \
-        ".reg .pred ended;\n"                                 \
-        "again:\n"                                            \
-        "mbarrier.try_wait.parity.acquire." scope             \
-        ".shared::cta.b64 ended, [%0], %1;\n"                 \
-        "@ended bra done;\n"                                  \
-        "bra again;\n"                                        \
-        "done:\n"                                             \
-        "}\n" ::"r"(shared_address(barrier)),                 \
-        "r"(parity)                                           \
-        : "memory");                                          \
-  }
-
-// Until the phase of this parity has ended; the one before the first counts as ended, with parity 1. The second one is
-// for barriers at which threads of other blocks arrive.
-LGK_WAIT(wait_for_phase, "cta")
-LGK_WAIT(wait_for_cluster, "cluster")
-#undef LGK_WAIT
+// Until the phase of this parity has ended; the one before the first counts as ended, with parity 1.
+__device__ inline void wait_for_phase(Barrier* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ended;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
+      "@ended bra done;\n"
+      "bra again;\n"
+      "done:\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
 
 // Starts fetching the map's box at (column, row, sample); what lies outside the tensor comes as zeros.
 __device__ inline void fetch_tile(char* tile, const TensorMap* map, Barrier* barrier, int column, int row, int sample) {
@@ -119,13 +112,14 @@ __device__ inline void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// At the same barrier of another block of the cluster.
+// At the same barrier of another block of the cluster, which need not see what this thread has written: at the
+// cluster's scope that would cost a fence of the whole device.
 __device__ inline void arrive_at(Barrier* barrier, int rank) {
   asm volatile(
       "{\n"
       ".reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
       "}\n" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");

@@ -12,6 +12,7 @@ namespace {
 
 void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would report it again
     throw std::runtime_error(std::string("project_grad: ") + what + ": " + cudaGetErrorString(status));
   }
 }

@@ -27,7 +27,7 @@ __device__ inline Span span_of(const CudaShape& shape, int64_t chunk) {
   return {low, first, end, stop - begin <= shape.chunk};
 }
 
-// A number's bf16 parts at [row][column] of the tiles of `parts`.
+// A number's bf16 parts at [row][column] of the tiles of `parts`; of what is not finite the first one has all.
 template <class Path>
 __device__ inline void store_parts(char* parts, int row, int column, float v) {
 #pragma unroll
@@ -36,6 +36,7 @@ __device__ inline void store_parts(char* parts, int row, int column, float v) {
     char* to = parts + i * Path::kPart + tile_offset<Path::kWidth / 8>(row, column / 8) + column % 8 * 2;
     *reinterpret_cast<uint16_t*>(to) = part;
     v -= bf16_to_float(part);
+    v = v == v ? v : 0.f;
   }
 }
 
@@ -112,22 +113,23 @@ struct Share {
   __device__ static int column(int warp) { return warp / kRowGroups * kColumns; }
 };
 
-// g += left^T right over the block's positions, both as bf16 parts; the products of small parts with small ones are
-// below the precision that is kept.
+// g += left^T right over the block's positions, both as bf16 parts, small ones first: the tensor cores cut every sum
+// off towards zero, by more where it is large. Products of small parts with small ones are below the precision that is
+// kept.
 template <class Path>
 __device__ inline void add_outer(Fragment<Share<Path>::kColumns>& g, const char* left, const char* right, int warp,
                                  int lane) {
   constexpr int kChunks = Path::kWidth / 8, kColumns = Share<Path>::kColumns;
   const int row = Share<Path>::row(warp) / 8, column = Share<Path>::column(warp) / 8;
 #pragma unroll
-  for (int i = 0; i < Path::kParts; ++i) {
+  for (int i = Path::kParts - 1; i >= 0; --i) {
 #pragma unroll 2
     for (int k = 0; k < Path::kPositions; k += 16) {
       uint32_t a[4];
       load_matrices_transposed(
           a, left + i * Path::kPart + tile_offset<kChunks>(k + lane % 8 + lane / 16 * 8, row + lane / 8 % 2));
 #pragma unroll
-      for (int h = 0; h < Path::kParts - i; ++h) {
+      for (int h = Path::kParts - i - 1; h >= 0; --h) {
 #pragma unroll
         for (int j = 0; j < kColumns / 8; j += 2) {
           uint32_t b[4];
@@ -157,6 +159,24 @@ __device__ inline void write_share(const Fragment<Share<Path>::kColumns>& g, flo
   }
 }
 
+// The same, in sums of the block's positions alone where 24 bits are kept.
+template <class Path>
+__device__ inline void add_positions(Fragment<Share<Path>::kColumns>& g, const char* left, const char* right, int warp,
+                                     int lane) {
+  if constexpr (Path::kParts == 3) {
+    Fragment<Share<Path>::kColumns> own;
+    own.clear();
+    add_outer<Path>(own, left, right, warp, lane);
+#pragma unroll
+    for (int j = 0; j < Share<Path>::kColumns / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) g.c[j][e] += own.c[j][e];
+    }
+  } else {
+    add_outer<Path>(g, left, right, warp, lane);
+  }
+}
+
 // The warps that multiply, over the positions of the span, in as many rounds as its cluster has.
 template <class Path>
 __device__ inline void add_span(typename Path::Copies& copies, char* shared, const CudaArgs& args, const Span& span,
@@ -179,7 +199,7 @@ __device__ inline void add_span(typename Path::Copies& copies, char* shared, con
     Path::sync();
     project_side<Path>(copies, args.x, span.sample, start, i0, weights, false, x_parts);
     project_side<Path>(copies, args.dy, span.sample, start, o0, weights, args.weights != nullptr, dy_parts);
-    if (Share<Path>::has(warp)) add_outer<Path>(g, dy_parts, x_parts, warp, lane);
+    if (Share<Path>::has(warp)) add_positions<Path>(g, dy_parts, x_parts, warp, lane);
   }
   copies.part();
   if (span.sample >= args.shape.samples) return;

@@ -324,7 +324,7 @@ class EngineCopies {
                              int start, int sample, int k0) {
     const int rows = Path::kWidth / blocks_, first = rank() * rows;  // of the factor, for all blocks
     for (int64_t column = 0; column < side.d; column += Path::kDepth) {
-      wait_for_cluster(empty_ + taken_.slot, taken_.phase ^ 1);
+      wait_for_phase(empty_ + taken_.slot, taken_.phase ^ 1);
       Barrier* full = full_ + taken_.slot;
       char* stage = ring_ + taken_.slot * Path::kStage;
       char* share = stage + Path::kFactorAt + first * kTileRowBytes;

@@ -160,6 +160,7 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks) score_kernel(const __gri
       char* other = now;
       now = next, next = other;
     }
+    products.end(warp, lane);
     if constexpr (!K::R::kEncoded && K::kMost > 1) mend_nans<K>(products.sums, args, place, begin, warp, lane);
     if (args.candidates.list != nullptr && args.pieces == 1) {
       keep_candidates<K>(args, products.sums, place.q0, place.n0, reinterpret_cast<uint32_t*>(shared), warp, lane);

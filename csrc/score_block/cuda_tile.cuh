@@ -50,9 +50,9 @@ struct Kernel {
   __device__ static int query(int warp) { return warp % kWarpsAcross * kAcross * 8; }
   using Sums = Fragments<float, kDown, kAcross>;
 
-  // A step's products are summed by themselves where they are to be scaled, or where the many small ones of several
-  // parts would each cost the whole sum a rounding. On sm_80 blocks of a scale may be shorter than a step.
-  static constexpr bool kDirect = !R::kEncoded && kMost == 1;
+  // Products are summed by themselves for a step or several: where they are to be scaled, and because the tensor cores
+  // cut every sum off towards zero, by more where it is large. On sm_80 blocks of a scale may be shorter than a step.
+  static constexpr int kTogether = !R::kEncoded && kMost == 1 ? 8 : 1;  // steps
   static constexpr int kSpans = !R::kEncoded ? 0 : kArch == Arch::kSm80 ? kDepth / kScaleUnit : 1;
   using Parts = Fragments<std::conditional_t<kIntegers, int32_t, float>, kDown, kAcross>;
 
@@ -83,11 +83,11 @@ __device__ inline void multiply_64(int32_t (&c)[kAcross][4], uint64_t a, uint64_
   multiply_group_s8(c, a, b);
 }
 
-// part += products over chunks `chunk` and the next one, by a warp.
+// part += products over chunks `chunk` and the next one, by a warp; those of small parts first.
 template <class K, class Part>
 __device__ inline void multiply_chunks(Part& part, const char* half, int chunk, int warp, int lane) {
 #pragma unroll
-  for (int p = 0; p < K::Q::kParts; ++p) {
+  for (int p = K::Q::kParts - 1; p >= 0; --p) {
     uint32_t b[K::kAcross / 2][4];
 #pragma unroll
     for (int j = 0; j < K::kAcross / 2; ++j) {
@@ -95,7 +95,7 @@ __device__ inline void multiply_chunks(Part& part, const char* half, int chunk, 
       load_matrices(b[j], half + p * K::kQueryTile + tile_offset<kChunks>(at, chunk + lane / 8 % 2));
     }
 #pragma unroll
-    for (int r = 0; r < K::R::kParts; ++r) {
+    for (int r = K::R::kParts - 1; r >= 0; --r) {
       if (p + r >= K::kKept) continue;
 #pragma unroll
       for (int i = 0; i < K::kDown; ++i) {
@@ -115,9 +115,9 @@ __device__ inline void multiply_step(Part& part, const char* half, int warp) {
   const uint32_t queries = shared_address(half);
   const uint32_t rows = shared_address(half + K::kRowsAt) + uint32_t(warp / 4 * 64 * kTileRowBytes);
 #pragma unroll
-  for (int p = 0; p < K::Q::kParts; ++p) {
+  for (int p = K::Q::kParts - 1; p >= 0; --p) {
 #pragma unroll
-    for (int r = 0; r < K::R::kParts; ++r) {
+    for (int r = K::R::kParts - 1; r >= 0; --r) {
       if (p + r >= K::kKept) continue;
 #pragma unroll
       for (int column = 0; column < kTileRowBytes; column += 32) {
@@ -153,8 +153,8 @@ __device__ inline void add_scaled(typename K::Sums& sums, const typename K::Part
   }
 }
 
-// The products of one step after the other: begun by start, in `sums` after finish. What lies between them runs beside
-// the tensor cores of sm_90a; on sm_80 start does it all.
+// The products of one step after the other, begun by start and complete after finish; in `sums` after end. What lies
+// between start and finish runs beside the tensor cores of sm_90a; on sm_80 start does it all.
 template <class K>
 class Products {
  public:
@@ -166,41 +166,41 @@ class Products {
   }
 
   __device__ void start(const char* half, int warp, int lane) {
+    if (held_ == 0) part_.clear();
     if constexpr (K::kArch == Arch::kSm90) {
-      if constexpr (!K::kDirect) part_.clear();
       begin_products();
-      if constexpr (K::kDirect)
-        multiply_step<K>(sums, half, warp);
-      else
-        multiply_step<K>(part_, half, warp);
+      multiply_step<K>(part_, half, warp);
       commit_products();
-    } else if constexpr (K::kDirect) {
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks; chunk += 2) multiply_chunks<K>(sums, half, chunk, warp, lane);
     } else {
-      part_.clear();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // 32 bytes of each row
         multiply_chunks<K>(part_, half, 2 * i, warp, lane);
         if (K::R::kEncoded && i < 3 && (i + 1) % together_ == 0) add_span(half, i, warp, lane), part_.clear();
       }
-      add_span(half, 3, warp, lane);
+      add_part(half, 3, warp, lane);
     }
   }
 
   __device__ void finish(const char* half, int warp, int lane) {
     if constexpr (K::kArch == Arch::kSm90) {
       wait_for_products<0>();
-      if constexpr (K::kDirect) {
-        take_products(sums.c[0]);
-      } else {
-        take_products(part_.c[0]);
-        add_scaled<K>(sums, part_, half, 0, warp, lane);
-      }
+      take_products(part_.c[0]);
+      add_part(half, 0, warp, lane);
     }
   }
 
+  __device__ void end(int warp, int lane) {
+    if (held_ > 0) add_scaled<K>(sums, part_, nullptr, 0, warp, lane);
+  }
+
  private:
+  // The end of a step, of which quarter i is the last one to be added.
+  __device__ void add_part(const char* half, int i, int warp, int lane) {
+    if (K::kTogether > 1 && ++held_ < K::kTogether) return;
+    held_ = 0;
+    add_span(half, i, warp, lane);
+  }
+
   // What ends with quarter i of a step.
   __device__ void add_span(const char* half, int i, int warp, int lane) {
     const int first = i / together_ * together_;
@@ -209,6 +209,7 @@ class Products {
 
   typename K::Parts part_;
   int together_;  // quarters of a step that share a scale
+  int held_ = 0;  // steps in part_ that are not in `sums`
 };
 
 }  // namespace lgk::score_block

@@ -345,7 +345,8 @@ def capture(
         projection_dtype: What linear layers' activations and gradients are multiplied with the factors in; sums are in
             fp32 all the same. None is the model's own dtype; bf16 rounds those of an fp32 model, which halves the cost
             where bf16 is the faster, and adds to a row an error of some 0.4 % of its norm, as torch's bf16 products do;
-            fp32 keeps the factors of a 16-bit model exact. An fp64 model keeps fp64.
+            fp32 keeps the factors of a 16-bit model exact. An fp64 model keeps fp64. Factors that a `Run` learns for 16
+            bits are rounded as they are learned, and stay so for a model of 32.
         in_graph: Make every tap a node of autograd's graph, so that `torch.autograd.grad(loss, taps.probes.values())`
             works. Without it, eager models on the CPU are tapped more cheaply where a layer's output gets a gradient
             anyway, and `backward()` is what gathers.

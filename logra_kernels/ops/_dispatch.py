@@ -31,6 +31,7 @@ FORCED = os.environ.get("LOGRA_KERNELS_BACKEND", "auto")
 _MODULE = {"cpp": "cpu", "triton": "triton", "cuda": "cuda", "reference": "reference"}
 _ORDER = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "cuda", "reference")}
 _CUDA_OPS = ("project_grad", "score_block", "score_topk")  # those that have kernels in CUDA C++
+_SHARED_BYTES = 163 << 10  # of shared memory a block, that compute capability 8.0 gives and the kernels for it may take
 
 
 class FallbackWarning(UserWarning):
@@ -66,6 +67,16 @@ def cuda_error() -> str | None:
         importlib.import_module("logra_kernels._C_cuda")
     except ImportError as error:
         return f"logra_kernels._C_cuda is not built ({error}); install with nvcc present"
+    if torch.version.hip is not None:
+        return "they are for NVIDIA's devices"
+    for device in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(device)
+        if found.major < 8 or found.shared_memory_per_block_optin < _SHARED_BYTES:
+            return (
+                f"cuda:{device}, {found.name}, gives a block {found.shared_memory_per_block_optin >> 10} KiB of shared"
+                f" memory at compute capability {found.major}.{found.minor}; these kernels take up to"
+                f" {_SHARED_BYTES >> 10} KiB, as A100 and H100 have"
+            )
     return None
 
 

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,17 @@ def test_without_its_interpreter_triton_refuses_cpu_tensors():
     ran = python(USE + "lk.score_block(one, one, backend='triton')")
     assert "RuntimeError: score_block: backend 'triton' is not available here" in ran.stderr
     assert "TRITON_INTERPRET" in ran.stderr
+
+
+def test_cuda_kernels_are_not_for_devices_of_little_shared_memory(monkeypatch):
+    consumer = SimpleNamespace(name="RTX", major=8, minor=9, shared_memory_per_block_optin=99 << 10)
+    large = SimpleNamespace(name="A100", major=8, minor=0, shared_memory_per_block_optin=163 << 10)
+    why = _dispatch.cuda_error.__wrapped__
+    monkeypatch.setitem(sys.modules, "logra_kernels._C_cuda", SimpleNamespace())
+    for devices, named in (((), None), ((large,), None), ((large, consumer), "cuda:1, RTX, gives a block 99 KiB")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))  # noqa: B023
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: devices[i])  # noqa: B023
+        assert why() is None if named is None else named in why()
 
 
 def test_importing_the_package_loads_no_kernel_and_no_compiler():

@@ -110,9 +110,19 @@ def test_in_a_cuda_graph():
 
 
 @pytest.mark.skipif(_dispatch.cuda_error() is not None, reason="logra_kernels._C_cuda is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_long_sums_in_cuda_do_not_shrink(dtype):
+    """Tensor cores cut their sums off towards zero; one after the other, thousands of them would add up to a bias."""
+    queries, rows = (torch.rand(n, 98304, device="cuda").to(dtype) for n in (64, 512))
+    got = lk.score_block(queries, rows, backend="cuda")
+    exact = queries.double() @ rows.double().T
+    assert ((got - exact) / exact).mean().abs() < 4e-6
+
+
+@pytest.mark.skipif(_dispatch.cuda_error() is not None, reason="logra_kernels._C_cuda is not built")
 @pytest.mark.parametrize("path", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("k", [16, 64, 128, 200])
+@pytest.mark.parametrize("k [16, 64, 128, 200])
 def test_project_grad_in_cuda_by_either_path(monkeypatch, path, dtype, k):
     from logra_kernels.ops.project_grad import cuda
 
@@ -123,7 +133,7 @@ def test_project_grad_in_cuda_by_either_path(monkeypatch, path, dtype, k):
         args = [torch.randn(s, device="cuda").to(dtype) for s in ((sum(lengths), 1024), (sum(lengths), 520))]
         args += [(torch.randn(k, d, device="cuda") / d**0.5).to(dtype) for d in (1024, 520)]
         offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0)
-        assert cuda.arch_of(*args) == (90 if path == "sm_90a" else 80)
+        assert cuda.arch_of(*args, dtype) == (90 if path == "sm_90a" else 80)
         got = lk.project_grad(*args, offsets, backend="cuda")
         exact = reference.project_grad(*(a.double() for a in args), offsets, None)
         assert_as_good_as_naive(got, exact, reference.project_grad(*args, offsets, None))

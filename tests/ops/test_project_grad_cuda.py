@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ops.cuda_sources import COMPILER, NVCC, OnCpu, machine_code
-from ops.test_project_grad import case, exactly, position_weights, ragged
+from ops.test_project_grad import MIXED, case, exactly, position_weights, ragged
 from ops.views import VIEWS
 from tolerance import assert_as_good_as_naive
 
@@ -237,6 +237,9 @@ class TestLauncher:
             assert offset_stride in (0, 1)
             assert stream == 7
             assert chunk % positions == 0
+            assert x[1] == dtype if p_in else x[1] in (dtype, 0)
+            assert dy[1] == dtype if p_out else dy[1] in (dtype, 0)
+            assert all(p is None or p[1] == dtype for p in (p_in, p_out))
             width, _, _ = tiling(80, dtype, k_in, k_out, p_out is None)
             archs.append(arch)
             sides = [
@@ -296,6 +299,32 @@ class TestLauncher:
     def test_projected(self, launch):
         _, dy, _, p_out = case(3, 37, 8, 24, 8, 16, torch.bfloat16)
         self.check(launch, (torch.randn(3, 37, 12), dy, None, p_out))
+
+    @pytest.mark.parametrize(("rows", "p"), MIXED)
+    def test_factors_of_another_dtype(self, launch, rows, p):
+        x, dy, p_in, p_out = case(2, 37, 40, 24, 16, 10)
+        x, dy, p_in, p_out = x.to(rows), dy.to(rows), p_in.to(p), p_out.to(p)
+        for args in ((x, dy, p_in, p_out), (x.float(), dy, None, p_out), (x, dy, p_in, None), (x, dy, None, p_out)):
+            got = launch.call(*args, None, None)
+            narrow = [v if factor is None else v.to(p) for v, factor in zip(args, args[2:], strict=False)]
+            assert_as_good_as_naive(got, exactly(*narrow, *args[2:]), reference.project_grad(*args))
+
+    @pytest.mark.parametrize("dtype", HALVES, ids=str)
+    def test_sides_of_different_dtypes(self, launch, dtype):
+        x, dy, p_in, p_out = case(2, 37, 40, 24, 16, 10)
+        for args in (
+            (x, dy.to(dtype), p_in, p_out.to(dtype)),
+            (x.to(dtype), dy, p_in.to(dtype), p_out),
+            (x.to(dtype), dy, None, p_out),
+            (x.to(dtype), dy, None, None),
+        ):
+            self.check(launch, args)
+
+    def test_samples_that_overlap(self, launch):
+        dy, p_in, p_out = case(3, 37, 24, 16, 20, 10, torch.bfloat16)[1:]
+        x = torch.randn(60, 24).bfloat16().as_strided((3, 37, 24), (24 * 8, 24, 1))
+        self.check(launch, (x, dy, p_in, p_out))
+        assert launch.archs == [80]
 
     def test_empty(self, launch):
         x, dy, p_in, p_out = case(2, 3, 8, 6, 4, 5)

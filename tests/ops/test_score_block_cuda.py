@@ -63,6 +63,15 @@ def test_matches_fp64(kernels, arch, queries, rows, tile):
         check(kernels, arch, torch.randn(tile - 3, 200).to(queries), torch.randn(133, 200).to(rows), tile)
 
 
+@pytest.mark.parametrize("numbers", [F32, BF16, F16], ids=str)
+def test_long_sums_do_not_shrink(kernels, arch, numbers):
+    """Tensor cores cut their sums off towards zero; one after the other, thousands of them would add up to a bias."""
+    queries, rows = (torch.rand(n, 9000).to(numbers) for n in (2, 40))
+    got = run(kernels, arch, queries, rows, 16, 1 << 20)
+    exact = queries.double() @ rows.double().T
+    assert ((got - exact) / exact).mean().abs() < 1e-6
+
+
 @pytest.mark.parametrize("queries", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("name", SCALED)
 def test_codes(kernels, arch, name, queries):

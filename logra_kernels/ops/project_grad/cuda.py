@@ -12,6 +12,7 @@ from logra_kernels.ops._device import cuda_arch, programs_of
 from logra_kernels.ops._native import DTYPE_CODE, matrix
 from logra_kernels.ops.project_grad.chunks import cut, partials_of
 
+_HALVES = (torch.bfloat16, torch.float16)
 CLUSTER = 0  # blocks of sm_90a that share what they read of a factor: 1, 2, 4, or 0 for as many as suit the work
 
 
@@ -20,6 +21,8 @@ def launch(
 ) -> Tensor:
     if dy.dtype == torch.float64:
         raise RuntimeError("project_grad: backend 'cuda' has no fp64 kernel; use 'triton' or 'reference'")
+    x, dy, p_in, p_out, element = _alike(x, dy, p_in, p_out)
+    code = DTYPE_CODE[element]
     n = x.shape[0] if offsets is None else offsets.shape[0] - 1
     t, d_in, d_out = x.shape[-2], x.shape[-1], dy.shape[-1]
     k_in, k_out = (v.shape[-1] if p is None else p.shape[0] for p, v in ((p_in, x), (p_out, dy)))
@@ -28,8 +31,8 @@ def launch(
         return g
     if not t:
         return g.zero_()
-    arch = arch_of(x, dy, p_in, p_out)
-    most_t, least_t, tiles = _C_cuda.project_grad_tiling(arch, DTYPE_CODE[dy.dtype], k_in, k_out, p_out is None)
+    arch = arch_of(x, dy, p_in, p_out, element)
+    most_t, least_t, tiles = _C_cuda.project_grad_tiling(arch, code, k_in, k_out, p_out is None)
     block_t, chunk = cut(n, t, offsets is not None, tiles, most_t, programs_of(dy), partials_of(x, dy, g), least_t)
     cuts = ends = None
     if offsets is None:
@@ -41,7 +44,7 @@ def launch(
     with torch.cuda.device(dy.device):
         _C_cuda.project_grad(
             arch,
-            DTYPE_CODE[dy.dtype],
+            code,
             block_t,
             _positions(x),
             _positions(dy),
@@ -67,21 +70,37 @@ def launch(
     return g
 
 
-def arch_of(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> int:
+def _alike(
+    x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, torch.dtype]:
+    """The operands as the kernels take them, and their dtype: that of all that is projected here and its factors.
+
+    Positions that meet a factor of another dtype are copied in it; positions without a factor may stay fp32.
+    """
+    x, dy = (v if p is None else v.to(p.dtype) for v, p in ((x, p_in), (dy, p_out)))
+    projected = {v.dtype for v, p in ((x, p_in), (dy, p_out)) if p is not None} or {dy.dtype}
+    element = projected.pop() if len(projected) == 1 else torch.float32
+    x, dy = (
+        v if v.dtype == element or (p is None and v.dtype == torch.float32) else v.float()
+        for v, p in ((x, p_in), (dy, p_out))
+    )
+    p_in, p_out = (None if p is None else p.to(element) for p in (p_in, p_out))
+    return x, dy, p_in, p_out, element
+
+
+def arch_of(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, element: torch.dtype) -> int:
     """80 or 90: whose kernels take these operands, on their device."""
     if cuda_arch(dy, _C_cuda.has_sm_90a()) == 80:
         return 80
-    half = dy.dtype in (torch.bfloat16, torch.float16)
     sides = [(v, p) for v, p in ((x, p_in), (dy, p_out)) if p is not None]
-    fetched = p_out is not None and all(v.dtype == p.dtype == dy.dtype and _mapped(v) and _mapped(p) for v, p in sides)
-    return 90 if half and fetched else 80
+    fetched = p_out is not None and all(_mapped(v) and _mapped(p) for v, p in sides)
+    return 90 if element in _HALVES and fetched else 80
 
 
 def _mapped(v: Tensor) -> bool:
-    """Whether a tensor map describes v, [N, T, d] or [R, d]: aligned rows of neighbours, samples of whole rows."""
-    samples = (
-        v.stride(0) % v.stride(-2) == 0 and v.stride(0) >= v.stride(-2) if v.dim() == 3 and v.shape[0] > 1 else True
-    )
+    """Whether a tensor map describes v, [N, T, d] or [R, d]: aligned rows of neighbours, samples of whole rows, one
+    after the other."""
+    samples = v.dim() == 2 or len(v) < 2 or (v.stride(0) % v.stride(1) == 0 and v.stride(0) >= len(v[0]) * v.stride(1))
     return (
         v.numel() > 0
         and samples

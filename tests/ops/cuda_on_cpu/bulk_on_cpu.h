@@ -102,15 +102,14 @@ void multiply_group(T (&c)[kColumns][4], uint64_t a, uint64_t b) {
   T(*sums)[4] = c;
   products.open.push_back([=] {
     const Matrix left(a), right(b);
-    for (int byte = 0; byte < 32; byte += 8) {
-      const uint64_t rows[] = {left.at(row, byte), left.at(row + 8, byte)};
-      for (int j = 0; j < kColumns; ++j) {
-        for (int h = 0; h < 2; ++h) {
-          const uint64_t column = right.at(j * 8 + lane % 4 * 2 + h, byte);
-          for (int e = h; e < 4; e += 2) {
-            for (int k = 0; k < 2 * kEach; ++k) sums[j][e] += kNumber(rows[e / 2], k) * kNumber(column, k);
-          }
+    for (int j = 0; j < kColumns; ++j) {
+      for (int e = 0; e < 4; ++e) {
+        Wide<T> sum = sums[j][e];
+        for (int byte = 0; byte < 32; byte += 8) {
+          const uint64_t own = left.at(row + e / 2 * 8, byte), other = right.at(j * 8 + lane % 4 * 2 + e % 2, byte);
+          for (int k = 0; k < 2 * kEach; ++k) sum += Wide<T>(kNumber(own, k)) * kNumber(other, k);
         }
+        sums[j][e] = kept(sums[j][e], sum);
       }
     }
   });
@@ -132,7 +131,7 @@ inline TensorMap tensor_map(const char*, const void* data, int64_t columns, int6
   using on_cpu::must;
   must(reinterpret_cast<uintptr_t>(data) % 16 == 0, "a tensor map's address is not aligned");
   must(row_stride * 2 % 16 == 0 && sample_stride * 2 % 16 == 0, "a tensor map's stride is no multiple of 16 bytes");
-  must(row_stride >= columns && sample_stride >= row_stride, "a tensor map's stride is too small");
+  must(row_stride >= columns && sample_stride >= row_stride * rows, "a tensor map's stride is too small");
   for (const int64_t size : {columns, rows, samples}) must(size > 0 && size <= int64_t(1) << 32, "a tensor map's size");
   must(sample_stride * 2 < int64_t(1) << 40 && box_rows > 0 && box_rows <= 256, "a tensor map's stride or box");
   return {static_cast<const char*>(data), {columns, rows, samples}, {row_stride * 2, sample_stride * 2}, box_rows};
@@ -169,7 +168,6 @@ inline void wait_for_phase(Barrier* barrier, int parity) {
   }
   ++on_cpu::self().waits;
 }
-inline void wait_for_cluster(Barrier* barrier, int parity) { wait_for_phase(barrier, parity); }
 inline void show_barriers() {}
 
 inline void let_next_grid_start() {}

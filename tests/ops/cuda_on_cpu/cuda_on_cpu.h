@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +17,7 @@
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #define __device__
@@ -231,6 +233,16 @@ inline float from_bf16(uint64_t word, int i) { return bf16_to_float(uint16_t(wor
 inline float from_half(uint64_t word, int i) { return half_to_float(uint16_t(word >> 16 * i)); }
 inline int32_t from_s8(uint64_t word, int i) { return int8_t(word >> 8 * i); }
 
+// A sum as the tensor cores keep it: theirs are not rounded to nearest, but cut off towards zero (Fasi et al. 2021,
+// "Numerical behavior of NVIDIA tensor cores"), once for each instruction's products here.
+inline float kept(float, double sum) {
+  const float nearest = float(sum);
+  return std::isfinite(nearest) && std::abs(double(nearest)) > std::abs(sum) ? std::nextafter(nearest, 0.f) : nearest;
+}
+inline int32_t kept(int32_t, int32_t sum) { return sum; }
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, float>, double, T>;
+
 // mma.m16n8 with k of 32 bytes: a lane holds rows g, g + 8 of a, row g of b, and rows g, g + 8, columns 2t, 2t + 1 of
 // c.
 template <auto kNumber, int kEach, class T>
@@ -239,12 +251,14 @@ void multiply(T (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const Exchange& all = exchange(words, 6);
   const int lane = block->current % kWarp, g = lane / 4, t = lane % 4;
   for (int e = 0; e < 4; ++e) {
+    Wide<T> sum = c[e];
     for (int k = 0; k < 8 * kEach; ++k) {
       const int owner = k / kEach % 4, upper = k / (4 * kEach);
-      const T left = kNumber(all.words[g * 4 + owner][e / 2 + 2 * upper], k % kEach);
-      const T right = kNumber(all.words[(2 * t + e % 2) * 4 + owner][4 + upper], k % kEach);
-      c[e] += left * right;
+      const Wide<T> left = kNumber(all.words[g * 4 + owner][e / 2 + 2 * upper], k % kEach);
+      const Wide<T> right = kNumber(all.words[(2 * t + e % 2) * 4 + owner][4 + upper], k % kEach);
+      sum += left * right;
     }
+    c[e] = kept(c[e], sum);
   }
 }
 
