@@ -71,11 +71,11 @@ def cuda_error() -> str | None:
         return "they are for NVIDIA's devices"
     for device in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(device)
-        if found.major < 8 or found.shared_memory_per_block_optin < _SHARED_BYTES:
+        shared: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]  # its stub lacks it
+        if found.major < 8 or shared < _SHARED_BYTES:
             return (
-                f"cuda:{device}, {found.name}, gives a block {found.shared_memory_per_block_optin >> 10} KiB of shared"
-                f" memory at compute capability {found.major}.{found.minor}; these kernels take up to"
-                f" {_SHARED_BYTES >> 10} KiB, as A100 and H100 have"
+                f"cuda:{device}, {found.name}, gives a block {shared >> 10} KiB of shared memory at compute capability"
+                f" {found.major}.{found.minor}; these kernels take up to {_SHARED_BYTES >> 10} KiB, as an A100 has"
             )
     return None
 

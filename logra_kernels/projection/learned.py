@@ -66,7 +66,8 @@ def side_spectra(moments: Mapping[tuple[str, str], Moment], rank: int) -> dict[t
 class Learned(Mapping[tuple[str, str], Tensor]):
     """(layer name, "in" or "out") -> P [k, d], of the sides that were learned; equal if the numbers are.
 
-    They are kept in bf16 or fp16 where they come in it, and in fp32 otherwise. Sides of the same numbers have one tensor, as the inputs of q, k and v do.
+    They are kept in bf16 or fp16 where they come in it, in fp32 otherwise. Sides of the same numbers have one tensor,
+    as the inputs of q, k and v do.
 
     Attributes:
         spread: Layer name -> the product of its learned sides' spreads.

@@ -122,7 +122,7 @@ def test_long_sums_in_cuda_do_not_shrink(dtype):
 @pytest.mark.skipif(_dispatch.cuda_error() is not None, reason="logra_kernels._C_cuda is not built")
 @pytest.mark.parametrize("path", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("k [16, 64, 128, 200])
+@pytest.mark.parametrize("k", [16, 64, 128, 200])
 def test_project_grad_in_cuda_by_either_path(monkeypatch, path, dtype, k):
     from logra_kernels.ops.project_grad import cuda
 
