@@ -21,6 +21,7 @@ from logra_kernels.session import (
     Solved,
     Writing,
     mode_problems,
+    row_ids,
     unscaled,
     zero_layers,
 )
@@ -158,7 +159,8 @@ class Run(Writing):
         """Store the projected gradients of a batch of training rows: forward and `loss.backward()` go inside.
 
         Args:
-            ids: One string a sample, in the batch's order; new to the store, or the very rows a rerun comes by again.
+            ids: One a sample, in the batch's order: strings, or whole numbers (also a tensor of them), which become
+                their digits; new to the store, or the very rows a rerun comes by again.
             columns: More facts of each row (source, text), one list each.
             weights: A factor for each position, [N, T], as in `Taps.reset`.
             offsets: Where token rows are packed with documents, their limits in the flattened positions, [N+1] int64,
@@ -172,14 +174,14 @@ class Run(Writing):
             observe: Let the same backward gather the covariances that `observe` does, at the projection as it is.
 
         Raises:
-            ValueError: `offsets` do not fit the ids or the batch; an unknown `nonfinite`.
+            ValueError: `offsets` do not fit the ids or the batch; ids of another kind; an unknown `nonfinite`.
             LograError: A layer received no gradient, or the projection is "pca" and nothing was observed.
             StoreError: A gradient is NaN or infinite (the ids are named) or too large for the dtype, an id is a
                 duplicate, the disk is full; what was committed stays.
         """
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"log: nonfinite is {nonfinite!r}; it must be 'raise' or 'skip'")
-        ids = [str(i) for i in ids]
+        ids = row_ids("log", ids)
         self._observation.decide()
         with self._tapped(len(ids), weights, offsets, sequence_length), self._observation.beside(observe):
             yield
@@ -209,14 +211,14 @@ class Run(Writing):
         """Gather the projected gradients of queries: forward and `loss.backward()` go inside.
 
         Args:
-            ids: One string a sample.
+            ids: One a sample, as in `log`.
             weights, offsets, sequence_length, loss_scale: As in `log`.
 
         Raises:
-            ValueError: `offsets` do not fit the ids or the batch.
+            ValueError: `offsets` do not fit the ids or the batch; ids of another kind.
             LograError: A layer received no gradient, or a gradient is NaN or infinite.
         """
-        query = Query([str(i) for i in ids])
+        query = Query(row_ids("query", ids))
         self._observation.decide()
         with self._tapped(len(query.ids), weights, offsets, sequence_length):
             yield query

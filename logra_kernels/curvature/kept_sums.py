@@ -55,7 +55,7 @@ def save(store: GradientStore, name: str, sums: RowSums, names: Collection[str])
         "shards": shards,
         "prefix": _prefix(store, shards, sums.whole),
     }
-    store.sidecar_write(name, tensors, facts, key=_setting(store, sums.dtype))
+    store.sidecar_keep(name, tensors, facts, key=_setting(store, sums.dtype))
 
 
 def _setting(store: GradientStore, dtype: torch.dtype) -> str:

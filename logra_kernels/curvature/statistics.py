@@ -211,7 +211,7 @@ class KeptCurvature(Curvature):
         found = cls.measure(store, progress)
         tensors = found.state()
         if tensors:
-            store.sidecar_write(f"curvature-{cls.kind}", tensors, key=key)
+            store.sidecar_keep(f"curvature-{cls.kind}", tensors, key=key)
         return found
 
     @classmethod

@@ -94,9 +94,9 @@ def row_statistics(
     if missing or (norms is None and not set(wanted).isdisjoint(NORMS)):
         computed = _stream(store, factor, missing, progress)
         if norms is None:
-            store.sidecar_write(_NORMS_SIDECAR, {name: computed[name] for name in NORMS})
+            store.sidecar_keep(_NORMS_SIDECAR, {name: computed[name] for name in NORMS})
         for name in missing:
-            store.sidecar_write(_sidecar(name, suffix), {name: computed[name]}, {"factor": added})
+            store.sidecar_keep(_sidecar(name, suffix), {name: computed[name]}, {"factor": added})
         found |= computed
     return {name: found[name] for name in wanted}
 

@@ -13,6 +13,7 @@ from logra_kernels.errors import LograError
 from logra_kernels.integrations.causal_lm import IGNORED, Batch, loss_sum
 from logra_kernels.one_pass import one_pass_trainer
 from logra_kernels.run import Run
+from logra_kernels.session import row_ids
 
 FIELDS, ROWS = "logra_kernels fields", "logra_kernels rows"  # names that no model takes
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
@@ -108,9 +109,7 @@ def logging_trainer(
             kept = inputs.pop(FIELDS)
             batch = self._prepare_inputs(inputs)
             first, self._numbered = self._numbered, self._numbered + kept[ROWS]
-            names = (
-                [str(i) for i in range(first, self._numbered)] if ids is None else [str(i) for i in kept.get(ids, ())]
-            )
+            names = [str(i) for i in range(first, self._numbered)] if ids is None else row_ids("log", kept.get(ids, ()))
             if not observe and run.committed(names):
                 return torch.zeros((), dtype=torch.float32, device=self.args.device)
             with self._gathering(names, kept, batch):

@@ -205,15 +205,27 @@ class Covariances:
             if side in self.whole
         }
 
-    def projected(self, spectra: Mapping[tuple[str, str], SideSpectrum]) -> "Covariances":
-        """The same covariances in the coordinates that `spectra` chose, where they are diagonal; to be added to."""
+    def projected(
+        self, spectra: Mapping[tuple[str, str], SideSpectrum], factors: Mapping[tuple[str, str], Tensor]
+    ) -> "Covariances":
+        """The same covariances in the coordinates of what was learned; to be added to.
+
+        Args:
+            spectra: P and the eigenvalues v of C: P C P^T = diag(v), C P^T = P^T diag(v).
+            factors: Q, P as it is kept, perhaps rounded: Q C Q^T = (Q P^T) diag(v) (Q P^T)^T but for what Q has outside
+                of P's rows, which is squared.
+        """
         found = Covariances(self._names, sharing=self.sharing)
         found.samples, found._unreached = self.samples, set(self._unreached)
         for name, sums in self.layers.items():
             sides = [("in", sums.right), ("out", sums.left)]
             for at, (side, whole) in enumerate(sides):
                 if (name, side) in spectra:
-                    values = spectra[name, side].values
-                    sides[at] = side, SecondMoment(values.diag().to(whole.device, whole.dtype))
+                    known, q = spectra[name, side], factors[name, side]
+                    turned = known.values.diag()
+                    if q.dtype != known.factor.dtype:
+                        turn = q.to(known.values) @ known.factor.to(known.values).T
+                        turned = turn @ turned @ turn.T
+                    sides[at] = side, SecondMoment(turned.to(whole.device, whole.dtype))
             found._sums[name] = LayerCovariance(sides[0][1], sides[1][1], sums.positions)
         return found

@@ -185,8 +185,9 @@ class Hook:
         if taps.offsets is None and leaf.shape[0] != x.shape[0] and not self._flattened(x):
             by = "" if taps.begun_by is None else f" by layer {taps.begun_by!r}, as reset(batch_size) was not called"
             raise MisfitError(
-                f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun{by}; call"
-                " taps.reset() between batches; exclude layers whose inputs are not [N, ...], or, where a model"
+                f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun{by}; a Run"
+                " takes one id a sample; call taps.reset() between batches; exclude layers whose inputs are not"
+                " [N, ...], or, where a model"
                 " flattens samples and positions, give sequence_length ('any' where it cuts samples into windows; or,"
                 " packed, the samples' limits as offsets)"
             )

@@ -4,6 +4,7 @@ from logra_kernels.session.fisher_sums import FisherSums
 from logra_kernels.session.modes import mode_problems, unscaled, zero_layers
 from logra_kernels.session.observation import Observation
 from logra_kernels.session.query import Query
+from logra_kernels.session.row_ids import row_ids
 from logra_kernels.session.sensitivity import Sensitivity
 from logra_kernels.session.settings import Settings
 from logra_kernels.session.shared_observation import SharedObservation
@@ -28,6 +29,7 @@ __all__ = [
     "ensemble",
     "member_scores",
     "mode_problems",
+    "row_ids",
     "tracin",
     "unscaled",
     "zero_layers",

@@ -13,6 +13,7 @@ from logra_kernels.errors import LograError
 from logra_kernels.nn import Taps, TokenShares
 from logra_kernels.session import sensitivity
 from logra_kernels.session.query import Query
+from logra_kernels.session.row_ids import row_ids
 from logra_kernels.session.solved import Solved
 from logra_kernels.session.verify import Loss, Verification, verify
 from logra_kernels.store import GradientStore, IndexInfo
@@ -199,14 +200,14 @@ class Analysis(ABC):
         Raises:
             LograError: No such row.
         """
-        ids = list(ids)
+        ids = row_ids("stored", ids)
         numbers = self.commit().numbers_of(ids).tolist()
         absent = [name for name, number in zip(ids, numbers, strict=True) if number < 0]
         if absent:
             raise LograError(f"the store {self.store.path} has no row {absent[0]!r}; see store.ids")
         parts = [self.store.read(number, number + 1) for number in numbers]
         rows = torch.cat(parts) if parts else torch.empty(0, self.store.dim, dtype=torch.float32, device="cpu")
-        return Query(list(ids), rows if self.store.whitening is None else self.store.whitening.undo(rows))
+        return Query(ids, rows if self.store.whitening is None else self.store.whitening.undo(rows))
 
     @contextmanager
     def tokens(

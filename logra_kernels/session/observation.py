@@ -63,7 +63,8 @@ class Observation:
         projection = self._wanted or Projection(kind="orthonormal" if spectra is None else "pca")
         if projection.learns and spectra is not None:
             projection = projection.learn(spectra, self._taps.factor_dtypes)
-            self._seen = None if self._seen is None else self._seen.projected(spectra)
+            if self._seen is not None and projection.learned is not None:  # on one rank of several
+                self._seen = self._seen.projected(spectra, projection.learned)
         self._taps.project(projection)
         self._open = False
 
@@ -86,7 +87,7 @@ class Observation:
             for name, sums in self._seen.layers.items()
             for side, moment in (("in", sums.right), ("out", sums.left))
         }
-        return Projection(rank, "pca").learn(side_spectra(moments, rank))
+        return Projection(rank, "pca").learn(side_spectra(moments, rank), self._taps.factor_dtypes)
 
     @property
     def learning(self) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.errors import LograError, StoreError
+from logra_kernels.session.row_ids import row_ids
 
 
 class Window:
@@ -15,11 +16,11 @@ class Window:
         ids: Of the rows, in that order.
 
     Raises:
-        ValueError: An id is there twice.
+        ValueError: An id is there twice, or is of another kind than `row_ids` takes.
     """
 
     def __init__(self, ids: Sequence[str]) -> None:
-        self._ids = [str(i) for i in ids]
+        self._ids = row_ids("ordered", ids)
         self._place_of = {name: place for place, name in enumerate(self._ids)}
         if len(self._place_of) < len(self._ids):
             raise ValueError("ordered: an id is there twice; every row needs its own")

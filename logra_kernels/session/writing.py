@@ -10,6 +10,7 @@ from logra_kernels.errors import LograError, StoreError
 from logra_kernels.session.analysis import Analysis
 from logra_kernels.session.fisher_sums import FisherSums
 from logra_kernels.session.observation import Observation
+from logra_kernels.session.row_ids import row_ids
 from logra_kernels.session.settings import Settings
 from logra_kernels.session.skipped_rows import SkippedRows
 from logra_kernels.session.window import Window
@@ -43,7 +44,8 @@ class Writing(Analysis):
 
     def committed(self, ids: Sequence[str]) -> bool:
         """Whether all these rows are safely in the store, or were skipped or deleted: a rerun may pass over them."""
-        return self._store is not None and self._store.taken([*set(ids) - self._skipped.among(ids)])
+        names = set(row_ids("committed", ids))
+        return self._store is not None and self._store.taken([*names - self._skipped.among(names)])
 
     @contextmanager
     def ordered(self, ids: Sequence[str]) -> Iterator[None]:
@@ -129,8 +131,8 @@ class Writing(Analysis):
         Raises:
             StoreError: Ids that the store does not have, or the disk refuses.
         """
+        ids = row_ids("delete", ids)
         before = self.commit()
-        ids = ids if isinstance(ids, str) else list(ids)  # they are gone through twice
         with GradientStore.open(self.path, mode="append") as writer:
             deleted = writer.delete(ids)
         gone = sorted(number for number in before.numbers_of(list(set(ids))).tolist() if number >= 0)

@@ -1,5 +1,7 @@
 """What a store is, apart from its rows: the facts of its manifest, and the sidecars beside it."""
 
+import errno
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -14,6 +16,8 @@ from logra_kernels.store import sidecar
 from logra_kernels.store.fingerprint import check_fingerprints
 from logra_kernels.store.format import WHITENING, Manifest
 from logra_kernels.store.whitening import Whitening
+
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Facts(ABC):
@@ -128,6 +132,30 @@ class Facts(ABC):
             StoreError: An argument is wrong, or the disk refuses.
         """
         return sidecar.write_sidecar(self.path, name, key or self.content_hash, tensors, metadata or {})
+
+    def sidecar_keep(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        key: str | None = None,
+    ) -> None:
+        """`sidecar_write`, of what can be computed again: where nobody may write, a warning says that it is not kept.
+
+        Raises:
+            StoreError: As `sidecar_write`, for other reasons.
+        """
+        try:
+            self.sidecar_write(name, tensors, metadata, key=key)
+        except StoreError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _UNWRITABLE:
+                raise
+            warnings.warn(
+                f"{self.path} cannot be written to ({error.__cause__.strerror}): what is computed from its rows is not"
+                " kept, and will be computed again",
+                stacklevel=2,
+            )
 
     def sidecar_read(self, name: str, *, key: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """(tensors, metadata) of a sidecar, or None when there is none or it was computed from other rows.

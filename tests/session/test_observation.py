@@ -265,6 +265,12 @@ def test_factors_of_a_bf16_projection_are_rounded_once_and_held_once(tmp_path):
             observe(run, model, x, y)
             log(run, model, x, y)
             learned.append(held_as_learned(run, dtype))
+            kept = run._observation._seen.layers
+            for name, (a, b) in sides(model, x, y).items():
+                for p, side, sums in zip(run.taps.factors[name], (a, b), (kept[name].a, kept[name].b), strict=True):
+                    seen = side.flatten(0, 1) @ p.double().T
+                    exact = seen.T @ seen
+                    torch.testing.assert_close(sums.double(), exact, rtol=0, atol=2e-5 * exact.max().item())
             run.commit()
             rows.append(run.store.read(0, N))
         with lk.Run(path, model) as again:

@@ -92,9 +92,11 @@ class Share(GradientStore):
         """Rank 0 writes for all, once all have come here: one that is late must not find what it would have made with
         the others. They wait for it, so that every rank sees the same sidecars."""
         dist.barrier()
-        if self._rank == 0:
-            super().sidecar_write(name, tensors, metadata, key=key)
-        dist.barrier()
+        try:
+            if self._rank == 0:
+                super().sidecar_write(name, tensors, metadata, key=key)
+        finally:
+            dist.barrier()
         return self.path
 
 

@@ -21,7 +21,7 @@ def zero_layers(store: GradientStore) -> frozenset[str]:
     for _, rows in store.blocks():
         nonzero += torch.stack([rows[:, part].any() for part in store.slices.values()])
     sum_over_ranks(store, [nonzero])
-    store.sidecar_write(_SIDECAR, {"nonzero": nonzero})
+    store.sidecar_keep(_SIDECAR, {"nonzero": nonzero})
     return _named(store, nonzero)
 
 
