@@ -7,6 +7,11 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="directory written by `logra log`")
+    parser.add_argument(
+        "--release-ids",
+        action="store_true",
+        help="forget which rows were deleted, so that their ids can be used again; else logging passes over them",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -15,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
 
     with GradientStore.open(args.store, mode="append") as store:
         before = store.nbytes
-        count = store.compact()
+        count = store.compact(release_ids=args.release_ids)
         saved = (before - store.nbytes) / 1e6
         print(
             f"compacted {args.store}: {count:,} deleted rows taken out, {saved:,.1f} MB saved, {len(store):,} rows left"

@@ -8,6 +8,7 @@
     deleted-<start>-<hash>.safetensors     tensor "rows" int64 [m], sorted: lines of that shard that are not shown
     sidecars/<name>.<key>.safetensors      what was computed from the rows; stale once the key differs
     sidecars/skipped.<zeros>.safetensors   ids of rows that were left out, see `store.skipped`
+    sidecars/removed.<zeros>.safetensors   ids of deleted rows that are in no file any more, see `store.removed`
     lock                                   empty; flocked by the one writer
 
 <start> and <stop> are serial numbers: the k-th row that was ever appended has number k, for ever. Appending fills a

@@ -1,8 +1,8 @@
 """Every id of a store, and the number of its row.
 
-Ids have places in the order they came. A deleted one keeps its place, and with it the name, until a compaction; the
-number of a row that is shown is its place less the deleted ones before it. So nothing is gone through again when rows
-are deleted.
+Ids have places in the order they came. A deleted one keeps its place, and with it the name, until a compaction that
+releases it; the number of a row that is shown is its place less the deleted ones before it. So nothing is gone through
+again when rows are deleted.
 """
 
 from collections.abc import Iterable
@@ -89,12 +89,11 @@ def new_places() -> Places:
 
 
 class KnownIds:
-    """The ids of a store's rows, queued ones included, and of the deleted ones that no compaction took out yet.
+    """The ids of a store's rows, queued ones included, and of the deleted ones that no compaction released.
 
     Args:
         shown: Ids of the rows, in order.
-        deleted: Ids of deleted rows. One that is shown, too, is shown: its first row was deleted and compacted away,
-            but a store whose manifest was lost may know of that row again.
+        deleted: Ids of deleted rows. One that is shown, too, is shown: it was released, and is another row's.
 
     Raises:
         StoreError: Two rows that are shown have the same id.

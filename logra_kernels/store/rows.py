@@ -53,7 +53,8 @@ def add_ids(known: KnownIds, ids: list[str]) -> None:
     if gone:
         raise StoreError(
             f"ids were deleted from the store: {shorten(gone)};"
-            " leave these rows out, or compact the store first to use the ids again"
+            " leave these rows out, or release the ids first: store.compact(release_ids=True), or"
+            " logra compact --release-ids"
         )
     there = [repr(name) for name, number in zip(ids, numbers, strict=True) if number >= 0]
     raise StoreError(
@@ -125,7 +126,7 @@ def committed_prefix(known: KnownIds, committed: int, ids: list[str]) -> int:
 
     Args:
         committed: Rows below this number may be dropped: those that were committed when the store was opened. Those
-            that were deleted and not compacted away yet do not come back by a rerun.
+            that were deleted do not come back by a rerun.
 
     Raises:
         StoreError: They are not consecutive rows, or new ids follow before all committed ones have come.
@@ -161,7 +162,7 @@ def rows_to_delete(directory: Path, known: KnownIds, ids: Iterable[str], missing
     if absent and not missing_ok:
         raise StoreError(
             f"{directory} has no rows with {len(absent)} of the {len(wanted)} ids: {shorten(absent)};"
-            " none was deleted; correct them, or delete with missing_ok=True"
+            " none was deleted; correct them, or pass over them with missing_ok=True (`logra delete --missing-ok`)"
         )
     return {name: number for name, number in found.items() if number >= 0}
 

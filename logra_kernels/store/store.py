@@ -203,9 +203,13 @@ class GradientStore(SearchedRows):
         """
         return self._writing().delete(ids, missing_ok)
 
-    def compact(self) -> int:
+    def compact(self, *, release_ids: bool = False) -> int:
         """Write shards with deleted rows again without them; the rows that are shown stay the same, and so does
         `content_hash`. Readers that are open go on with the old files, which the next writer removes.
+
+        Args:
+            release_ids: Forget which rows were deleted, of all the store's time, so that their ids can be used again;
+                else a list of them stays, and a rerun of the logging does not bring the rows back.
 
         Returns:
             How many deleted rows were taken out of the files.
@@ -213,7 +217,7 @@ class GradientStore(SearchedRows):
         Raises:
             StoreError: A shard is damaged, or the disk refuses; the rows are intact, and compacting again goes on.
         """
-        return self._writing().compact()
+        return self._writing().compact(release_ids)
 
     def close(self) -> None:
         """Commit what was appended and let the store go; a second call does nothing. Reading goes on working.
@@ -262,8 +266,8 @@ class GradientStore(SearchedRows):
         return self._appender.is_committed(name)
 
     def taken(self, ids: Sequence[str]) -> bool:
-        """Whether every row with one of these ids is committed, or was deleted and not compacted away yet: a rerun of
-        the logging passes over it."""
+        """Whether every row with one of these ids is committed, or was deleted: a rerun of the logging passes over
+        it."""
         known = self._reader.known if self._appender is None else self._appender.known
         numbers = known.numbers(list(ids))
         return bool(((numbers != UNKNOWN) & (numbers < len(self))).all())

@@ -7,7 +7,7 @@ import torch
 from store.samples import LAYERS, columns_of, ids_of, part_of, rows_of, tree
 
 from logra_kernels.errors import StoreError
-from logra_kernels.store import GradientStore
+from logra_kernels.store import GradientStore, fsck, merge, quantize
 
 COUNT = 40
 
@@ -156,9 +156,54 @@ def test_a_rerun_passes_over_deleted_rows(path):
     with GradientStore.open(path, mode="append") as store:
         with pytest.raises(StoreError, match="were deleted from the store: 'row-5'"):
             store.append(*part_of(COUNT, 5, 6))
-        store.compact()
+        assert store.compact() == 3
+        with pytest.raises(StoreError, match="were deleted from the store: 'row-5'.*release_ids=True"):
+            store.append(*part_of(COUNT, 5, 6))
+        assert store.compact(release_ids=True) == 0
         store.append(*part_of(COUNT, 5, 6))
     assert_shows(GradientStore.open(path), [*without(5, 11, 29, of=COUNT), 5])
+
+
+def test_a_rerun_passes_over_rows_that_were_compacted_away(path):
+    delete(path, [5, 11, 29])
+    assert compact(path) == 3
+    delete(path, [0, 28])
+    assert compact(path) == 2
+    gone = [f"row-{i}" for i in (5, 11, 29, 0, 28)]
+    store = GradientStore.open(path)
+    assert store.deleted_ids == gone
+    assert store.taken([*gone, "row-1"])
+    with GradientStore.open(path, mode="append") as store:
+        assert store.delete(gone) == 0
+        assert store.append(*part_of(COUNT, 0, 12), skip_committed=True) == 0
+        assert store.append(*part_of(COUNT, 12, COUNT), skip_committed=True) == 10
+    left = without(0, 5, 11, 28, 29, of=COUNT)
+    assert_shows(GradientStore.open(path), left)
+    assert fsck(path).faults == []
+    with GradientStore.open(path, mode="append") as store:
+        assert store.compact(release_ids=True) == 0
+        assert store.deleted_ids == []
+        store.append(*part_of(COUNT, 5, 6))
+    assert GradientStore.open(path).deleted_ids == []
+
+
+def test_deleted_ids_go_on_into_stores_that_are_made_of_it(path, tmp_path):
+    delete(path, [3])
+    compact(path)
+    delete(path, [4])
+    fill(tmp_path / "other", 30, 35)
+    for made in (merge([path, tmp_path / "other"], tmp_path / "m"), quantize(path, tmp_path / "q", "bf16")):
+        assert sorted(made.deleted_ids) == ["row-3", "row-4"]
+
+
+def test_a_damaged_list_of_removed_ids_is_found(path):
+    delete(path, [3])
+    compact(path)
+    file = next((path / "sidecars").glob("removed.*"))
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert fsck(path).faults
+    with pytest.raises(StoreError, match="removed"):
+        GradientStore.open(path, mode="append")
 
 
 def test_resume_after_data_without_the_deleted_rows(path):

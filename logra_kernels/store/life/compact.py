@@ -2,21 +2,26 @@
 
 It goes on in steps, each a commit of its own: the new files of some shards, the manifest that names them in place of
 the old ones, then the removal of those. A crash between any two leaves a store that shows the same rows, and the next
-compaction does what is left. The rows that are shown and their numbers do not change, so neither does `content_hash`,
-and what was computed from them stays valid. Readers that are open keep the files they know: those are removed by the
-next writer that comes when nobody reads.
+compaction does what is left. Ids of the rows that go are kept, see `store.removed`. The rows that are shown and their
+numbers do not change, so neither does `content_hash`, and what was computed from them stays valid. Readers that are
+open keep the files they know: those are removed by the next writer that comes when nobody reads.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import torch
+
 from logra_kernels.errors import StoreError
 from logra_kernels.store.arrow import integers
+from logra_kernels.store.columns import ID
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.durable import remove_files, sync_directory
 from logra_kernels.store.entry import Shard
 from logra_kernels.store.format import SHARD_BYTES, Manifest, write_manifest
 from logra_kernels.store.lock import without_readers
+from logra_kernels.store.removed import add_removed
 from logra_kernels.store.shard import MappedShard, missing, read_columns, write_shard
 from logra_kernels.store.tensorfile import as_bytes
 
@@ -45,6 +50,7 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
 def _step(directory: Path, manifest: Manifest) -> Manifest:
     shards: list[Shard] = []
     retired: list[str] = []
+    gone: list[str] = []
     nbytes = 0
     for shard in manifest.shards:
         if not shard.hidden or nbytes >= STEP_BYTES:
@@ -52,15 +58,23 @@ def _step(directory: Path, manifest: Manifest) -> Manifest:
             continue
         nbytes += shard.rows.nbytes
         retired += shard.names
+        gone += _hidden_ids(directory, shard)
         if shard.shown or shard is manifest.shards[-1]:  # the last one goes on, so that no serial number is used twice
             shards.append(_without_deleted(directory, manifest, shard))
     committed = replace(
         manifest, shards=tuple(shards), content=manifest.content_hash, retired=(*manifest.retired, *retired)
     )
     sync_directory(directory)
+    add_removed(directory, gone)
     write_manifest(directory, committed)
     sync_directory(directory)
     return committed
+
+
+def _hidden_ids(directory: Path, shard: Shard) -> list[str]:
+    hidden = torch.ones(shard.count, dtype=torch.bool, device="cpu")
+    hidden[shown_lines(directory, shard)] = False
+    return read_columns(directory, shard).column(ID).filter(pa.array(hidden.numpy())).to_pylist()
 
 
 def _without_deleted(directory: Path, manifest: Manifest, shard: Shard) -> Shard:

@@ -27,6 +27,7 @@ from logra_kernels.store.format import MERGE_PLAN, MERGED, is_sealed, seal_text,
 from logra_kernels.store.life.distinct import Renamed, Renames, distinct_ids
 from logra_kernels.store.lock import WriterLock
 from logra_kernels.store.observed import take_observed
+from logra_kernels.store.removed import add_removed
 from logra_kernels.store.shard import MappedShard, read_columns, write_shard
 from logra_kernels.store.sidecar import write_sidecar
 from logra_kernels.store.skipped import add_skipped, read_skipped
@@ -141,7 +142,7 @@ class _Merge:
             remove_files(directory, [path.name for path in directory.glob(f"{TEMPORARY}*")])
             write_origin(directory, self._manifest)
             self._take_sidecars()
-            self._take_skipped()
+            self._take_gone()
             take_observed(self._stores, directory)
             shards: list[Shard] = []
             for number, store in enumerate(self._stores):
@@ -179,8 +180,10 @@ class _Merge:
             if kept is not None:
                 write_sidecar(self._directory, name, key, *kept)
 
-    def _take_skipped(self) -> None:
+    def _take_gone(self) -> None:
+        """Rows that were skipped or deleted, which a rerun passes over."""
         add_skipped(self._directory, [name for store in self._stores for name in read_skipped(store.path)])
+        add_removed(self._directory, [name for store in self._stores for name in store.deleted_ids])
 
     def _take(self, store: GradientStore, shard: Shard, start: int, renamed: Renamed | None) -> Shard:
         """The shard's shown rows as a shard of the new store that begins with number `start`."""

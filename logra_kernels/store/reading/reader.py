@@ -26,6 +26,7 @@ from logra_kernels.store.ids import KnownIds
 from logra_kernels.store.reading.ahead import loaded, on_device
 from logra_kernels.store.reading.memory import outgrows_memory
 from logra_kernels.store.reading.scoring import Best, RowScorer
+from logra_kernels.store.removed import read_removed
 from logra_kernels.store.shard import MappedShard, Piece, asked_lately, damaged, missing, read_columns
 
 BLOCK_BYTES = 64 << 20
@@ -98,7 +99,8 @@ class Reader:
             raise StoreError(f"{self.directory / shard.columns.name} cannot be read: {error.strerror}") from None
 
     def deleted_ids(self) -> Iterator[str]:
-        """Ids of the rows that were deleted and not compacted away yet."""
+        """Ids of the rows that were deleted, compacted away or not, some perhaps twice."""
+        yield from read_removed(self.directory)
         for shard in self.manifest.shards:
             if shard.hidden:
                 hidden = torch.ones(shard.count, dtype=torch.bool, device="cpu")

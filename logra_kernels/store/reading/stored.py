@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -49,8 +50,9 @@ class StoredRows(Facts):
 
     @property
     def deleted_ids(self) -> list[str]:
-        """Ids of the rows that were deleted and not compacted away yet."""
-        return list(self._current().deleted_ids())
+        """Ids of the rows that were deleted, compacted away or not, unless other rows have them now."""
+        names = pa.array(dict.fromkeys(self._current().deleted_ids()), pa.string())
+        return names.filter(pc.invert(pc.is_in(names, self.table.column("id")))).to_pylist()
 
     @property
     def columns(self) -> dict[str, list]:

@@ -19,6 +19,7 @@ from logra_kernels.store.ids import KnownIds
 from logra_kernels.store.life.compact import compact
 from logra_kernels.store.lock import WriterLock
 from logra_kernels.store.reading.reader import Reader, tail_of
+from logra_kernels.store.removed import release_removed
 from logra_kernels.store.rows import add_ids, check_finite, check_rows, committed_prefix, rows_to_delete
 from logra_kernels.store.shard import check_files
 from logra_kernels.store.writing.departure import Departures
@@ -125,7 +126,7 @@ class Appender:
                 self._opened_with -= int((rows < self._opened_with).sum())
             return len(found)
 
-    def compact(self) -> int:
+    def compact(self, release_ids: bool) -> int:
         """Commit what was appended, then write shards with deleted rows again without them; how many that took out."""
         with self._appending:
             hidden = sum(shard.hidden for shard in self.writer.manifest.shards)
@@ -133,6 +134,9 @@ class Appender:
                 self._exchange(lambda manifest: compact(self._directory, manifest), None)
             else:
                 self.writer.flush()
+            if release_ids:
+                release_removed(self._directory)
+                self._exchange(lambda manifest: manifest, None)
             return hidden
 
     def _exchange(self, commit: Callable[[Manifest], Manifest], known: KnownIds | None) -> None:
