@@ -33,7 +33,11 @@ def commit() -> str:
     """The commit measured, with "+" where the tree holds changes to code."""
 
     def git(*words: str) -> str:
-        return subprocess.run(("git", *words), cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        try:
+            ran = subprocess.run(("git", *words), cwd=Path(__file__).parent, capture_output=True, text=True)
+        except OSError:  # there is none
+            return ""
+        return ran.stdout.strip()
 
     changed = git("status", "--porcelain", "--", "../logra_kernels", "../csrc", "../python", ".", ":!results")
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")

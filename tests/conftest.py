@@ -9,6 +9,8 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel file is imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS warns without it once the fixture below is on
 
+_KEPT = 2 << 30  # bytes of the device's that a process keeps for its next test; there are several processes
+
 
 def pytest_runtest_teardown(item):
     """After a broken kernel nothing runs on the device in this process: pytest-xdist begins another one."""
@@ -21,6 +23,8 @@ def pytest_runtest_teardown(item):
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(1)
         pytest.exit("the device is lost", returncode=3)
+    if torch.cuda.memory_reserved() > _KEPT:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

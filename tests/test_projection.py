@@ -178,6 +178,7 @@ def test_factors_made_as_a_device_makes_them_are_the_hosts(kind, monkeypatch):
     assert draw.draw(*settings, torch.device("meta")).shape == (16, 301)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", RANDOM)
 def test_factors_are_the_same_bits_on_a_gpu(kind):

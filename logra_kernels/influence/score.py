@@ -11,6 +11,7 @@ gradient scores 0 in every mode.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -173,8 +174,8 @@ def extremes(
 
 def _check(store: GradientStore, solved: Tensor, k: int, rows: Tensor | None) -> None:
     check_solved(solved, store.dim)
-    if k < 1:
-        raise ValueError(f"influence: k is {k}; it must be at least 1")
+    if not isinstance(k, Integral) or k < 1:
+        raise ValueError(f"influence: k is {k!r}; it must be a whole number, at least 1")
     if rows is not None:
         check_mask(rows, len(store))
 

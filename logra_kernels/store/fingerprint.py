@@ -25,7 +25,8 @@ def check_fingerprints(store: str, stored: Mapping[str, str], given: Mapping[str
     """
     found = differences(stored, given)
     if found:
+        bits = "model" in stored and stored["model"] != given.get("model", stored["model"])
         raise StoreMismatch(
             f"{store} was written for something else: {'; '.join(found)};"
-            " use what it was written with, or log a new store"
+            f"{' a model in another dtype counts as another one;' if bits else ''} use what it was written with, or log a new store"
         )

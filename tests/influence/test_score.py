@@ -228,8 +228,11 @@ def test_bad_input_names_what_and_what_to_do(case):
         influence.topk(store, solved, 2, "relatif")
     with pytest.raises(ValueError, match="and got .36,"):
         influence.topk(store, solved, 2, "l2", {"self_influence": torch.ones(36)})
-    with pytest.raises(ValueError, match="k is 0"):
-        influence.extremes(store, solved, 0, "dot")
+    for k in (0, 2.5):
+        with pytest.raises(ValueError, match=f"k is {k}"):
+            influence.extremes(store, solved, k, "dot")
+        with pytest.raises(ValueError, match=f"k is {k}"):
+            influence.topk(store, solved, k, "dot")
     with pytest.raises(ValueError, match=r"rows is \(37,\) torch.float32; it must be a bool mask \[37\]"):
         influence.topk(store, solved, 2, "dot", rows=torch.ones(N))
     with pytest.raises(ValueError, match="rows is list"):

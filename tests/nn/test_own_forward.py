@@ -167,6 +167,7 @@ def test_in_any_dtype(gradient):
     ("layer", "x", "wrap"),
     [
         (ShiftedPositions(20, 8), torch.randint(0, 9, (3, 9)), None),
+        (ShiftedPositions(20, 8), torch.randint(80, 90, (3, 9)), None),  # ids beyond the table, as Whisper's
         (CausalConv(4, 6, 3), torch.randn(3, 4, 11), None),
         (Normed(6, 5), torch.randn(3, 7, 6), None),
         (Router(6, 5), torch.randn(3, 7, 6), lambda y: y[0]),

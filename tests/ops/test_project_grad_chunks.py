@@ -13,6 +13,7 @@ from logra_kernels.ops.project_grad.configs import TILES, Tile, candidates, key_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Tile(16, 32, 64, 4, 2)
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DESCRIBED = torch.cuda.is_available() is False or torch.cuda.get_device_capability()[0] >= 9
 
 

@@ -62,7 +62,9 @@ class EmbeddingAdapter(Adapter):
         return F.one_hot(kept, self.d_out).to(dy.dtype) if p_out is None else p_out.T[kept]
 
     def expected(self, module: nn.Module, x: Tensor) -> list[Tensor]:
-        return [F.embedding(x, module.weight) * self.scale]  # type: ignore[arg-type]
+        # ids of tokens where positions are taken (Whisper's) may lie beyond the table, and are told from y
+        ids = x.clamp(0, self.d_out - 1)
+        return [F.embedding(ids, module.weight) * self.scale]  # type: ignore[arg-type]
 
     def sides(self, kept: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> tuple[Tensor, Tensor]:
         left = self._columns(kept, dy, p_out)
