@@ -28,5 +28,6 @@ def check_fingerprints(store: str, stored: Mapping[str, str], given: Mapping[str
         bits = "model" in stored and stored["model"] != given.get("model", stored["model"])
         raise StoreMismatch(
             f"{store} was written for something else: {'; '.join(found)};"
-            f"{' a model in another dtype counts as another one;' if bits else ''} use what it was written with, or log a new store"
+            f"{' a model in another dtype counts as another one;' if bits else ''}"
+            " use what it was written with, or log a new store"
         )
