@@ -106,30 +106,30 @@ struct Narrow {
   const EncodedKernels& decoder = encoded_kernels();
   int64_t width = columns.width, lanes = columns.products.lanes;
 
-  static bool fused(const EncodedRows& a) {
-    return a.encoding.code == Code::kF8 && encoded_kernels().few_f8 != nullptr;
+  static auto fused(const EncodedRows& a) {
+    return a.encoding.code == Code::kF8 ? encoded_kernels().few_f8 : encoded_kernels().few_codes;
   }
   static FewColumns<float> columns_of(const EncodedRows& a, int64_t n, int64_t depth) {
     const Products<float>& products = lgk::kernels<float>();
     const int64_t chain = kDotChain * products.lanes;
     FewColumns<float> columns = {products, n, depth, chain};
-    if (fused(a)) columns.run = std::max(chain, kColumnBytes / (4 * columns.width) / chain * chain);
+    if (fused(a) != nullptr) columns.run = std::max(chain, kColumnBytes / (4 * columns.width) / chain * chain);
     return columns;
   }
   int64_t ld() const { return columns.ld(); }
   int64_t task_rows(int n_threads) const {
     const int64_t large = std::clamp(kTaskBytes / columns.depth, kTaskRows, kTaskSums / width);
-    return round_up(std::min(fused(a) ? large : kTaskRows, ceil_div(m, 4 * n_threads)), kDotRows);
+    return round_up(std::min(fused(a) != nullptr ? large : kTaskRows, ceil_div(m, 4 * n_threads)), kDotRows);
   }
   int64_t sums_size(int64_t task) const { return task * width * lanes; }
-  int64_t scratch_size(int64_t task) const { return sums_size(task) + (fused(a) ? 0 : kDotRows * ld()); }
+  int64_t scratch_size(int64_t task) const { return sums_size(task) + (fused(a) != nullptr ? 0 : kDotRows * ld()); }
 
   void multiply(int64_t row, int64_t rows, float* sums, float* decoded) const {
     for (int64_t k = 0; k < columns.depth; k += columns.run) {
       const int64_t here = std::min(columns.run, columns.depth - k);
       const float* b = packed + columns.offset(k);
-      if (fused(a)) {
-        decoder.few_f8(a, row, rows, k, here, b, ld(), width, sums, k > 0);
+      if (const auto run = fused(a)) {
+        run(a, row, rows, k, here, b, ld(), width, sums, k > 0);
         continue;
       }
       for (int64_t r = 0; r < rows; r += kDotRows) {

@@ -65,7 +65,7 @@ LGK_INLINE void load_f8(const uint8_t* codes, int64_t count, Vec<float> (&number
 }  // namespace
 }  // namespace lgk
 
-#include "encoded/few_f8.inc"
+#include "encoded/few_decoded.inc"
 
 namespace lgk {
 

@@ -24,11 +24,12 @@ struct EncodedKernels {
   // Numbers column .. column + n - 1 of a row, column a multiple of 8.
   void (*decode)(const EncodedRows& rows, int64_t row, int64_t column, int64_t n, float* out);
 
-  // sums[i][j][lane] (+)= sum over the columns from `column` on of row + i's fp8 numbers times b[j], block by block; b
-  // padded to whole vectors, its `width` a power of 2 up to 8; room for whole kDotRows of sums. Null: decode and
-  // multiply.
+  // sums[i][j][lane] (+)= sum over the columns from `column` on of row + i's numbers times b[j], block by block; b
+  // padded by zeros to whole vectors, its `width` a power of 2 up to 8; room for whole kDotRows of sums. Of fp8, and of
+  // integers. Null: decode and multiply.
   void (*few_f8)(const EncodedRows& rows, int64_t row, int64_t count, int64_t column, int64_t columns, const float* b,
                  int64_t ldb, int64_t width, float* sums, bool add);
+  decltype(few_f8) few_codes;
 };
 
 // The table for the instruction set in use.
