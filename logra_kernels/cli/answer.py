@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logra_kernels.errors import LograError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -30,7 +28,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Answer:
-    """One query: what the model says (`generated`: it wrote that itself), at what loss in nats, and who taught it."""
+    """One query: what the model says (`generated`: it wrote that itself), at what loss in nats, and who taught it.
+
+    `cut_to`: How many positions are left of a query that was longer; None of a whole one.
+    """
 
     id: str
     prompt: str
@@ -38,6 +39,7 @@ class Answer:
     generated: bool
     loss: float
     tokens: int
+    cut_to: int | None
     rows: list[Row]
 
 
@@ -68,17 +70,10 @@ def as_json(args: argparse.Namespace, answers: list[Answer]) -> dict[str, Any]:
 
 
 def write_report(args: argparse.Namespace, store: GradientStore, answers: list[Answer], worth: list[Provider]) -> Path:
-    """Write the HTML page that `--report` names; gives its absolute path.
-
-    Raises:
-        LograError: jinja2 is not installed.
-    """
+    """Write the HTML page that `--report` names; gives its absolute path."""
     from logra_kernels.report import render
 
-    try:
-        return render(_as_report(args, store, answers, worth), args.report)
-    except ImportError as error:
-        raise LograError("--report needs jinja2; pip install 'logra-kernels[report]'") from error
+    return render(_as_report(args, store, answers, worth), args.report)
 
 
 def _as_report(args: argparse.Namespace, store: GradientStore, answers: list[Answer], worth: list[Provider]) -> Report:
@@ -109,6 +104,9 @@ def _as_report(args: argparse.Namespace, store: GradientStore, answers: list[Ans
         ("curvature", args.curvature),
         ("damping", str(Damping.of(args.damping, spread_of(store)))),
     ]
+    cut = [answer.cut_to for answer in answers if answer.cut_to is not None]
+    if cut:
+        facts.append(("cut", f"{len(cut):,} of {len(answers):,} queries, to {max(cut):,} positions"))
     return report.Report(
         title="Where the words come from",
         summary=f"The rows of {args.store} with the {'lowest' if args.bottom else 'highest'} influence on "
@@ -128,6 +126,9 @@ def print_answer(answer: Answer) -> None:
         print(f"prompt      {_clip(answer.prompt, width - 12)}")
     print(f"completion  {_clip(answer.completion, width - 12)}{'  (written by the model)' if answer.generated else ''}")
     print(f"loss        {answer.loss:.3f} nats over {answer.tokens} tokens")
+    if answer.cut_to is not None:
+        dropped = "its prompt's beginning was dropped first" if answer.prompt else "its end was dropped"
+        print(f"cut         to {answer.cut_to:,} positions, the most of a row of this store; {dropped}")
     names = [row.id for row in answer.rows]
     sources = [row.source or "" for row in answer.rows]
     name_width = min(28, max(map(len, [*names, "id"])))

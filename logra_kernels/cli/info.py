@@ -55,14 +55,15 @@ def _print_facts(store: GradientStore) -> None:
         print(f"whitened by     {', '.join(f'{name} {value}' for name, value in store.whitening.facts.items())}")
     loss = quantization_loss(store)
     if loss is not None:
-        print(f"quantised       {describe(loss)}")
+        print(f"quantised       {describe(loss, len(store))}")
     print(f"computed        {', '.join(_computed(store)) or 'nothing yet: no curvature, no self-influence'}")
     if "index" in _computed(store):
         index = store.index
         share = index.recall[index.shortlist]
         print(
             f"search index    {index.dims:,} numbers a row, {index.dtype}; of the {index.k} best rows of"
-            f" {index.queries} queries {share:.1%} were among {index.shortlist:,}"
+            f" {index.queries} queries ({session.of_rows(index.k, len(store))}) {share:.1%} were among"
+            f" {index.shortlist:,}"
         )
     print(f"layers          {len(store.layers)}")
     zero = known_zero_layers(store) or ()

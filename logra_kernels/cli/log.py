@@ -72,14 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Log, finalize, print a summary; 130 after Ctrl-C."""
-    for name, least in (("batch_size", 1), ("window", 1), ("limit", 1), ("observe", 0), ("rows_per_shard", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    session.check_least(args, batch_size=1, window=1, limit=1, observe=0, rows_per_shard=1, max_length=2)
+    session.check_rank_c(args.rank_c)
     args.projection = args.projection or ("pca" if args.observe else "orthonormal")
     asking = [what for what in (args.projection, args.curvature) if {*what.split(",")} & {"pca", "kfac", "ekfac"}]
     if asking and not args.observe:
         raise ValueError(f"--observe 0 leaves {' and '.join(asking)} nothing to learn from; observe some rows")
+    session.check_curvature(args.curvature, args.out)
     device = session.device(args.device)
 
     from logra_kernels.integrations import causal_lm, text_data
@@ -115,15 +114,18 @@ def _run(args: argparse.Namespace, rows: list[TextRow], model: nn.Module, tokeni
         fingerprints=session.fingerprints(tokenizer, longest),
         curvature=args.curvature,
     ) as logging:
+        session.check_rank_c(args.rank_c, logging.taps.layers)
         before, first = _rows_there(logging, rows)
         if logging.learning or args.curvature in ("kfac", "ekfac"):
             with _timed(seconds, "observe"):
                 _observe(logging, rows, model, tokenizer, longest, args)
         with _timed(seconds, "log"):
-            _log(logging, rows, first, model, tokenizer, longest, args)
+            cut = _log(logging, rows, first, model, tokenizer, longest, args)
         with _timed(seconds, "finalize"), session.progress_bar(2 * len(rows), 0, "finalize") as bar:
             logging.finalize(bar.update)
         _summarize(logging, before, seconds, args.out)
+        if cut:
+            print(f"cut       {cut:,} of the rows logged now, to {longest:,} positions; their rest does not count")
     return 0
 
 
@@ -185,8 +187,8 @@ def _log(
     tokenizer: Any,
     longest: int,
     args: argparse.Namespace,
-) -> None:
-    """Log the rows from number `first` on.
+) -> int:
+    """Log the rows from number `first` on; gives how many of them were cut to `longest` positions.
 
     Which rows share a batch depends on their numbers in the data alone, and not on where a rerun begins.
 
@@ -194,6 +196,7 @@ def _log(
         KeyboardInterrupt: The user asked to stop.
     """
     size = session.window_rows(args.window, args.batch_size, logging.taps.layers)
+    cut = 0
     with _Stop() as stop, session.progress_bar(len(rows), first, "log") as bar:
         for start in range(first // size * size, len(rows), size):
             window = rows[start : start + size]
@@ -204,6 +207,8 @@ def _log(
                         stop.check()
                         _log_batch(logging, [window[place] for place in places], encoded, model, args)
                         bar.update(left)
+                        cut += sum(c for place, c in zip(places, encoded.cut, strict=True) if start + place >= first)
+    return cut
 
 
 def _log_batch(logging: Run, batch: list[TextRow], encoded: Batch, model: nn.Module, args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from logra_kernels.cli import session
+from logra_kernels.cli import output, session
 from logra_kernels.errors import LograError
 from logra_kernels.ops import FORMATS
 
@@ -33,6 +33,11 @@ def run(args: argparse.Namespace) -> int:
     """Quantise, and say what came out."""
     from logra_kernels.store import GradientStore, quantization_loss, quantize
 
+    session.check_rank_c(args.rank_c)
+    output.check_is_no_input(args.out, [args.store])
+    output.check_is_no_store(args.out)
+    if args.whiten:
+        session.check_curvature(args.curvature, args.store)
     before = GradientStore.open(args.store)
     whitening = _whitening(before, args) if args.whiten else None
     store = quantize(
@@ -40,32 +45,31 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"quantised {len(store):,} rows into {args.out}: {store.manifest.kept_as}")
     print(f"size      {store.nbytes / 1e6:,.1f} MB, of {before.nbytes / 1e6:,.1f} MB in {before.manifest.kept_as}")
-    print(f"loss      {describe(quantization_loss(store))}")
+    print(f"loss      {describe(quantization_loss(store), len(store))}")
     return 0
 
 
 def _whitening(store: GradientStore, args: argparse.Namespace) -> Whitening:
     """
     Raises:
-        LograError: An unknown curvature, whitened rows, or one that cannot be computed.
+        LograError: Whitened rows, or a curvature that cannot be computed.
     """
     from logra_kernels.curvature import CURVATURES
     from logra_kernels.influence import whitening_of
 
-    if args.curvature not in CURVATURES:
-        raise LograError(f"--curvature {args.curvature!r} must be one of {', '.join(CURVATURES)}")
     if store.whitening is not None:
         raise LograError(f"{store.path} holds whitened rows already; leave --whiten out")
     return whitening_of(CURVATURES[args.curvature].of(store), args.damping)
 
 
-def describe(loss: dict | None) -> str:
-    """One line of what was measured."""
+def describe(loss: dict | None, rows: int) -> str:
+    """One line of what was measured; rows: how many the store has."""
     if loss is None:
         return "not measured for the rows as they are"
     least = min(loss["energy_kept"], key=loss["energy_kept"].get)
     return (
         f"against {loss['source_format']}: relative L2 {loss['relative_l2']:.2e}, score correlation"
         f" {loss['score_correlation']:.5f}, top-{loss['top']} agreement {loss['top_agreement']:.3f}"
-        f" ({loss['queries']} rows as queries); least energy kept {loss['energy_kept'][least]:.4f}, of {least}"
+        f" ({session.of_rows(loss['top'], rows)}; {loss['queries']} rows as queries);"
+        f" least energy kept {loss['energy_kept'][least]:.4f}, of {least}"
     )

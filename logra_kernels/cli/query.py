@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logra_kernels.cli import session
+from logra_kernels.cli import output, session
 from logra_kernels.cli.answer import Answer, Row, as_json, print_answer, providers, write_report
 from logra_kernels.errors import LograError
+from logra_kernels.integrations.surrogates import refuse_half_pairs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,6 +30,15 @@ class Question:
     id: str
     prompt: str
     completion: str | None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question's loss in nats, how many tokens it is of, and whether it was cut."""
+
+    loss: float
+    tokens: int
+    cut: bool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
     """Ask, score every stored row, print the rows at the top (or the bottom)."""
     if args.completion is not None and args.prompt is None:
         raise ValueError("--completion follows a --prompt; give both, or --text")
-    for name in ("k", "batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    session.check_least(args, k=1, batch_size=1, max_new_tokens=1)
+    if args.report:
+        output.check_report(args.report)
     questions = _questions(args)
 
     import torch
@@ -74,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Before the model is loaded, which takes longer than to see that there is no store.
     store = GradientStore.open(args.store)
+    session.check_curvature(args.curvature, args.store)
     model, tokenizer = causal_lm.load(args.model, session.device(args.device))
     longest = session.max_length(model, session.stored_max_length(store.fingerprints))
     facts = session.fingerprints(tokenizer, longest)
@@ -111,7 +122,7 @@ def _ask(
         else _continue(model, tokenizer, question, args.max_new_tokens)
         for question in questions
     ]
-    query, losses = _gradients(asking, model, tokenizer, questions, completions, longest, args.batch_size)
+    query, found = _gradients(asking, model, tokenizer, questions, completions, longest, args.batch_size)
     top = asking.topk(
         query,
         k=args.k,
@@ -127,8 +138,9 @@ def _ask(
             prompt=question.prompt,
             completion=completion,
             generated=question.completion is None,
-            loss=losses[i][0],
-            tokens=losses[i][1],
+            loss=found[i].loss,
+            tokens=found[i].tokens,
+            cut_to=longest if found[i].cut else None,
             rows=_rows(asking.store, top.values[i].tolist(), top.indices[i].tolist(), top.ids[i]),
         )
         for i, (question, completion) in enumerate(zip(questions, completions, strict=True))
@@ -144,13 +156,13 @@ def _gradients(
     completions: list[str],
     longest: int,
     batch_size: int,
-) -> tuple[Query, list[tuple[float, int]]]:
-    """The questions' gradients, and of each the loss and how many tokens it is of."""
+) -> tuple[Query, list[_Asked]]:
+    """The questions' gradients, and what else was met."""
     from logra_kernels.integrations import causal_lm
     from logra_kernels.run import Query
 
     ids, prompts = [question.id for question in questions], [question.prompt for question in questions]
-    found: dict[int, tuple[float, int]] = {}
+    found: dict[int, _Asked] = {}
     parts: list[Query] = []
     batches = causal_lm.batches_of_like_length(
         tokenizer, prompts, batch_size, completions=completions, max_length=longest, ids=ids
@@ -160,7 +172,7 @@ def _gradients(
             nll, tokens = causal_lm.losses(model, batch.to(next(model.parameters()).device))
             nll.sum().backward()
         parts.append(part)
-        found.update(zip(places, zip(nll.tolist(), tokens.tolist(), strict=True), strict=True))
+        found.update(zip(places, map(_Asked, nll.tolist(), tokens.tolist(), batch.cut), strict=True))
     coming = list(found)
     back = sorted(range(len(coming)), key=coming.__getitem__)
     return Query(ids, Query.cat(parts).rows[back]), [found[i] for i in range(len(ids))]
@@ -185,6 +197,8 @@ def _rows(store: GradientStore, scores: list[float], indices: list[int], ids: li
 
 
 def _questions(args: argparse.Namespace) -> list[Question]:
+    for name in ("prompt", "completion", "text"):
+        refuse_half_pairs(getattr(args, name) or "", f"--{name}")
     if args.prompt is not None:
         return [Question("query", args.prompt, args.completion)]
     if args.text is not None:
@@ -224,4 +238,6 @@ def _question(record: Any, place: str, default_id: str) -> Question:
     if (text is None) == (prompt is None) or (text is not None and completion is not None):
         raise LograError(f'{place}: give either "text", or "prompt" with or without "completion"')
     name = str(fields.get("id", default_id))
+    for field, value in (("text", text), ("prompt", prompt), ("completion", completion), ("id", name)):
+        refuse_half_pairs(value or "", f'{place}: "{field}"')
     return Question(name, "", text) if prompt is None else Question(name, prompt, completion)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from logra_kernels.errors import LograError
 from logra_kernels.integrations.next_token import summed_nll
+from logra_kernels.integrations.surrogates import refuse_half_pairs
 
 IGNORED = -100
 """Label of a position whose token is not predicted, as in Hugging Face models."""
@@ -30,12 +31,14 @@ class Batch:
         labels: The token at each predicted position, -100 elsewhere, [N, T] int64. Not shifted:
             `labels[n, t]` is predicted from the positions before t.
         ids: Name of every sample in error messages.
+        cut: Whether each sample was longer and lost tokens, N truth values; none where that is not known.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     ids: tuple[str, ...] = ()
+    cut: tuple[bool, ...] = ()
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -47,9 +50,10 @@ class Batch:
 
     def select(self, samples: Sequence[int]) -> Batch:
         """Some of the samples, padded as they are."""
-        ids = tuple(self.ids[i] for i in samples) if self.ids else ()
         chosen = list(samples)
-        return Batch(self.input_ids[chosen], self.attention_mask[chosen], self.labels[chosen], ids)
+        ids = tuple(self.ids[i] for i in chosen) if self.ids else ()
+        cut = tuple(self.cut[i] for i in chosen) if self.cut else ()
+        return Batch(self.input_ids[chosen], self.attention_mask[chosen], self.labels[chosen], ids, cut)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -133,11 +137,10 @@ def encode(
         ids: Names for error messages; the default is "text 1", "text 2", ...
 
     Raises:
-        LograError: A text encodes to no predicted token.
+        LograError: A text encodes to no predicted token, or holds half of a surrogate pair.
         ValueError: Lengths of the arguments differ, or `max_length` < 2.
     """
-    tokens, given, names = _encode(tokenizer, texts, completions, max_length, ids)
-    return _pad(tokens, given, _pad_id(tokenizer), names)
+    return _pad(_encode(tokenizer, texts, completions, max_length, ids), _pad_id(tokenizer))
 
 
 def batches_of_like_length(
@@ -161,12 +164,11 @@ def batches_of_like_length(
     Raises:
         LograError, ValueError: As `encode`, before the first batch.
     """
-    tokens, given, names = _encode(tokenizer, texts, completions, max_length, ids)
-    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+    sequences = _encode(tokenizer, texts, completions, max_length, ids)
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].tokens))
     for start in range(0, len(order), size):
         part = order[start : start + size]
-        sequences, prompts = [tokens[i] for i in part], [given[i] for i in part]
-        yield part, _pad(sequences, prompts, _pad_id(tokenizer), tuple(names[i] for i in part))
+        yield part, _pad([sequences[i] for i in part], _pad_id(tokenizer))
 
 
 def losses(model: nn.Module, batch: Batch, *, nonfinite: str = "raise") -> tuple[Tensor, Tensor]:
@@ -221,8 +223,10 @@ def continue_greedy(model: nn.Module, tokenizer: Any, prompt: str, max_new_token
         The continuation alone, which may be empty.
 
     Raises:
-        LograError: The prompt has no tokens, or is too long for the model with the tokens to write.
+        LograError: The prompt has no tokens, holds half of a surrogate pair, or is too long for the model with the
+            tokens to write.
     """
+    refuse_half_pairs(prompt, "the prompt")
     head = _bos(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
     limit = positions(model)
     if not head:
@@ -290,14 +294,23 @@ def _pad_id(tokenizer: Any) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class _Sequence:
+    """Tokens of a sample, the first `given` of which are not predicted."""
+
+    name: str
+    tokens: list[int]
+    given: int
+    cut: bool
+
+
 def _encode(
     tokenizer: Any,
     texts: Sequence[str],
     completions: Sequence[str] | None,
     max_length: int,
     ids: Sequence[str] | None,
-) -> tuple[list[list[int]], list[int], tuple[str, ...]]:
-    """Tokens of every sequence, how many of them are not predicted, and the sequences' names."""
+) -> list[_Sequence]:
     if max_length < 2:
         raise ValueError(f"encode: max_length {max_length} leaves no token to predict; use at least 2")
     if completions is not None and len(completions) != len(texts):
@@ -305,22 +318,23 @@ def _encode(
     names = tuple(ids) if ids is not None else tuple(f"text {i + 1}" for i in range(len(texts)))
     if len(names) != len(texts):
         raise ValueError(f"encode: {len(texts)} texts but {len(names)} ids")
-    tokens, given = [], []
+    sequences = []
     for i, text in enumerate(texts):
-        sequence, prompt = _tokens(tokenizer, text, completions[i] if completions is not None else None, max_length)
-        if len(sequence) <= prompt:
-            whole = text if completions is None else completions[i]
+        completion = completions[i] if completions is not None else None
+        refuse_half_pairs(text + (completion or ""), f"{names[i]}: its text")
+        sequence = _sequence(tokenizer, names[i], text, completion, max_length)
+        if len(sequence.tokens) <= sequence.given:
+            whole = text if completion is None else completion
             raise LograError(f"{names[i]} has no token to predict (its text: {whole[:40]!r}); drop or lengthen it")
-        tokens.append(sequence)
-        given.append(prompt)
-    return tokens, given, names
+        sequences.append(sequence)
+    return sequences
 
 
-def _tokens(tokenizer: Any, text: str, completion: str | None, max_length: int) -> tuple[list[int], int]:
-    """Tokens of one sequence and how many of them, from its start, are not predicted."""
+def _sequence(tokenizer: Any, name: str, text: str, completion: str | None, max_length: int) -> _Sequence:
     bos = _bos(tokenizer)
     if completion is None:
-        return (bos + tokenizer.encode(text, add_special_tokens=False))[:max_length], 1
+        tokens = bos + tokenizer.encode(text, add_special_tokens=False)
+        return _Sequence(name, tokens[:max_length], 1, len(tokens) > max_length)
     # Tokenised in one piece, as the model met such text in training; the prompt ends where the two readings part.
     prompt = tokenizer.encode(text, add_special_tokens=False)
     whole = tokenizer.encode(text + completion, add_special_tokens=False)
@@ -331,17 +345,18 @@ def _tokens(tokenizer: Any, text: str, completion: str | None, max_length: int) 
     # One token of the prompt stays where no BOS precedes: the first completion token needs something to follow.
     drop = max(0, min(len(whole) - room, shared - (0 if bos else 1)))
     kept = (bos + whole[drop:])[:max_length]
-    return kept, max(1, len(bos) + shared - drop)
+    return _Sequence(name, kept, max(1, len(bos) + shared - drop), len(whole) > room)
 
 
-def _pad(tokens: list[list[int]], given: list[int], pad_id: int, names: tuple[str, ...]) -> Batch:
-    longest = max((len(sequence) for sequence in tokens), default=0)
-    input_ids = torch.full((len(tokens), longest), pad_id, device="cpu")
+def _pad(sequences: Sequence[_Sequence], pad_id: int) -> Batch:
+    longest = max((len(sequence.tokens) for sequence in sequences), default=0)
+    input_ids = torch.full((len(sequences), longest), pad_id, device="cpu")
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED)
-    for i, (sequence, prompt) in enumerate(zip(tokens, given, strict=True)):
-        row = torch.tensor(sequence, device="cpu")
-        input_ids[i, : len(sequence)] = row
-        attention_mask[i, : len(sequence)] = 1
-        labels[i, prompt : len(sequence)] = row[prompt:]
-    return Batch(input_ids, attention_mask, labels, names)
+    for i, sequence in enumerate(sequences):
+        row = torch.tensor(sequence.tokens, device="cpu")
+        input_ids[i, : len(row)] = row
+        attention_mask[i, : len(row)] = 1
+        labels[i, sequence.given : len(row)] = row[sequence.given :]
+    names, cut = tuple(sequence.name for sequence in sequences), tuple(sequence.cut for sequence in sequences)
+    return Batch(input_ids, attention_mask, labels, names, cut)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from logra_kernels.errors import LograError
+from logra_kernels.integrations.surrogates import refuse_half_pairs
 
 END_OF_TEXT = "<|endoftext|>"
 TEXT_FIELD, ID_FIELD, SOURCE_FIELD = "text", "id", "source"
@@ -53,8 +54,8 @@ def read_rows(
         limit: Read no more rows than this.
 
     Raises:
-        LograError: A file cannot be read, a row is malformed or has an empty text, a field is missing (the default id
-            and source fields may be), two rows share an id, or there is no row at all.
+        LograError: A file cannot be read, a row is malformed, has an empty text or half of a surrogate pair, a field is
+            missing (the default id and source fields may be), two rows share an id, or there is no row at all.
     """
     files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     fields = _Fields(text_field, id_field, source_field)
@@ -85,7 +86,10 @@ def _rows(files: list[Path], fields: _Fields) -> Iterator[tuple[str, TextRow]]:
                 raise LograError(f"{place}: field {fields.text!r} is empty; drop the row")
             name = _value(record, fields.id, place, default=f"{stem}:{number}" if fields.id == ID_FIELD else None)
             source = _value(record, fields.source, place, default=stem if fields.source == SOURCE_FIELD else None)
-            yield place, TextRow(_label(name, fields.id, place), text, _label(source, fields.source, place))
+            row = TextRow(_label(name, fields.id, place), text, _label(source, fields.source, place))
+            for field, value in ((fields.text, row.text), (fields.id, row.id), (fields.source, row.source)):
+                refuse_half_pairs(value, f"{place}: field {field!r}")
+            yield place, row
 
 
 def _value(record: dict[str, Any], field: str, place: str, default: str | None) -> Any:

@@ -134,7 +134,7 @@ class Analysis(ABC):
         self,
         dims: int | None = None,
         dtype: str = "bf16",
-        k: int = 100,
+        k: int | None = None,
         mode: str = "relatif",
         damping: float | Damping | None = None,
         *,

@@ -19,7 +19,7 @@ class WriterLock:
     """An exclusive flock on the store's lock file, released by `release` or by the end of the process.
 
     Raises:
-        StoreError: Another writer holds it, or the directory cannot be written.
+        StoreError: Another writer holds it, or the directory is not there or cannot be written.
     """
 
     def __init__(self, directory: Path):
@@ -27,6 +27,8 @@ class WriterLock:
         self._owner = os.getpid()
         try:
             self._fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreError(f"{directory} {_why_absent(directory)}; choose another path") from None
         except OSError as error:
             raise StoreError(f"{path} cannot be opened for writing: {error.strerror}; check permissions") from None
         try:
@@ -49,6 +51,19 @@ class WriterLock:
         if os.getpid() == self._owner:
             fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
+
+
+def _why_absent(directory: Path) -> str:
+    """What keeps a directory that is not there from being made, as far as can be told without trying."""
+    # not Path.exists, which raises where a folder may not be searched
+    nearest = next(parent for parent in directory.absolute().parents if os.path.exists(parent))
+    if directory.is_file() or not nearest.is_dir():
+        return f"cannot be made: {directory if directory.is_file() else nearest} is a file"
+    if os.statvfs(nearest).f_flag & os.ST_RDONLY:
+        return f"cannot be made: {nearest} is on a read-only file system"
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return f"cannot be made: no permission to write in {nearest}"
+    return "is not there and cannot be made"
 
 
 def is_being_written(directory: Path) -> bool:

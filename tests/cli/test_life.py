@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from cli.conftest import call
+from cli.conftest import call, contents
 from store.samples import LAYERS, part_of, write
 
 from logra_kernels.store import GradientStore
@@ -46,7 +46,9 @@ def test_ids_with_other_ends_of_lines(memory_dir, capsys):
 
 
 def test_what_delete_refuses(store, fails, memory_dir):
-    assert "none was deleted" in fails("delete", store, "--ids", "row-0", "nobody")
+    message = fails("delete", store, "--ids", "row-0", "nobody")
+    assert "none was deleted" in message
+    assert "missing_ok=True (`logra delete --missing-ok`)" in message
     assert "say which rows" in fails("delete", store)
     assert "must be COLUMN=VALUE" in fails("delete", store, "--where", "source")
     assert "has no column 'author'" in fails("delete", store, "--where", "author=x")
@@ -63,14 +65,19 @@ def test_info_says_what_is_deleted_and_how_well_the_index_finds(store, capsys):
     printed(capsys, "compact", store)
     out = printed(capsys, "info", store)
     assert "rows            18\n" in out
-    assert "search index    22 numbers a row, bf16; of the 3 best rows of 18 queries" in out
+    assert "search index    22 numbers a row, bf16; of the 3 best rows of 18 queries (k is 3 of 18 rows)" in out
 
 
 def test_index(store, capsys, fails):
     out = printed(capsys, "index", store, "--dims", "22", "--k", "3")
     assert "22 numbers for each of 20 rows, bf16" in out
     assert out.count("<- used") == 1
+    assert "of the 3 best rows (k is 3 of 20 rows) of 20 stored rows" in out
     assert GradientStore.open(store).index.k == 3
+    out = printed(capsys, "index", store, "--dims", "2")
+    assert "of the 2 best rows (k is 2 of 20 rows, a tenth but at most 100) of 20 stored rows" in out
+    assert GradientStore.open(store).index.k == 2
+    assert "(k is 2 of 20 rows, a tenth but at most 100)" in printed(capsys, "info", store)
     assert "dims is 23" in fails("index", store, "--dims", "23")
 
 
@@ -102,10 +109,31 @@ def test_merge(store, memory_dir, capsys, fails):
     other = memory_dir / "other"
     with GradientStore.create(other, LAYERS, rows_per_shard=8) as made:
         made.append(*part_of(30, 15, 30))
-    assert "5 ids are in more than one" in fails("merge", store, other, "--out", memory_dir / "out")
+    message = fails("merge", store, other, "--out", memory_dir / "out")
+    assert "5 ids are in more than one" in message
+    assert "duplicates='keep' (`logra merge --duplicates keep`)" in message
     out = printed(capsys, "merge", store, other, "--out", memory_dir / "out", "--duplicates", "keep", "--copy")
     assert "35 rows" in out
     assert GradientStore.open(memory_dir / "out").ids[20] == "row-15#2"
+
+
+def test_a_merge_does_not_go_into_an_input_or_another_store(store, memory_dir, capsys, fails):
+    other = memory_dir / "other"
+    with GradientStore.create(other, LAYERS, rows_per_shard=8) as made:
+        made.append(*part_of(30, 20, 30))
+    before = contents(memory_dir)
+    (memory_dir / "link").symlink_to(store)
+    for out in (store, other, memory_dir / "link", f"{memory_dir}/none/../store"):
+        message = fails("merge", store, other, "--out", out)
+        assert "the output must be a new path, not an input's" in message
+    message = fails("merge", store, "--out", other)
+    assert "holds a gradient store already; the output must be a new path" in message
+    assert "remove" not in message
+    (memory_dir / "link").unlink()
+    assert contents(memory_dir) == before
+    for _ in range(2):  # the same merge again has nothing to do
+        assert "30 rows" in printed(capsys, "merge", store, other, "--out", memory_dir / "out")
+    assert "holds a merge of other rows" in fails("merge", store, "--out", memory_dir / "out")
 
 
 def test_fsck(store, capsys, fails):

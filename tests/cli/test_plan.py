@@ -7,6 +7,7 @@ import pytest
 from cli.conftest import ROWS, call
 
 from logra_kernels.cli import session
+from logra_kernels.integrations import causal_lm
 from logra_kernels.store import GradientStore
 
 
@@ -84,9 +85,9 @@ def test_a_store_of_factors(model_dir, data, tmp_path, capsys):
     assert call("plan", path, "--rank-c", "2") == 1
     assert "rank_c 2 for a store that has 1" in capsys.readouterr().err
     assert call(*log, "--rank-c", "9") == 1
-    assert "rank_c (1 there, 9 here)" in capsys.readouterr().err
-    assert call(*log[:4], tmp_path / "other", *log[5:], "--rank-c", "9") == 1
-    assert "rank_c is 9; it must be 1 to 8" in capsys.readouterr().err
+    assert "--rank-c 9 must be 1 to 8" in capsys.readouterr().err
+    assert call(*log, "--rank-c", "2") == 1
+    assert "rank_c (1 there, 2 here)" in capsys.readouterr().err
 
 
 def test_a_store(whole, capsys):
@@ -97,6 +98,15 @@ def test_a_store(whole, capsys):
     assert "3 queries for 5 rows each" in shown
     assert f"{store.manifest.row_bytes:,}" in shown
     assert "bf16" not in shown
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [(("--rank-c", "9"), "--rank-c 9 must be 1 to 8"), (("--max-length", "1"), "--max-length 1 must be at least 2")],
+)
+def test_what_cannot_be_is_said_before_the_model_is_loaded(model_dir, monkeypatch, fails, option, expected):
+    monkeypatch.delattr(causal_lm, "load")
+    assert expected in fails("plan", model_dir, *option)
 
 
 def test_what_cannot_be_planned(whole, tmp_path, capsys):

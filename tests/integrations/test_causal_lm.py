@@ -137,6 +137,32 @@ def test_encode_names_a_text_without_predicted_tokens(bos, text, completions):
         encode(tokenizer, [text], completions=completions, ids=["row-9"])
 
 
+@pytest.mark.parametrize(("text", "completions"), [("abc \ud83d def", None), ("abc ", ["\ud83d def"])])
+def test_encode_names_a_text_with_half_of_a_surrogate_pair(loaded, text, completions):
+    model, tokenizer = loaded
+    with pytest.raises(LograError, match=r"^row-9: its text holds half of a surrogate pair \(\\ud83d, character 5\)"):
+        encode(tokenizer, [text], completions=completions, ids=["row-9"])
+    with pytest.raises(LograError, match="the prompt holds half of a surrogate pair"):
+        causal_lm.continue_greedy(model, tokenizer, "abc \ud83d def", 3)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("completions", [None, [" a dog", " a dog"]])
+def test_encode_says_which_texts_were_cut(bos, completions):
+    tokenizer = tiny_lm.tokenizer(bos)
+    texts = ["the cat", "the cat sat on the mat near the old red house"]
+    whole = encode(tokenizer, texts, completions=completions, max_length=64)
+    length = int(whole.attention_mask[1].sum())
+    assert whole.cut == (False, False)
+    assert encode(tokenizer, texts, completions=completions, max_length=length).cut == (False, False)
+    cut = encode(tokenizer, texts, completions=completions, max_length=length - 1)
+    assert cut.cut == (False, True)
+    assert cut.attention_mask[1].sum() == length - 1
+    assert cut.select([1]).cut == cut.to("cpu").select([1]).cut == (True,)
+    parts = list(causal_lm.batches_of_like_length(tokenizer, texts, 1, completions=completions, max_length=length - 1))
+    assert [(places, part.cut) for places, part in parts] == [([1], (True,)), ([0], (False,))]
+
+
 def test_encode_checks_lengths(loaded):
     _, tokenizer = loaded
     with pytest.raises(ValueError, match="2 texts but 1 completions"):

@@ -114,6 +114,9 @@ def test_a_field_that_was_asked_for_must_be_there(tmp_path, field):
         (b'{"text": "a", "id": 0.5}', "line 2: field 'id' is a fraction"),
         (b'{"text": "a", "source": ["s"]}', "line 2: field 'source' is a list"),
         (b'{"text": "\xff"}', "line 2: byte 11 is not UTF-8"),
+        (rb'{"text": "abc \ud83d def"}', r"line 2: field 'text' holds half of a surrogate pair (\ud83d, character 5)"),
+        (rb'{"text": "a", "id": "\ude00"}', r"line 2: field 'id' holds half of a surrogate pair (\ude00, character 1)"),
+        (rb'{"text": "a", "source": "b\ud83d"}', "line 2: field 'source' holds half of a surrogate pair"),
         (b'{"text": "a", "id": "data:1"}', "row id 'data:1' appears twice"),
     ],
 )
@@ -123,6 +126,12 @@ def test_malformed_rows(tmp_path, line, expected):
     message = _error(file)
     assert expected in message
     assert "data.jsonl" in message
+
+
+def test_whole_surrogate_pairs_are_text(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(r'{"text": "abc \ud83d\ude00", "id": "\ud83d\ude00"}')
+    assert read_rows(file) == [TextRow("\U0001f600", "abc \U0001f600", "data")]
 
 
 def test_unreadable_files(tmp_path):

@@ -4,13 +4,14 @@ import errno
 import os
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from store.samples import LAYERS, columns_of, ids_of, part_of, rows_of, tree
 
 from logra_kernels.errors import StoreError, StoreMismatch
-from logra_kernels.store import GradientStore, add_skipped, fsck, merge, read_skipped
+from logra_kernels.store import GradientStore, add_skipped, fsck, lock, merge, read_skipped
 
 COUNT = 40
 
@@ -235,6 +236,27 @@ def test_what_lies_at_the_target(parts, tmp_path):
         merge([], tmp_path / "new")
     with pytest.raises(StoreError, match="is not a gradient store"):
         merge([parts[0], tmp_path / "nowhere"], tmp_path / "new")
+
+
+@pytest.mark.parametrize("cause", ["a read-only file system", "permission", "is a file"])
+def test_why_the_target_cannot_be_made(parts, tmp_path, monkeypatch, cause):
+    folder = tmp_path / "folder"
+    if cause == "is a file":
+        folder.touch()
+    else:
+        folder.mkdir()
+
+        def refuse(self, *_, **__):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        flags = os.ST_RDONLY if "read-only" in cause else 0
+        monkeypatch.setattr(lock.Path, "mkdir", refuse)
+        monkeypatch.setattr(lock.os, "statvfs", lambda path: SimpleNamespace(f_flag=flags if path == folder else 0))
+        monkeypatch.setattr(lock.os, "access", lambda *_: False)
+    with pytest.raises(StoreError, match=f"{folder}/a/new cannot be made: .*{cause}") as caught:
+        merge(parts, folder / "a" / "new")
+    assert str(folder) in str(caught.value).partition("made: ")[2]
+    assert "No such file" not in str(caught.value)
 
 
 def test_a_damaged_source_is_found_where_it_is_read(parts, tmp_path):

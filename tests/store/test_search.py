@@ -86,6 +86,17 @@ def test_what_is_kept_with_it(store):
     assert fsck(store.path).faults == []
 
 
+@pytest.mark.parametrize(("count", "k"), [(1, 1), (19, 1), (40, 4), (1200, 100)])
+def test_recall_is_of_a_choice_among_the_rows(tmp_path, count, k):
+    with GradientStore.create(tmp_path / "s", LAYERS) as store:
+        store.append(topics(count), ids_of(count))
+    store = GradientStore.open(tmp_path / "s")
+    info = store.build_index(8)
+    assert info.k == store.index.k == k
+    assert min(info.recall) == k
+    assert store.build_index(8, k=2000).k == count
+
+
 def test_only_the_rows_of_the_shortlist_are_read_and_each_is_verified(path, tmp_path):
     copy = shutil.copytree(path, tmp_path / "s")
     query = topics(1, seed=3)

@@ -59,7 +59,7 @@ def distinct_ids(stores: Sequence[GradientStore], keep: bool) -> Renames:
         count = sum(len(part.rows) for part in twice.values())
         raise StoreError(
             f"{count} ids are in more than one of the stores: {shorten(some, count)}; delete them from all but one, or"
-            " merge with duplicates='keep', which appends #2 to the later row's id"
+            " keep both with duplicates='keep' (`logra merge --duplicates keep`), which appends #2 to the later id"
         )
     return {place: Renamed(part.rows, _free_ids(part.ids.to_pylist(), places)) for place, part in twice.items()}
 

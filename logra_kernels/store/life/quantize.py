@@ -18,13 +18,15 @@ from logra_kernels.store.columns import ID
 from logra_kernels.store.durable import TEMPORARY, sync_directory
 from logra_kernels.store.lock import WriterLock
 from logra_kernels.store.observed import take_observed
+from logra_kernels.store.reading.coarse import measured_top
+from logra_kernels.store.removed import add_removed
 from logra_kernels.store.skipped import add_skipped, read_skipped
 from logra_kernels.store.store import GradientStore
 from logra_kernels.store.whitening import Whitening
 from logra_kernels.store.writing.create import check_free
 
 LOSS = "quantization"  # the sidecar
-QUERIES, TOP = 64, 100
+QUERIES = 64
 
 
 def quantize(
@@ -99,8 +101,9 @@ def quantization_loss(store: GradientStore) -> dict[str, Any] | None:
 
     Returns:
         source_format, relative_l2 (of all rows), energy_kept (layer -> 1 less its squared relative error), queries (how
-        many rows were asked with), score_correlation (Pearson's, over all scores) and top_agreement (the share of each
-        query's `top` best rows that is the same, on average).
+        many rows were asked with), score_correlation (Pearson's, over all scores), top (min(100, N / 10), at least 1)
+        and top_agreement (the share of each query's `top` best rows that is the same, on average; of all N rows it
+        would be 1 whatever was lost).
 
     Raises:
         StoreError: The file is damaged.
@@ -131,6 +134,7 @@ def _fill(rows: GradientStore, store: GradientStore, whitening: Whitening | None
         _copy(rows, store, whitening)
     whole = GradientStore.open(store.path)
     add_skipped(store.path, read_skipped(rows.path))
+    add_removed(store.path, rows.deleted_ids)
     take_observed([rows], store.path)
     whole.sidecar_write(LOSS, {}, _measure(rows, whole, whitening))
 
@@ -170,8 +174,8 @@ def _measure(rows: GradientStore, store: GradientStore, whitening: Whitening | N
         "energy_kept": dict(zip(rows.layers, kept.tolist(), strict=True)),
         "queries": count,
         "score_correlation": _correlation(exact, found),
-        "top": min(TOP, len(rows)),
-        "top_agreement": _agreement(exact, found),
+        "top": measured_top(len(rows)),
+        "top_agreement": _agreement(exact, found, measured_top(len(rows))),
     }
 
 
@@ -181,8 +185,7 @@ def _correlation(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum()) / scale if scale else 1.0
 
 
-def _agreement(exact: Tensor, found: Tensor) -> float:
-    top = min(TOP, exact.shape[1])
+def _agreement(exact: Tensor, found: Tensor, top: int) -> float:
     if not exact.numel():
         return 1.0
     pairs = zip(exact.topk(top).indices.tolist(), found.topk(top).indices.tolist(), strict=True)

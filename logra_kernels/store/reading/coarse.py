@@ -27,6 +27,7 @@ from logra_kernels.store.tensorfile import as_bytes
 SIDECAR = "index"
 DIMS, LEAST_FACTOR = 2048, 4  # numbers in a short row, unless that is more than a quarter of the row
 TARGET = 0.99
+TOP = 100  # rows at the top that measurements look at, unless that is more than a tenth of the store
 SAMPLES = 32  # stored rows that ask, where no queries are given
 _BYTES = 64 << 20  # of rows or scores at work at a time
 
@@ -39,7 +40,7 @@ class IndexInfo:
         dims: Numbers in a short row.
         dtype: Their format.
         seed: Of signs and groups.
-        k: The recall is of the k best rows.
+        k: The recall is of the k best rows; by default 100, or a tenth of the rows where that is fewer.
         recall: Shortlist's length -> share of the exact k best that were found, mean over the queries.
         shortlist: The length used unless told otherwise: the shortest with a recall of `TARGET`, or the longest.
         queries: How many asked.
@@ -87,12 +88,17 @@ class Spread:
         return padded[:, self._order].view(len(rows), self._dims, self._size).sum(2)
 
 
+def measured_top(rows: int) -> int:
+    """k of a measurement of the k best of so many rows: min(100, rows / 10), at least 1. All rows are always found."""
+    return min(TOP, max(1, rows // 10))
+
+
 def build(
     store: StoredRows,
     dims: int | None,
     dtype: str,
     seed: int,
-    k: int,
+    k: int | None,
     queries: Tensor | None,
     row_scale: Tensor | None,
 ) -> IndexInfo:
@@ -104,6 +110,7 @@ def build(
     if len(store) == 0:
         raise StoreError(f"{store.path} has no rows to build an index over; log some first")
     dims = max(1, min(DIMS, store.dim // LEAST_FACTOR)) if dims is None else dims
+    k = measured_top(len(store)) if k is None else min(k, len(store))
     if k < 1 or not 1 <= dims <= store.dim:
         raise StoreError(f"index: dims is {dims} and k {k}; dims must be from 1 to {store.dim}, k at least 1")
     try:

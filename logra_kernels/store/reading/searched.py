@@ -16,7 +16,7 @@ class SearchedRows(StoredRows):
         dims: int | None = None,
         dtype: str = "bf16",
         *,
-        k: int = 100,
+        k: int | None = None,
         queries: Tensor | None = None,
         row_scale: Tensor | None = None,
         seed: int = 0,
@@ -28,7 +28,8 @@ class SearchedRows(StoredRows):
         Args:
             dims: Numbers in a short row; by default 2,048, or a quarter of D where that is less.
             dtype: Of the short rows, as in `create`.
-            k: The recall is of the k best rows.
+            k: The recall is of the k best rows; by default min(100, N / 10), at least 1: of all N rows it would always
+                be 1.
             queries: [Q, D], preconditioned as later ones will be; by default 32 stored rows ask.
             row_scale: As later searches will have it, [N].
             seed: Of the random signs and groups.
