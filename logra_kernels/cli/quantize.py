@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> int:
     from logra_kernels.store import GradientStore, quantization_loss, quantize
 
     session.check_rank_c(args.rank_c)
-    output.check_is_no_input(args.out, [args.store])
-    output.check_is_no_store(args.out)
     if args.whiten:
         session.check_curvature(args.curvature, args.store)
+    output.check_is_no_input(args.out, [args.store])
+    output.check_is_no_store(args.out)
     before = GradientStore.open(args.store)
     whitening = _whitening(before, args) if args.whiten else None
     store = quantize(
