@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from logra_kernels.cli import session
+from logra_kernels.cli import checks, session
 from logra_kernels.errors import LograError, StoreError
 from logra_kernels.ops import FORMATS
 
@@ -72,13 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Log, finalize, print a summary; 130 after Ctrl-C."""
-    session.check_least(args, batch_size=1, window=1, limit=1, observe=0, rows_per_shard=1, max_length=2)
-    session.check_rank_c(args.rank_c)
+    checks.check_least(args, batch_size=1, window=1, limit=1, observe=0, rows_per_shard=1, max_length=2)
+    checks.check_rank_c(args.rank_c)
     args.projection = args.projection or ("pca" if args.observe else "orthonormal")
     asking = [what for what in (args.projection, args.curvature) if {*what.split(",")} & {"pca", "kfac", "ekfac"}]
     if asking and not args.observe:
         raise ValueError(f"--observe 0 leaves {' and '.join(asking)} nothing to learn from; observe some rows")
-    session.check_curvature(args.curvature, args.out)
+    checks.check_curvature(args.curvature, args.out)
     device = session.device(args.device)
 
     from logra_kernels.integrations import causal_lm, text_data
@@ -114,7 +114,7 @@ def _run(args: argparse.Namespace, rows: list[TextRow], model: nn.Module, tokeni
         fingerprints=session.fingerprints(tokenizer, longest),
         curvature=args.curvature,
     ) as logging:
-        session.check_rank_c(args.rank_c, logging.taps.layers)
+        checks.check_rank_c(args.rank_c, logging.taps.layers)
         before, first = _rows_there(logging, rows)
         if logging.learning or args.curvature in ("kfac", "ekfac"):
             with _timed(seconds, "observe"):

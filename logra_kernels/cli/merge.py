@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from logra_kernels.cli import output, session
+from logra_kernels.cli import checks, session
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> int:
     from logra_kernels.store import merge
     from logra_kernels.store.format import MERGE_PLAN, MERGED
 
-    output.check_is_no_input(args.out, args.stores)
+    checks.check_is_no_input(args.out, args.stores)
     if not any((Path(args.out) / plan).exists() for plan in (MERGE_PLAN, MERGED)):
-        output.check_is_no_store(args.out)
+        checks.check_is_no_store(args.out)
     store = merge(args.stores, args.out, duplicates=args.duplicates, link=not args.copy)
     print(f"merged    {len(args.stores)} stores into {args.out}: {len(store):,} rows")
     print(f"size      {store.nbytes / 1e6:,.1f} MB in {session.shards(len(store.manifest.shards))}")

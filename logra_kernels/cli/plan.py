@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from logra_kernels.cli import session
+from logra_kernels.cli import checks, session
 
 if TYPE_CHECKING:
     from logra_kernels.plan import Plan, Probe
@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from logra_kernels.plan import plan
     from logra_kernels.store import GradientStore
 
-    session.check_rank_c(args.rank_c)
-    session.check_least(args, max_length=2)
+    checks.check_rank_c(args.rank_c)
+    checks.check_least(args, max_length=2)
     layers: GradientStore | Mapping[str, tuple[int, int]]
     if GradientStore.exists(args.source):
         layers = GradientStore.open(args.source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from logra_kernels.cli import output, session
+from logra_kernels.cli import checks, session
 from logra_kernels.errors import LograError
 from logra_kernels.ops import FORMATS
 
@@ -33,11 +33,11 @@ def run(args: argparse.Namespace) -> int:
     """Quantise, and say what came out."""
     from logra_kernels.store import GradientStore, quantization_loss, quantize
 
-    session.check_rank_c(args.rank_c)
+    checks.check_rank_c(args.rank_c)
     if args.whiten:
-        session.check_curvature(args.curvature, args.store)
-    output.check_is_no_input(args.out, [args.store])
-    output.check_is_no_store(args.out)
+        checks.check_curvature(args.curvature, args.store)
+    checks.check_is_no_input(args.out, [args.store])
+    checks.check_is_no_store(args.out)
     before = GradientStore.open(args.store)
     whitening = _whitening(before, args) if args.whiten else None
     store = quantize(

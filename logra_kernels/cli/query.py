@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logra_kernels.cli import output, session
+from logra_kernels.cli import checks, session
 from logra_kernels.cli.answer import Answer, Row, as_json, print_answer, providers, write_report
 from logra_kernels.errors import LograError
 from logra_kernels.integrations.surrogates import refuse_half_pairs
@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
     """Ask, score every stored row, print the rows at the top (or the bottom)."""
     if args.completion is not None and args.prompt is None:
         raise ValueError("--completion follows a --prompt; give both, or --text")
-    session.check_least(args, k=1, batch_size=1, max_new_tokens=1)
+    checks.check_least(args, k=1, batch_size=1, max_new_tokens=1)
     if args.report:
-        output.check_report(args.report)
+        checks.check_report(args.report)
     questions = _questions(args)
 
     import torch
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Before the model is loaded, which takes longer than to see that there is no store.
     store = GradientStore.open(args.store)
-    session.check_curvature(args.curvature, args.store)
+    checks.check_curvature(args.curvature, args.store)
     model, tokenizer = causal_lm.load(args.model, session.device(args.device))
     longest = session.max_length(model, session.stored_max_length(store.fingerprints))
     facts = session.fingerprints(tokenizer, longest)

@@ -36,68 +36,6 @@ def add_curvature_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def check_least(args: argparse.Namespace, **least: int) -> None:
-    """
-    Raises:
-        ValueError: An option is given and below what it must be at least; its name has _ for -.
-    """
-    for name, most in least.items():
-        value = getattr(args, name)
-        if value is not None and value < most:
-            dashes = "-" if len(name) == 1 else "--"
-            raise ValueError(f"{dashes}{name.replace('_', '-')} {value} must be at least {most}")
-
-
-def check_rank_c(rank_c: int | None, layers: Mapping[str, tuple[int, int]] | None = None) -> None:
-    """
-    Args:
-        rank_c: What `--rank-c` says.
-        layers: name -> (k_out, k_in), where they are known.
-
-    Raises:
-        ValueError: There cannot be so many factors of each layer, or they would be no fewer numbers than the row.
-    """
-    from logra_kernels.ops import MOST_RANK, factored_dim
-
-    if rank_c is None:
-        return
-    if not 1 <= rank_c <= MOST_RANK:
-        raise ValueError(f"--rank-c {rank_c} must be 1 to {MOST_RANK}; leave it out to keep rows as they are")
-    if layers is None:
-        return
-    width, dim = factored_dim(list(layers.values()), rank_c), sum(k_out * k_in for k_out, k_in in layers.values())
-    if width >= dim:
-        raise ValueError(
-            f"--rank-c {rank_c} keeps {width} numbers of rows of {dim}; use fewer factors, or leave it out"
-        )
-
-
-def check_curvature(kind: str, store: str) -> None:
-    """
-    Args:
-        kind: What `--curvature` says.
-        store: The directory, where there may be none yet.
-
-    Raises:
-        LograError: An unknown one, or a Fisher of the model's own predictions, which no command observes, where a
-            program has not.
-    """
-    from logra_kernels.curvature import CURVATURES, ModelFisher
-    from logra_kernels.store import GradientStore, observed
-
-    if kind not in CURVATURES:
-        raise LograError(f"--curvature {kind!r} must be one of {', '.join(CURVATURES)}")
-    chosen = CURVATURES[kind]
-    if not issubclass(chosen, ModelFisher):
-        return
-    if not GradientStore.exists(store) or observed(GradientStore.open(store), chosen.sidecar()) is None:
-        others = ", ".join(name for name, other in CURVATURES.items() if not issubclass(other, ModelFisher))
-        raise LograError(
-            f"--curvature {kind!r} is made of gradients that only a Python program observes (Run.observe_fisher),"
-            f" and {store} has none; use one of {others}"
-        )
-
-
 def of_rows(k: int, rows: int) -> str:
     """How much of the store the k best rows are; of all of them, agreement and recall say nothing."""
     from logra_kernels.store.reading.coarse import TOP, measured_top

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALVES, torch.float64)
 
 
 def check_tensors(op: str, **tensors: Tensor | None) -> None:
@@ -24,8 +25,7 @@ def check_factor(op: str, a_name: str, a: Tensor, p_name: str, p: Tensor) -> Non
     """Operands are multiplied in p's dtype: a's own, bf16 beside fp32 (rounded), or fp32 beside 16 bits."""
     if p.dtype == a.dtype:
         return
-    halves = (torch.bfloat16, torch.float16)
-    if (a.dtype, p.dtype) == (torch.float32, torch.bfloat16) or (p.dtype == torch.float32 and a.dtype in halves):
+    if (a.dtype, p.dtype) == (torch.float32, torch.bfloat16) or (p.dtype == torch.float32 and a.dtype in HALVES):
         return
     raise ValueError(
         f"{op}: {a_name} is {a.dtype} and {p_name} is {p.dtype}; {p_name} must have {a_name}'s dtype, or be bf16 beside"

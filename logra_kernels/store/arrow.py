@@ -43,3 +43,10 @@ def integers(values: Tensor) -> pa.Array:
     """Whole numbers [n] of any device as int64."""
     held = values.detach().to("cpu", torch.int64).contiguous().numpy()
     return pa.Array.from_buffers(pa.int64(), len(held), [None, pa.py_buffer(held)], null_count=0)
+
+
+def others(column: pa.ChunkedArray, lines: Tensor) -> list:
+    """The column's values but for those at `lines`, int64."""
+    left = torch.ones(len(column), dtype=torch.bool, device="cpu")
+    left[lines] = False
+    return column.take(integers(left.nonzero().flatten())).to_pylist()

@@ -8,8 +8,8 @@ import pytest
 from cli.conftest import SHAPE, call, contents, write_rows
 from integrations import tiny_lm
 
+from logra_kernels.cli import checks
 from logra_kernels.cli import log as cli_log
-from logra_kernels.cli import output
 from logra_kernels.integrations import causal_lm
 from logra_kernels.run import Run
 from logra_kernels.store import GradientStore
@@ -137,9 +137,9 @@ def test_a_report_that_cannot_be_written(fails, whole, model_dir, tmp_path, monk
     assert f"folder is a directory; name a file, as {tmp_path}/folder/report.html" in fails(*ask, tmp_path / "folder")
     assert "absent/ is a directory" in fails(*ask, f"{tmp_path}/absent/")
     assert "file is a file" in fails(*ask, tmp_path / "file" / "page.html")
-    monkeypatch.setattr(output.os, "access", lambda path, mode: str(path) != str(tmp_path) and os.path.exists(path))
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: str(path) != str(tmp_path) and os.path.exists(path))
     assert f"no permission to write in {tmp_path}" in fails(*ask, tmp_path / "new" / "page.html")
-    monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'logra-kernels[report]'" in fails(*ask, tmp_path / "page.html")
     assert contents(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

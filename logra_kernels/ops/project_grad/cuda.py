@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from logra_kernels import _C_cuda
+from logra_kernels.ops._check import HALVES
 from logra_kernels.ops._device import cuda_arch, programs_of
 from logra_kernels.ops._native import DTYPE_CODE, matrix
 from logra_kernels.ops.project_grad.chunks import cut, partials_of
 
-_HALVES = (torch.bfloat16, torch.float16)
 CLUSTER = 0  # blocks of sm_90a that share what they read of a factor: 1, 2, 4, or 0 for as many as suit the work
 
 
@@ -94,7 +94,7 @@ def arch_of(x: Tensor, dy: Tensor, p_in: Tensor | None, p_out: Tensor | None, el
         return 80
     sides = [(v, p) for v, p in ((x, p_in), (dy, p_out)) if p is not None]
     fetched = p_out is not None and all(_mapped(v) and _mapped(p) for v, p in sides)
-    return 90 if element in _HALVES and fetched else 80
+    return 90 if element in HALVES and fetched else 80
 
 
 def _mapped(v: Tensor) -> bool:

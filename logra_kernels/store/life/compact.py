@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-import torch
+from torch import Tensor
 
 from logra_kernels.errors import StoreError
-from logra_kernels.store.arrow import integers
+from logra_kernels.store.arrow import integers, others
 from logra_kernels.store.columns import ID
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.durable import remove_files, sync_directory
@@ -58,9 +58,10 @@ def _step(directory: Path, manifest: Manifest) -> Manifest:
             continue
         nbytes += shard.rows.nbytes
         retired += shard.names
-        gone += _hidden_ids(directory, shard)
+        shown, table = shown_lines(directory, shard), read_columns(directory, shard)
+        gone += others(table.column(ID), shown)
         if shard.shown or shard is manifest.shards[-1]:  # the last one goes on, so that no serial number is used twice
-            shards.append(_without_deleted(directory, manifest, shard))
+            shards.append(_without_deleted(directory, manifest, shard, shown, table))
     committed = replace(
         manifest, shards=tuple(shards), content=manifest.content_hash, retired=(*manifest.retired, *retired)
     )
@@ -71,17 +72,11 @@ def _step(directory: Path, manifest: Manifest) -> Manifest:
     return committed
 
 
-def _hidden_ids(directory: Path, shard: Shard) -> list[str]:
-    hidden = torch.ones(shard.count, dtype=torch.bool, device="cpu")
-    hidden[shown_lines(directory, shard)] = False
-    return read_columns(directory, shard).column(ID).filter(pa.array(hidden.numpy())).to_pylist()
-
-
-def _without_deleted(directory: Path, manifest: Manifest, shard: Shard) -> Shard:
-    shown = shown_lines(directory, shard)
+def _without_deleted(directory: Path, manifest: Manifest, shard: Shard, shown: Tensor, table: pa.Table) -> Shard:
+    """The shard's shown lines as a shard of their own, its columns taken from `table`."""
     tensors = MappedShard(directory, manifest, shard).tensors()
     payload = {name: [as_bytes(lines[shown])] for name, lines in tensors.items()}
-    table = read_columns(directory, shard).take(integers(shown))
+    table = table.take(integers(shown))
     removed = shard.removed + shard.hidden
     return write_shard(directory, shard.start, manifest, payload, table, shard.version + 1, removed).settle()
 

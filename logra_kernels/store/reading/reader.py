@@ -17,7 +17,7 @@ from torch import Tensor
 from logra_kernels.errors import StoreError
 from logra_kernels.ops import QUERY_FORMATS, EncodedRows
 from logra_kernels.ops.score_topk import RowBlocks
-from logra_kernels.store.arrow import integers, strings
+from logra_kernels.store.arrow import integers, others, strings
 from logra_kernels.store.deleted import shown_lines
 from logra_kernels.store.encoding import decode, row_sums, wrap
 from logra_kernels.store.entry import Shard
@@ -103,10 +103,7 @@ class Reader:
         yield from read_removed(self.directory)
         for shard in self.manifest.shards:
             if shard.hidden:
-                hidden = torch.ones(shard.count, dtype=torch.bool, device="cpu")
-                hidden[self._shown[shard.start]] = False
-                ids = self._columns_of(shard).column("id")
-                yield from ids.filter(pa.array(hidden.numpy())).to_pylist()
+                yield from others(self._columns_of(shard).column("id"), self._shown[shard.start])
 
     @cached_property
     def known(self) -> KnownIds:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.ops import EncodedRows
-from logra_kernels.store.arrow import integers
+from logra_kernels.store.arrow import integers, strings
 from logra_kernels.store.encoding import decode, encode_here, wrap
 from logra_kernels.store.facts import Facts
 from logra_kernels.store.ids import UNKNOWN
@@ -51,7 +51,7 @@ class StoredRows(Facts):
     @property
     def deleted_ids(self) -> list[str]:
         """Ids of the rows that were deleted, compacted away or not, unless other rows have them now."""
-        names = pa.array(dict.fromkeys(self._current().deleted_ids()), pa.string())
+        names = strings(list(dict.fromkeys(self._current().deleted_ids())))
         return names.filter(pc.invert(pc.is_in(names, self.table.column("id")))).to_pylist()
 
     @property
