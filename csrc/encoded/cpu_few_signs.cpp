@@ -39,8 +39,10 @@ struct SignTables {
     const int64_t units = kTableBytes / (groups() * width * kSignTable);
     return std::min(units / kScaleUnits * kScaleUnits, ld);
   }
-  uint8_t* tables_of(int64_t group, int64_t unit) const {
-    return tables.data() + (group * ld + unit) * width * kSignTable;
+  // Of a query and the units beside this one.
+  uint8_t* tables_of(int64_t query, int64_t unit) const {
+    const int64_t beside = kernels.units_beside, first = (query / width * ld + unit / beside * beside) * width;
+    return tables.data() + (first + query % width * beside) * kSignTable;
   }
 
   // False if the span holds NaN or Inf.
@@ -53,8 +55,7 @@ struct SignTables {
       finite = finite && std::isfinite(most);
       const bool some = unit >= std::numeric_limits<float>::min() && std::isfinite(most);
       scales.data()[query * ld + first + u] = some ? unit : 0.0f;
-      kernels.make_tables(from + u * kUnit, some ? 1.0f / unit : 0.0f,
-                          tables_of(query / width, first + u) + query % width * kSignTable);
+      kernels.make_tables(from + u * kUnit, some ? 1.0f / unit : 0.0f, first + u, tables_of(query, first + u));
     }
     return finite;
   }
@@ -102,7 +103,7 @@ struct SignProduct : Codes {
       const int64_t left = rows * ceil_div(bytes, kCacheLine);
       return Ahead{static_cast<const uint8_t*>(from), stride, bytes, left, ceil_div(left, steps), fetches_into_l2()};
     };
-    Next next = {lines(at(row, unit), a.code_stride, bytes_from(unit), units * b.width * kSignVectors), {}};
+    Next next = {lines(at(row, unit), a.code_stride, bytes_from(unit), units * b.width * b.kernels.fetches), {}};
     if (scales_lie_whole()) {
       next.scales = lines(whole_scales(row, unit), a.scale_stride * 4, units * 4, ceil_div(units, kScaleUnits));
     }
@@ -118,7 +119,7 @@ struct SignProduct : Codes {
       scales[i] = scales_of(of, unit, units_from(unit), copies + i * b.run_units());
     }
     for (int64_t g = 0; g < b.groups(); ++g) {
-      b.kernels.multiply(codes, bytes_from(unit), scales, units_from(unit), b.tables_of(g, unit),
+      b.kernels.multiply(codes, bytes_from(unit), scales, units_from(unit), b.tables_of(g * b.width, unit),
                          b.scales.data() + g * b.width * b.ld + unit, b.ld, b.width, sums + g * group_sums(), next);
       next = {};
     }
@@ -146,8 +147,8 @@ struct SignQueries : IntegerQueries {
 }  // namespace
 
 bool tables_pay(const Plan& plan) {
-  if (plan.code != Code::kSign || plan.digits != kMostDigits || sign_kernels() == nullptr) return false;
-  return plan.queries > 1 || plan.units() * kSignTable <= kTableBytes;
+  if (plan.code != Code::kSign || plan.of_int8() || sign_kernels() == nullptr) return false;
+  return plan.queries > 1 || sign_kernels()->pieces_pay || plan.units() * kSignTable <= kTableBytes;
 }
 
 std::unique_ptr<IntegerQueries> pack_few_signs(const Plan& plan, const Rows& b, int n_threads) {

@@ -14,7 +14,7 @@ extern const EncodedKernels kEncodedBase;
 #if LGK_HAS_X86_SETS
 extern const EncodedKernels kEncodedV3, kEncodedV4;
 extern const IntegerKernels kIntegersV3, kIntegersV4Vnni;
-extern const SignKernels kSignsV4Vbmi;
+extern const SignKernels kSignsV3, kSignsV4Vbmi;
 extern const F8Kernels kF8V4;
 extern const decltype(EncodedKernels::few_f8) kFewF8V4Vbmi;
 #endif
@@ -85,8 +85,9 @@ const IntegerKernels* integer_kernels() {
 
 const SignKernels* sign_kernels() {
 #if LGK_HAS_X86_SETS
-  static const bool have = __builtin_cpu_supports("avx512vbmi") && multiplies_bytes();
-  return have ? &kSignsV4Vbmi : nullptr;
+  static const bool have = isa_name() == std::string("v3"),
+                    wide = __builtin_cpu_supports("avx512vbmi") && multiplies_bytes();
+  return wide ? &kSignsV4Vbmi : have ? &kSignsV3 : nullptr;
 #else
   return nullptr;
 #endif

@@ -21,11 +21,11 @@
 namespace lgk {
 namespace {
 
-constexpr int kSide = 16;                    // rows of a vector
-constexpr int kSides = kSignRows / kSide;    // vectors that share what is read of the tables
-constexpr int64_t kUnitCodes = kUnit / 8;    // bytes
-constexpr int64_t kChunk = 64 / kUnitCodes;  // units of a vector of a row
-constexpr int kNibbles = 2;
+constexpr int kSide = 16;                             // rows of a vector
+constexpr int kSides = kSignRows / kSide;             // vectors that share what is read of the tables
+constexpr int64_t kUnitCodes = kUnit / 8;             // bytes
+constexpr int64_t kChunk = 64 / kUnitCodes;           // units of a vector of a row
+constexpr int kNibbles = 2, kVectors = 4 * kNibbles;  // of each byte of the sums of a unit
 
 // sum + four products in each lane. GCC 12 copies the operands of the intrinsic to and fro.
 LGK_INLINE void add_products(__m512i& sum, __m512i bytes, __m512i signed_bytes) {
@@ -214,7 +214,8 @@ LGK_INLINE __m512 signed_sums(const float* four) {
   return sum;
 }
 
-void make_tables(const float* x, float inverse, uint8_t* tables) {
+// tables [position / 4][nibble][low and high byte of a sum][position % 4][16], by the positions of bytes of codes.
+void make_tables(const float* x, float inverse, int64_t, uint8_t* tables) {
   alignas(64) float scaled[kUnit];
   for (int64_t i = 0; i < kUnit; i += 16) {
     _mm512_store_ps(scaled + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(inverse)));
@@ -234,7 +235,7 @@ void make_tables(const float* x, float inverse, uint8_t* tables) {
 }  // namespace
 
 extern const SignKernels kSignsV4Vbmi;
-const SignKernels kSignsV4Vbmi = {largest_sum, make_tables, multiply};
+const SignKernels kSignsV4Vbmi = {1, kVectors, false, largest_sum, make_tables, multiply};
 
 }  // namespace lgk
 #endif

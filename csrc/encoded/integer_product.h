@@ -23,6 +23,7 @@ struct Plan {
   int64_t span;    // numbers
   double largest;  // whole number that a query's become
 
+  bool of_int8() const { return largest <= 127; }
   int64_t units() const { return ceil_div(depth, kUnit); }
   int64_t span_units() const { return span / kUnit; }
   int64_t spans() const { return ceil_div(depth, span); }

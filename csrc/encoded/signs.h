@@ -9,7 +9,6 @@ namespace lgk {
 
 constexpr int64_t kSignRows = 32;          // rows multiplied side by side
 constexpr int64_t kSignTable = 8 * kUnit;  // bytes of a unit's tables
-constexpr int64_t kSignVectors = 8;        // of each byte of the sums
 constexpr int64_t kScaleUnits = 16;        // units of a vector of a row's scales
 constexpr float kLargestSum = 32767;
 
@@ -37,22 +36,25 @@ struct Ahead {
   }
 };
 
-// What is read next: codes are fetched a step with every vector of the tables, scales with every kScaleUnits units.
+// What is read next: codes a step with each of a unit's fetches, scales with every kScaleUnits units.
 struct Next {
   Ahead codes, scales;
 };
 
 struct SignKernels {
+  int64_t units_beside;  // whose tables lie together: a divisor of kScaleUnits
+  int64_t fetches;       // of what is read next, for a unit of a query
+  bool pieces_pay;       // for one query too, with tables that do not fit a cache
+
   // The largest sum of the magnitudes of four neighbours of x [kUnit]; NaN or Inf if there is one.
   float (*largest_sum)(const float* x);
 
-  // The sums of x [kUnit] * inverse, rounded: tables [position / 4][half of a byte][low and high byte of a sum]
-  // [position % 4][16], where positions are those of a unit's bytes of codes.
-  void (*make_tables)(const float* x, float inverse, uint8_t* tables);
+  // The sums of x [kUnit] * inverse, rounded, go to a unit's places of the tables of the units beside it.
+  void (*make_tables)(const float* x, float inverse, int64_t unit, uint8_t* tables);
 
   // sums[q][i] += sum over units u of a_scale[i][u] b_scale[q][u] (what row i's codes pick of the tables), in order,
-  // for kSignRows rows with so many bytes of codes. tables [units][queries][kSignTable] and b_scale [queries][ldb] go
-  // on with zeros to whole chunks of 4 units.
+  // for kSignRows rows with so many bytes of codes. tables [units / units_beside][queries][units_beside * kSignTable]
+  // and b_scale [queries][ldb] go on with zeros to whole chunks of 4 units.
   void (*multiply)(const uint8_t* const* rows, int64_t bytes, const float* const* a_scale, int64_t units,
                    const uint8_t* tables, const float* b_scale, int64_t ldb, int64_t queries, float* sums, Next& next);
 };
