@@ -43,8 +43,12 @@ def render(report: Report, path: str | os.PathLike) -> Path:
     # Surrogates and NUL come through json and files of any kind; HTML and UTF-8 have no place for them.
     data = html.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace")
     temporary = target.with_name(target.name + ".part")
-    temporary.write_bytes(data)
-    temporary.replace(target)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(target)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # half a page helps nobody, and takes what a full disk lacks
+        raise
     return target
 
 

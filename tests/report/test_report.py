@@ -1,6 +1,8 @@
 """The page: nothing in it runs or is fetched, and it stands with any part left out."""
 
 import re
+import resource
+import signal
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -165,6 +167,22 @@ def test_bars_share_a_zero():
     assert zero == "25.000%"
     assert bars == [("25.000%", "75.000%"), ("0.000%", "25.000%")]
     assert diverging([]) == ("0.000%", [])
+
+
+def test_a_file_system_that_fills_up_keeps_the_page_it_had(tmp_path):
+    """The limit on a file's size stands for it: a part is written, the rest is refused."""
+    path = render(Report("first", "s"), tmp_path / "report.html")
+    kept, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            render(Report("second", "s"), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == kept
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 def test_render_replaces_the_file(tmp_path):

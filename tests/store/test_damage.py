@@ -155,7 +155,7 @@ def test_not_a_store(tmp_path):
 
 
 def test_where_a_store_cannot_be_created(copy, tmp_path):
-    with pytest.raises(StoreError, match="holds a gradient store; open it with mode='append', or remove it"):
+    with pytest.raises(StoreError, match="holds a gradient store; open it with mode='append', or choose another path"):
         GradientStore.create(copy, LAYERS)
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="is a file"):

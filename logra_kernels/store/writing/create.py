@@ -113,7 +113,7 @@ def _as_json(name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | Non
 def check_free(directory: Path) -> None:
     """Nothing is at the path, or an empty directory, or what a creation leaves that ends before the first manifest."""
     if store_exists(directory):
-        raise StoreError(f"{directory} holds a gradient store; open it with mode='append', or remove it")
+        raise StoreError(f"{directory} holds a gradient store; open it with mode='append', or choose another path")
     if directory.exists() and not directory.is_dir():
         raise StoreError(f"{directory} is a file; choose another path")
     if directory.is_dir():
