@@ -181,7 +181,7 @@ def table(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--accuracy", action="store_true")
-    parser.add_argument("--rates", nargs="*", metavar="QxNxD", help="default 1 and 64 queries on 2048x98304")
+    parser.add_argument("--rates", nargs="*", metavar="QxNxD", help="default 1, 4 and 64 queries on 2048x98304")
     arguments = parser.parse_args()
     if arguments.accuracy:
         rows = accuracy()
@@ -189,7 +189,7 @@ def main() -> None:
         keep("formats_accuracy", rows)
     if arguments.rates is not None:
         found = []
-        for shape in arguments.rates or ("1x2048x98304", "64x2048x98304"):
+        for shape in arguments.rates or ("1x2048x98304", "4x2048x98304", "64x2048x98304"):
             queries, count, dim = map(int, shape.split("x"))
             found += rates(count, dim, queries)
         table(found)

@@ -119,8 +119,8 @@ struct SignProduct : Codes {
       scales[i] = scales_of(of, unit, units_from(unit), copies + i * b.run_units());
     }
     for (int64_t g = 0; g < b.groups(); ++g) {
-      b.kernels.multiply(codes, bytes_from(unit), scales, units_from(unit), b.tables_of(g * b.width, unit),
-                         b.scales.data() + g * b.width * b.ld + unit, b.ld, b.width, sums + g * group_sums(), next);
+      b.kernels.multiply[b.width - 1](codes, bytes_from(unit), scales, units_from(unit), b.tables_of(g * b.width, unit),
+                                      b.scales.data() + g * b.width * b.ld + unit, b.ld, sums + g * group_sums(), next);
       next = {};
     }
   }

@@ -85,9 +85,9 @@ const IntegerKernels* integer_kernels() {
 
 const SignKernels* sign_kernels() {
 #if LGK_HAS_X86_SETS
-  static const bool have = isa_name() == std::string("v3"),
-                    wide = __builtin_cpu_supports("avx512vbmi") && multiplies_bytes();
-  return wide ? &kSignsV4Vbmi : have ? &kSignsV3 : nullptr;
+  static const bool wide = __builtin_cpu_supports("avx512vbmi") && multiplies_bytes();
+  static const bool narrow = isa_name() == std::string("v3");
+  return wide ? &kSignsV4Vbmi : narrow ? &kSignsV3 : nullptr;
 #else
   return nullptr;
 #endif

@@ -1,8 +1,8 @@
 // AVX2: signs of rows pick the sums of four of a query's numbers from tables.
 //
-// A vector holds one byte of codes of each of 32 rows, so that one vpshufb finds a byte of the sums that the lower or
-// the upper four bits stand for. In words, bytes are added up of all rows, and of those at odd places: the rest is the
-// other ones'.
+// A vector holds one byte of codes of each of 16 rows, and the same of their next unit, so that one vpshufb finds 32
+// bytes of sums. They are added as words of two rows' bytes, and those at odd places once more by themselves: what they
+// leave of the words' sums is the even places'.
 #include "common/isa.h"
 
 #if LGK_HAS_X86_SETS
@@ -194,15 +194,6 @@ void multiply_queries(const uint8_t* const* rows, int64_t bytes, const float* co
   }
 }
 
-void multiply(const uint8_t* const* rows, int64_t bytes, const float* const* a_scale, int64_t units,
-              const uint8_t* tables, const float* b_scale, int64_t ldb, int64_t queries, float* sums, Next& next) {
-  const auto run = queries == 1   ? multiply_queries<1>
-                   : queries == 2 ? multiply_queries<2>
-                   : queries == 3 ? multiply_queries<3>
-                                  : multiply_queries<4>;
-  run(rows, bytes, a_scale, units, tables, b_scale, ldb, sums, next);
-}
-
 float largest_sum(const float* x) {
   const __m256 size = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   const auto sizes = [&](int64_t i)
@@ -253,7 +244,9 @@ void make_tables(const float* x, float inverse, int64_t unit, uint8_t* tables) {
 }  // namespace
 
 extern const SignKernels kSignsV3;
-const SignKernels kSignsV3 = {kUnits, kFetches, true, largest_sum, make_tables, multiply};
+const SignKernels kSignsV3 = {
+    kUnits,      kFetches,    true,
+    largest_sum, make_tables, {multiply_queries<1>, multiply_queries<2>, multiply_queries<3>, multiply_queries<4>}};
 
 }  // namespace lgk
 #endif

@@ -172,15 +172,6 @@ void multiply_queries(const uint8_t* const* rows, int64_t bytes, const float* co
   }
 }
 
-void multiply(const uint8_t* const* rows, int64_t bytes, const float* const* a_scale, int64_t units,
-              const uint8_t* tables, const float* b_scale, int64_t ldb, int64_t queries, float* sums, Next& next) {
-  const auto run = queries == 1   ? multiply_queries<1>
-                   : queries == 2 ? multiply_queries<2>
-                   : queries == 3 ? multiply_queries<3>
-                                  : multiply_queries<4>;
-  run(rows, bytes, a_scale, units, tables, b_scale, ldb, sums, next);
-}
-
 // The sums of the magnitudes of four numbers each.
 LGK_INLINE __m512 sums_of_four(__m512 x) {
   const __m512 size = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
@@ -235,7 +226,9 @@ void make_tables(const float* x, float inverse, int64_t, uint8_t* tables) {
 }  // namespace
 
 extern const SignKernels kSignsV4Vbmi;
-const SignKernels kSignsV4Vbmi = {1, kVectors, false, largest_sum, make_tables, multiply};
+const SignKernels kSignsV4Vbmi = {
+    1,           kVectors,    false,
+    largest_sum, make_tables, {multiply_queries<1>, multiply_queries<2>, multiply_queries<3>, multiply_queries<4>}};
 
 }  // namespace lgk
 #endif

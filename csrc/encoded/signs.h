@@ -52,11 +52,11 @@ struct SignKernels {
   // The sums of x [kUnit] * inverse, rounded, go to a unit's places of the tables of the units beside it.
   void (*make_tables)(const float* x, float inverse, int64_t unit, uint8_t* tables);
 
-  // sums[q][i] += sum over units u of a_scale[i][u] b_scale[q][u] (what row i's codes pick of the tables), in order,
-  // for kSignRows rows with so many bytes of codes. tables [units / units_beside][queries][units_beside * kSignTable]
-  // and b_scale [queries][ldb] go on with zeros to whole chunks of 4 units.
-  void (*multiply)(const uint8_t* const* rows, int64_t bytes, const float* const* a_scale, int64_t units,
-                   const uint8_t* tables, const float* b_scale, int64_t ldb, int64_t queries, float* sums, Next& next);
+  // By queries - 1: sums[q][i] += sum over units u of a_scale[i][u] b_scale[q][u] (what row i's codes pick of the
+  // tables), in order, for kSignRows rows with so many bytes of codes. tables [units / units_beside][queries]
+  // [units_beside * kSignTable] and b_scale [queries][ldb] go on with zeros to whole chunks of 4 units.
+  void (*multiply[kFewQueries])(const uint8_t* const* rows, int64_t bytes, const float* const* a_scale, int64_t units,
+                                const uint8_t* tables, const float* b_scale, int64_t ldb, float* sums, Next& next);
 };
 
 // Null where the instruction set in use has none.
