@@ -75,7 +75,11 @@ class BuildKernels(build_ext):
         ]
         command = [nvcc, *flags, *codes, *(f"-I{path}" for path in includes), *sources, "-o", str(target)]
         print(" ".join(command), file=sys.stderr)
-        subprocess.run(command, check=True)
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        print(done.stderr, file=sys.stderr)
+        done.check_returncode()
+        Path("build").mkdir(exist_ok=True)
+        Path("build", "nvcc.log").write_text(done.stderr)  # read by the tests: ptxas tells what it could not keep apart
 
 
 class InPlace(Distribution):

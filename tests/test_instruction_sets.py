@@ -15,10 +15,12 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
 def build_flags() -> list[str]:
-    """What setup.py compiles the kernels with."""
+    """What setup.py compiles the kernels with, but -O1: that takes half the time and inlines less, so nothing hides."""
     calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
     (flags,) = [word.value for call in calls for word in call.keywords if word.arg == "extra_compile_args"]
-    return ["-std=c++17", "-fPIC", "-fvisibility=hidden", *ast.literal_eval(flags)]
+    flags = ["-O1" if flag == "-O3" else flag for flag in ast.literal_eval(flags)]
+    assert "-O1" in flags
+    return ["-std=c++17", "-fPIC", "-fvisibility=hidden", *flags]
 
 
 @pytest.mark.parametrize(

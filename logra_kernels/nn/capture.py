@@ -163,16 +163,16 @@ class Taps(TapState):
             if batch_size is None or offsets is not None:
                 beside = "without batch_size or weights" if offsets is None else "beside offsets"
                 raise ValueError(f"capture: sequence_length {sequence_length} {beside}")
+        batch = self.batch
         if offsets is not None:
-            batch_size, self.positions = _check_offsets(offsets, batch_size)
-        self.weights, self.offsets, self.samples = weights, offsets, batch_size
-        self.sequence_length, self.begun_by = sequence_length, None
+            batch_size, batch.positions = _check_offsets(offsets, batch_size)
+        batch.weights, batch.offsets, batch.samples = weights, offsets, batch_size
+        batch.sequence_length, batch.begun_by = sequence_length, None
         if self._watch is not None and self._watch.seen:
             self._watch.rest()
-        for probe in self._probes.values():
-            probe.leaf = None
-            if batch_size is not None:
-                probe.renew(batch_size)
+        batch.leaves = {}
+        if batch_size is not None:
+            batch.leaves = {name: probe.leaf(batch_size) for name, probe in self._probes.items()}
 
     @contextmanager
     def tokens(self, rows: Tensor) -> Iterator[TokenShares]:
@@ -281,7 +281,8 @@ class Taps(TapState):
         """
         if not self.in_graph:
             raise LograError("capture: probes are in autograd's graph only with capture(..., in_graph=True)")
-        return {name: probe.leaf for name, probe in self._probes.items() if probe.leaf is not None}
+        leaves = self.batch.leaves
+        return {name: leaves[name] for name in self._probes if name in leaves}
 
     @property
     def grads(self) -> dict[str, Tensor]:
@@ -290,7 +291,8 @@ class Taps(TapState):
         Raises:
             LograError: A layer received no gradient since the last reset.
         """
-        found = {name: probe.leaf.grad for name, probe in self._probes.items() if probe.leaf is not None}
+        leaves = self.batch.leaves
+        found = {name: leaves[name].grad for name in self._probes if name in leaves}
         heard = {name: grad for name, grad in found.items() if grad is not None}
         advice = (
             "run forward and backward under the taps, compile the model after the taps are on, checkpoint with"

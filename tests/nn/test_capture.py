@@ -198,46 +198,6 @@ def test_non_reentrant_checkpointing():
     check(model, x, target)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_without_a_graph_break(backend):
-    model = Net()
-    with lk.capture(model, SMALL) as taps:
-        compiled = torch.compile(model, fullgraph=True, backend=backend)
-        for n, t in ((3, 7), (3, 7), (5, 9), (2, 4)):
-            x, target = data(n, t)
-            taps.reset(batch_size=n)
-            loss_of(compiled, x, target).backward()
-            got = taps.grads
-            taps.active = False
-            exact = projected_autograd(model, taps, per_sample(model, x, target))
-            taps.active = True
-            assert_equal_rows(got, exact)
-
-
-def test_compiled_with_frozen_weights():
-    model, (x, target) = Net().requires_grad_(False), data()
-    with lk.capture(model, SMALL) as taps:
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        taps.reset(batch_size=3)
-        loss_of(compiled, x, target).backward()
-    assert_equal_rows(taps.grads, projected_autograd(model, taps, per_sample(model, x, target)))
-
-
-def test_compiled_before_the_taps_is_refused_not_silent():
-    model, (x, target) = Net(), data()
-    compiled = torch.compile(model, backend="aot_eager")
-    compiled(x)
-    with lk.capture(model, SMALL) as taps:
-        taps.reset(batch_size=3)
-        loss_of(compiled, x, target).backward()
-    try:
-        got = taps.grads
-    except LograError as error:
-        assert "compile the model after" in str(error)
-    else:
-        assert_equal_rows(got, projected_autograd(model, taps, per_sample(model, x, target)))
-
-
 def test_autocast_bf16():
     model, (x, target) = Net(), data(t=33)
 

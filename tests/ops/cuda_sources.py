@@ -1,10 +1,14 @@
-"""A CUDA C++ source made to run on a CPU (tests/ops/cuda_on_cpu), and compiled by nvcc."""
+"""A CUDA C++ source made to run on a CPU (tests/ops/cuda_on_cpu), and what nvcc made of it."""
 
 import ctypes
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc")
@@ -28,14 +32,35 @@ class OnCpu:
             raise RuntimeError(error.decode())
 
 
-def machine_code(op: str, arch: str, made: Path) -> tuple[dict[str, int], str]:
-    """Kernel -> bytes a thread spills, and what the compiler said; csrc/<op>/cuda.cu becomes the cubin `made`."""
-    assert NVCC is not None
-    source, target = ROOT / "csrc" / op / "cuda.cu", f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    flags = ["-std=c++17", f"-I{ROOT / 'csrc'}", target, "-cubin", "-Xptxas", "-v"]
-    told = subprocess.run(
-        [NVCC, *flags, str(source), "-o", str(made)], capture_output=True, text=True, check=True
-    ).stderr
-    names = [line.split("'")[1] for line in told.splitlines() if "Compiling entry function" in line]
-    spills = [int(line.split()[4]) for line in told.splitlines() if "spill stores" in line]
-    return dict(zip(names, spills, strict=True)), told
+def _tool() -> str | None:
+    """cuobjdump: CUDA's own, or the one that Triton brings."""
+    spec = importlib.util.find_spec("triton")
+    folder = Path(spec.origin).parent / "backends" / "nvidia" / "bin" if spec is not None and spec.origin else None
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=folder)
+
+
+CUOBJDUMP, BUILT = _tool(), next(iter(ROOT.glob("logra_kernels/_C_cuda*.so")), None)
+is_built = pytest.mark.skipif(CUOBJDUMP is None or BUILT is None, reason="no cuobjdump, or _C_cuda is not built")
+
+
+def _listing(arch: str, what: str) -> str:
+    assert CUOBJDUMP is not None
+    command = [CUOBJDUMP, "-arch", f"sm_{arch}", what, str(BUILT)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def stacks(op: str, arch: str) -> dict[str, int]:
+    """Built kernel of csrc/<op> -> bytes a thread keeps in memory: what it spills, since none has arrays there."""
+    found = re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _listing(arch, "-res-usage"))
+    return {name: int(stack) + int(local) for name, stack, local in found if f"3lgk{len(op)}{op}" in name}
+
+
+def machine_code(op: str, arch: str) -> dict[str, str]:
+    """Built kernel of csrc/<op> -> its instructions."""
+    bodies = _listing(arch, "-sass").split("Function : ")[1:]
+    return {body.split(maxsplit=1)[0]: body for body in bodies if f"3lgk{len(op)}{op}" in body.splitlines()[0]}
+
+
+def said_by_nvcc() -> str:
+    """What nvcc said when the kernels were built (setup.py keeps it)."""
+    return (ROOT / "build" / "nvcc.log").read_text()

@@ -2,15 +2,11 @@
 
 import contextlib
 import ctypes
-import importlib.util
-import shutil
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from ops.cuda_sources import COMPILER, NVCC, OnCpu, machine_code
+from ops.cuda_sources import COMPILER, NVCC, OnCpu, is_built, machine_code, said_by_nvcc, stacks
 from ops.test_project_grad import MIXED, case, exactly, position_weights, ragged
 from ops.views import VIEWS
 from tolerance import assert_as_good_as_naive
@@ -342,29 +338,21 @@ def test_the_library_imports_without_a_driver():
     assert _dispatch.cuda_error() is None
 
 
-CUOBJDUMP = shutil.which("cuobjdump") or next(
-    (
-        str(tool)
-        for spec in [importlib.util.find_spec("triton")]
-        if spec is not None and spec.origin is not None
-        for tool in [Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"]
-        if tool.exists()
-    ),
-    None,
-)
-
-
-@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@is_built
 @pytest.mark.parametrize("arch", ["80", "90a"])
-def test_compiles(tmp_path, arch):
-    """Both paths become machine code that keeps its sums in registers; on sm_90a with wgmma and the copy engine."""
-    made = tmp_path / "x.cubin"
-    spilled, told = machine_code("project_grad", arch, made)
-    assert "serialized" not in told  # wgmma that ptxas waits for at once
+def test_sums_stay_in_registers(arch):
+    spilled = stacks("project_grad", arch)
     assert len(spilled) == 12 + 12 + 1
     assert not any(spilled.values())
-    if arch == "90a" and CUOBJDUMP is not None:
-        listing = subprocess.run([CUOBJDUMP, "-sass", str(made)], capture_output=True, text=True, check=True).stdout
-        bodies = [part for part in listing.split("Function :")[1:] if "Sm90" in part.splitlines()[0]]
-        assert len(bodies) == 12
-        assert all("HGMMA" in body and "UTMALDG" in body and "SYNCS" in body for body in bodies)
+
+
+@is_built
+def test_sm_90a_has_wgmma_and_the_copy_engine():
+    bodies = [body for name, body in machine_code("project_grad", "90a").items() if "Sm90" in name]
+    assert len(bodies) == 12
+    assert all("HGMMA" in body and "UTMALDG" in body and "SYNCS" in body for body in bodies)
+
+
+@is_built
+def test_nothing_waits_for_wgmma_at_once():
+    assert "serialized" not in said_by_nvcc()  # ptxas's word for it
