@@ -92,7 +92,7 @@ class TestClusters:
 
     @pytest.mark.parametrize(("positions", "width"), SM_90)
     def test_dense(self, kernels, positions, width, blocks):
-        args = case(2, 3 * positions - 20, 200, 72, width, width - 7, torch.bfloat16)  # six chunks: the last have none
+        args = case(2, 3 * positions - 20, 136, 40, width, width - 7, torch.bfloat16)  # six chunks: the last have none
         alone = run(kernels, args, width, positions, positions)
         assert torch.equal(check(kernels, args, width, positions, positions, blocks), alone)
 
