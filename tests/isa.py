@@ -62,8 +62,9 @@ def emulated(source: str) -> str:
 def compiled(source: Path) -> Path:
     target = MADE / "objects" / source.relative_to(MADE).with_suffix(".o")
     target.parent.mkdir(parents=True, exist_ok=True)
-    includes = [f"-I{path}" for path in (MADE / "csrc", ROOT / "tests", pybind11.get_include(), sysconfig.get_path("include"))]
+    folders = MADE / "csrc", ROOT / "tests", pybind11.get_include(), sysconfig.get_path("include")
     compiler = os.environ.get("CXX", "g++").split()
+    includes = [f"-I{folder}" for folder in folders]
     subprocess.run([*compiler, *FLAGS, "-Wno-psabi", *includes, "-c", str(source), "-o", str(target)], check=True)
     return target
 

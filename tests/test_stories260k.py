@@ -60,7 +60,7 @@ def test_greedy_text_is_the_known_one(loaded):
 
 @pytest.fixture(scope="module")
 def run(loaded, texts, tmp_path_factory):
-    """A quarter of the stories logged with k = 16 on every linear layer, the output head (tied to the embedding) among them."""
+    """A quarter of the stories, k = 16, on every linear layer, the output head (tied to the embedding) among them."""
     model, tokenizer = loaded
     path = tmp_path_factory.mktemp("stories") / "store"
     # Batches of like length: padding is work. The order in the store does not matter here.

@@ -17,6 +17,7 @@ from logra_kernels.nn.hook import Hook
 from logra_kernels.nn.layers import Layer, find_layers
 from logra_kernels.nn.outside import Watch, anything_compiled
 from logra_kernels.nn.probe import Held, Probe
+from logra_kernels.nn.shapes import let_shapes_vary
 from logra_kernels.nn.shared_inputs import SharedInputs
 from logra_kernels.nn.state import TapState
 from logra_kernels.nn.tap import check_heard
@@ -163,16 +164,17 @@ class Taps(TapState):
             if batch_size is None or offsets is not None:
                 beside = "without batch_size or weights" if offsets is None else "beside offsets"
                 raise ValueError(f"capture: sequence_length {sequence_length} {beside}")
-        batch = self.batch
         if offsets is not None:
-            batch_size, batch.positions = _check_offsets(offsets, batch_size)
-        batch.weights, batch.offsets, batch.samples = weights, offsets, batch_size
-        batch.sequence_length, batch.begun_by = sequence_length, None
+            batch_size, self.positions = _check_offsets(offsets, batch_size)
+        self.weights, self.offsets, self.samples = weights, offsets, batch_size
+        self.sequence_length, self.begun_by = sequence_length, None
         if self._watch is not None and self._watch.seen:
             self._watch.rest()
-        batch.leaves = {}
-        if batch_size is not None:
-            batch.leaves = {name: probe.leaf(batch_size) for name, probe in self._probes.items()}
+        let_shapes_vary(self, batch_size is not None)
+        for probe in self._probes.values():
+            probe.leaf = None
+            if batch_size is not None:
+                probe.renew(batch_size)
 
     @contextmanager
     def tokens(self, rows: Tensor) -> Iterator[TokenShares]:
@@ -248,6 +250,7 @@ class Taps(TapState):
 
     def __exit__(self, *exc) -> None:
         self.active = False
+        let_shapes_vary(self, False)
         self.detach()
         assert self._context is not None
         self._context.__exit__(*exc)
@@ -281,8 +284,7 @@ class Taps(TapState):
         """
         if not self.in_graph:
             raise LograError("capture: probes are in autograd's graph only with capture(..., in_graph=True)")
-        leaves = self.batch.leaves
-        return {name: leaves[name] for name in self._probes if name in leaves}
+        return {name: probe.leaf for name, probe in self._probes.items() if probe.leaf is not None}
 
     @property
     def grads(self) -> dict[str, Tensor]:
@@ -291,8 +293,7 @@ class Taps(TapState):
         Raises:
             LograError: A layer received no gradient since the last reset.
         """
-        leaves = self.batch.leaves
-        found = {name: leaves[name].grad for name in self._probes if name in leaves}
+        found = {name: probe.leaf.grad for name, probe in self._probes.items() if probe.leaf is not None}
         heard = {name: grad for name, grad in found.items() if grad is not None}
         advice = (
             "run forward and backward under the taps, compile the model after the taps are on, checkpoint with"

@@ -196,22 +196,21 @@ class LinearHook(Hook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         taps, x = self.taps, args[0] if args else kwargs.get("input")
-        batch = taps.batch
         if (
             taps.active
             and not is_compiling()
             and not taps.in_graph
             and taps.mode is None
-            and batch.offsets is None
-            and batch.weights is None
+            and taps.offsets is None
+            and taps.weights is None
             and y.requires_grad
             and plain(y)
-            and self._tap(module._parameters.get("weight"), x, y, batch.leaves.get(self.name))
+            and self._tap(module._parameters.get("weight"), x, y)
         ):
             return None
         return super().__call__(module, args, kwargs, y)
 
-    def _tap(self, weight: Tensor | None, x: Tensor | None, y: Tensor, leaf: Tensor | None) -> bool:
+    def _tap(self, weight: Tensor | None, x: Tensor | None, y: Tensor) -> bool:
         """Whether it could be done."""
         # in-place code writes to a view's base, and a gradient comes there past the view
         at = y._base if y._is_view() else y
@@ -237,6 +236,7 @@ class LinearHook(Hook):
         add = made.add
         if add is None or x.dtype is not made.dtype or y.dtype is not made.dtype:
             return False
+        leaf = probe.leaf
         if leaf is None or leaf.shape[0] != x.shape[0]:
             try:
                 leaf = self._leaf(x)

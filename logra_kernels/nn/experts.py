@@ -67,9 +67,9 @@ class TappedExperts(ReplacedForward):
         module, taps = self._module, self._taps
         sample_of = self._samples(len(hidden), hidden.device)
         for hook in self._hooks.values():
-            if hook.name not in taps.batch.leaves:
-                assert taps.batch.samples is not None
-                taps.batch.leaves[hook.name] = hook.probe.leaf(taps.batch.samples)
+            if hook.probe.leaf is None:
+                assert taps.samples is not None
+                hook.probe.renew(taps.samples)
         position_weights = self._position_weights(len(hidden))
         expert, order = index.flatten().sort(stable=True)  # stable: an expert's tokens stay in the samples' order
         token = order // index.shape[1]
@@ -94,7 +94,7 @@ class TappedExperts(ReplacedForward):
                 taps.mode.unreached(h.name, h.adapter, mixed, *h.probe.factors(mixed.dtype, mixed.dtype))
         if not unrouted or (taps.mode is not None and not taps.beside):
             return mixed
-        return _Unrouted.apply(mixed, *(taps.batch.leaves[h.name] for h in unrouted))
+        return _Unrouted.apply(mixed, *(h.probe.leaf for h in unrouted))
 
     @property
     def _stacks(self) -> tuple[str, str]:
@@ -112,27 +112,27 @@ class TappedExperts(ReplacedForward):
 
     def _samples(self, tokens: int, device: torch.device) -> Tensor:
         """Which sample each token belongs to, [R], never decreasing."""
-        batch = self._taps.batch
-        if batch.offsets is not None:
-            if batch.positions != tokens:
+        taps = self._taps
+        if taps.offsets is not None:
+            if taps.positions != tokens:
                 raise ValueError(
-                    f"capture: offsets end at {batch.positions} and the experts of {self._name!r} get {tokens} tokens"
+                    f"capture: offsets end at {taps.positions} and the experts of {self._name!r} get {tokens} tokens"
                 )
-            cuts = batch.offsets.to(device)
+            cuts = taps.offsets.to(device)
             return torch.searchsorted(cuts, torch.arange(tokens, device=device), right=True) - 1
-        if batch.samples is None or tokens % batch.samples:
+        if taps.samples is None or tokens % taps.samples:
             raise ValueError(
                 f"capture: the experts of {self._name!r} get {tokens} tokens of all samples side by side, and"
-                f" {batch.samples} samples were begun: call taps.reset(batch_size), or give offsets"
+                f" {taps.samples} samples were begun: call taps.reset(batch_size), or give offsets"
             )
-        return torch.arange(tokens, device=device) // (tokens // batch.samples)
+        return torch.arange(tokens, device=device) // (tokens // taps.samples)
 
     def _limits(self, device: torch.device) -> Tensor:
-        assert self._taps.batch.samples is not None
-        return torch.arange(self._taps.batch.samples + 1, device=device)
+        assert self._taps.samples is not None
+        return torch.arange(self._taps.samples + 1, device=device)
 
     def _position_weights(self, tokens: int) -> Tensor | None:
-        weights = self._taps.batch.weights
+        weights = self._taps.weights
         if weights is not None and weights.numel() != tokens:
             raise ValueError(
                 f"capture: weights {tuple(weights.shape)} do not fit the {tokens} tokens of the experts of"

@@ -91,10 +91,9 @@ class Hook:
 
     def _tapped(self, adapter: Adapter, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         leaf = self._leaf(x)
-        packed = self.taps.batch.offsets is not None
-        if self.taps.sequence_first and not packed and not self.adapter.samples_at:
+        if self.taps.sequence_first and self.taps.offsets is None and not self.adapter.samples_at:
             self._check_told_apart(x, len(leaf))
-        if self.adapter.kind == "embedding" and not packed:
+        if self.adapter.kind == "embedding" and self.taps.offsets is None:
             self._check_ids(x)
         if not self._known:
             check_forward(self.name, adapter, module, x, y)
@@ -105,7 +104,7 @@ class Hook:
                 f" its output is on {y.device}: move the model before, and exclude layers that are offloaded"
             )
         x = x.to(y.device)  # what accelerate moves, it moves inside of the layer
-        if not packed and len(leaf) != len(x):
+        if self.taps.offsets is None and len(leaf) != len(x):
             shape = len(leaf), len(x) // len(leaf)
             return self._behind(adapter, y.unflatten(0, shape), x.unflatten(0, shape)).flatten(0, 1)
         return self._behind(adapter, y, x)
@@ -141,21 +140,21 @@ class Hook:
 
     def _behind(self, adapter: Adapter, y: Tensor, x: Tensor) -> Tensor:
         """y with the tap behind it, weights and offsets checked against its positions."""
-        probe, batch = self.probe, self.taps.batch
-        offsets = batch.offsets
+        probe = self.probe
+        offsets = self.taps.offsets
         if offsets is not None:
             shape = adapter.positions(x, y)
-            if math.prod(shape) != batch.positions:
+            if math.prod(shape) != self.taps.positions:
                 raise MisfitError(
-                    f"capture: offsets end at {batch.positions} and layer {self.name!r} has {tuple(shape)} ="
+                    f"capture: offsets end at {self.taps.positions} and layer {self.name!r} has {tuple(shape)} ="
                     f" {math.prod(shape)} positions; offsets must cut all flattened positions of the batch, and layers"
                     " with other positions must be excluded"
                 )
             if offsets.device != y.device:
                 offsets = offsets.to(y.device)
                 if not torch.compiler.is_compiling():
-                    batch.offsets = offsets  # for the layers to come: one tensor is checked once, not at each
-        weights = batch.weights
+                    self.taps.offsets = offsets  # for the layers to come: one tensor is checked once, not at each
+        weights = self.taps.weights
         if weights is not None:
             shape = adapter.positions(x, y)
             fits = (offsets is not None or weights.shape[0] == shape[0]) and weights.numel() == math.prod(shape)
@@ -173,19 +172,18 @@ class Hook:
         return self.tap(adapter, y, x, weights, offsets)
 
     def _leaf(self, x: Tensor) -> Tensor:
-        """The layer's, made with the batch's first layer where it was not begun with a size."""
-        batch = self.taps.batch
-        leaf = batch.leaves.get(self.name)
+        """The probe's, made with the batch's first layer where it was not begun with a size."""
+        taps, leaf = self.taps, self.probe.leaf
         if leaf is None:
             if torch.compiler.is_compiling():
                 raise RuntimeError(
                     "capture: a compiled model needs its batch size beforehand: call taps.reset(batch_size)"
                 )
-            if batch.samples is None:
-                batch.samples, batch.begun_by = x.shape[0], self.name
-            batch.leaves[self.name] = leaf = self.probe.leaf(batch.samples)
-        if batch.offsets is None and leaf.shape[0] != x.shape[0] and not self._flattened(x):
-            by = "" if batch.begun_by is None else f" by layer {batch.begun_by!r}, as reset(batch_size) was not called"
+            if taps.samples is None:
+                taps.samples, taps.begun_by = x.shape[0], self.name
+            leaf = self.probe.renew(taps.samples)
+        if taps.offsets is None and leaf.shape[0] != x.shape[0] and not self._flattened(x):
+            by = "" if taps.begun_by is None else f" by layer {taps.begun_by!r}, as reset(batch_size) was not called"
             raise MisfitError(
                 f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun{by}; a Run"
                 " takes one id a sample; call taps.reset() between batches; exclude layers whose inputs are not"
@@ -197,7 +195,7 @@ class Hook:
 
     def _flattened(self, x: Tensor) -> bool:
         """Whether x is [N * T, ...], with the T that was said beforehand."""
-        length, samples = self.taps.batch.sequence_length, self.taps.batch.samples
+        length, samples = self.taps.sequence_length, self.taps.samples
         if length == "any":
             return bool(samples) and self.adapter.flattens and len(x) % samples == 0  # type: ignore[operator]
         return isinstance(length, int) and samples is not None and self.adapter.flattens and len(x) == samples * length
@@ -212,4 +210,4 @@ class Hook:
                 return y
         shared = None if torch.compiler.is_compiling() else self.taps.shared
         kept = None if shared is None else shared.project(adapter, self.probe, x, p_in)
-        return Tap.apply(y, x, self.taps.batch.leaves[self.name], p_in, p_out, weights, offsets, adapter, kept)
+        return Tap.apply(y, x, self.probe.leaf, p_in, p_out, weights, offsets, adapter, kept)

@@ -1,4 +1,4 @@
-"""What a tapped weight needs beside the model: its factors, and leaves for its gradients."""
+"""What a tapped weight needs beside the model: its factors, and a leaf for its gradient."""
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ Held = dict[tuple[int, torch.device, torch.dtype], Tensor | None]  # a learned f
 
 
 class Probe:
-    """What one tapped weight needs: its factors, and zero leaves that receive its gradients.
+    """What one tapped weight needs: its factors, and the zero leaf that receives its gradient.
 
     Attributes:
         p_in, p_out: The factors; None stands for the identity.
         source: What p_in was learned as; probes with one such tensor have the same p_in,
         shares: which some other probe of the taps has.
-        device, dtype: Of the leaves.
+        device, dtype: Of the leaf.
         factor_dtype: That of the numbers p_in and p_out are held for.
         k: (k_out, k_in), another object for other factors.
     """
@@ -28,6 +28,7 @@ class Probe:
         self._cast: dict[tuple[torch.dtype, torch.dtype], tuple[Tensor | None, Tensor | None]] = {}
         self.device, self.dtype = layer.weight.device, torch.float64 if dtype == torch.float64 else torch.float32
         self.factor_dtype = self._beside(dtype)
+        self.leaf: Tensor | None = None
         self.shares = False
 
     def project(self, layer: Layer, projection: Projection, held: Held) -> None:
@@ -73,7 +74,8 @@ class Probe:
                 self._cast[dtypes] = p_in, p_out
         self.k = self.k[0], self.k[1]  # another object: what was prepared with the former copy is out of date
 
-    def leaf(self, samples: int) -> Tensor:
-        """A new one: 4 bytes seen as [N, k_out, k_in], since only the gradient's shape counts."""
+    def renew(self, samples: int) -> Tensor:
+        # 4 bytes seen as [N, k_out, k_in]: only the gradient's shape counts
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        return zero.expand(samples, *self.k).requires_grad_()
+        self.leaf = zero.expand(samples, *self.k).requires_grad_()
+        return self.leaf

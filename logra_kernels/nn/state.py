@@ -1,6 +1,7 @@
 """What every hook of a capture asks: whether to tap, how, and how the batch is laid out."""
 
-from logra_kernels.nn.batch import BATCHES, Batch, new_batch
+from torch import Tensor
+
 from logra_kernels.nn.covariance import Covariances
 from logra_kernels.nn.shared_inputs import SharedInputs
 from logra_kernels.nn.tokens import TokenShares
@@ -15,6 +16,12 @@ class TapState:
         shared: Projects once what several taps are given.
         mode: Gathers something else than gradients,
         beside: or gradients beside it.
+        weights: A factor for each position, [N, T].
+        offsets: Where documents are cut, [N+1].
+        positions: Where the offsets end.
+        sequence_length: Of each sample, where layers may flatten samples and positions.
+        samples: N, once it is known.
+        begun_by: The layer that told it.
         sequence_first: Whether some layers take [T, N, d].
     """
 
@@ -24,10 +31,10 @@ class TapState:
         self.shared = shared
         self.mode: TokenShares | Covariances | None = None
         self.beside = False
+        self.weights: Tensor | None = None
+        self.offsets: Tensor | None = None
+        self.positions = 0
+        self.sequence_length: int | str | None = None
+        self.samples: int | None = None
+        self.begun_by: str | None = None
         self.sequence_first = False
-        self._number = new_batch(self)
-
-    @property
-    def batch(self) -> Batch:
-        """How the batch at hand is laid out, and its gradients."""
-        return BATCHES[self._number]

@@ -43,7 +43,7 @@ class Observation:
         whole = () if not self._open else ("in", "out") if self._wanted is None else self._wanted.learns
         with self._taps.covariances(self._seen, whole, sharing, self._taps.projection.rank, beside=beside) as seen:
             yield
-            seen.samples += self._taps.batch.samples or 0
+            seen.samples += self._taps.samples or 0
         _ = seen.layers
         self._seen = seen
 

@@ -92,6 +92,66 @@ def test_weights_of_positions():
     assert counter.frame_count == 2
 
 
+def test_blocks_share_what_is_compiled():
+    """Compiled one by one, as models of many equal layers are."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.blocks = nn.Linear(12, 12), nn.ModuleList(Block() for _ in range(10))
+
+        def forward(self, x):
+            x = torch.tanh(self.stem(x))
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+
+        def forward(self, x):
+            return x + self.down(torch.tanh(self.up(x)))
+
+    model, counter = Deep(), CompileCounterWithBackend("aot_eager")
+    with lk.capture(model, SMALL) as taps:
+        rows = {}
+        for compiled in (False, True):
+            for n in (3, 4, 5, 2):
+                torch.manual_seed(n)
+                taps.reset(batch_size=n)
+                model(torch.randn(n, 7, 12)).square().sum().backward()
+                rows[compiled, n] = taps.rows()
+            for block in model.blocks:
+                block.compile(backend=counter)
+    for n in (3, 4, 5, 2):
+        torch.testing.assert_close(rows[True, n], rows[False, n], rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 2
+
+
+def test_what_torch_takes_for_constant_is_as_before_in_the_end(tmp_path):
+    config = torch._dynamo.config
+    before = config.force_nn_module_property_static_shapes
+    model, (x, target) = Net(), data()
+    with lk.capture(model, SMALL) as taps:
+        for _ in range(2):
+            taps.reset(batch_size=3)
+        assert not config.force_nn_module_property_static_shapes
+        with lk.capture(Net(), SMALL) as others:
+            others.reset(batch_size=3)
+        assert not config.force_nn_module_property_static_shapes
+    assert config.force_nn_module_property_static_shapes is before
+    with lk.Run(tmp_path / "s", model, projection=SMALL) as run:
+        with pytest.raises(ZeroDivisionError), run.log(["a", "b", "c"]):
+            assert not config.force_nn_module_property_static_shapes
+            raise ZeroDivisionError
+        assert config.force_nn_module_property_static_shapes is before
+        with run.log(["a", "b", "c"]):
+            loss_of(model, x, target).backward()
+    assert config.force_nn_module_property_static_shapes is before
+
+
 def test_before_the_taps_is_refused_not_silent():
     model, (x, target) = Net(), data()
     compiled = torch.compile(model, backend="aot_eager")

@@ -310,7 +310,7 @@ def test_gradients_of_some_leaves_count_for_the_layers_that_have_no_others_below
         for wanted, heard in (([x], {"one"}), ([shift], set()), ([x, shift], set(whole)), (None, set(whole))):
             taps.reset()
             model(x, shift).sum().backward(inputs=wanted)
-            got = {name: leaf.grad for name, leaf in taps.batch.leaves.items() if leaf.grad is not None}
+            got = {name: probe.leaf.grad for name, probe in taps._probes.items() if probe.leaf.grad is not None}
             assert set(got) == heard
             for name, grad in got.items():
                 torch.testing.assert_close(grad, whole[name])
