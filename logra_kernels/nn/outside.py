@@ -35,7 +35,7 @@ class _Elsewhere(torch.autograd.Function):
     def backward(ctx, dw: Tensor):
         name, function = ctx.use
         raise LograError(
-            f"capture: the weight of layer {name!r} is also used outside of the layer's own forward (by {function!r}),"
+            f"capture: the weight of layer {name!r} is used outside of the layer's own forward (by {function!r}),"
             " where no tap sees it, so its rows would lack a part of the gradient: call the layer itself, leave a"
             " penalty on weights out of the loss, or exclude the layer"
         )

@@ -77,8 +77,9 @@ def verify(
             notes += seen.notes(taps)
             if offsets is None:
                 seen.check_samples(taps, samples, sequence_length)
-            captured = _captured(taps, loss, samples, layout, problems, notes)
+            captured, silent = _captured(taps, loss, samples, layout, notes)
             exact = _alone(taps, loss, samples, _comparable(model, taps, notes))
+            problems += _silences(silent, exact)
             error = _compare(captured, exact, rtol or _tolerance(taps, seen.autocast), problems)
         except _Found as found:
             problems.append(str(found))
@@ -212,8 +213,8 @@ class _Seen:
         return notes
 
 
-def _captured(taps: Taps, loss: Loss, samples: int, layout: dict, problems: list[str], notes: list[str]) -> Grads:
-    """Of the layers that got one; what is to be said of the others is added to `problems` and `notes`."""
+def _captured(taps: Taps, loss: Loss, samples: int, layout: dict, notes: list[str]) -> tuple[Grads, list[str]]:
+    """Of the layers that got one, and the others, but for experts, of which a note says so."""
     taps.reset(samples, **layout)
     in_graph = taps.in_graph
     taps.active = taps.in_graph = True
@@ -235,13 +236,25 @@ def _captured(taps: Taps, loss: Loss, samples: int, layout: dict, problems: list
     experts = [name for name in silent if taps.holders[name][0][1].kind == "expert"]
     if experts:
         notes.append(f"no token of these samples came to {len(experts)} experts ({some(experts)}): not compared")
-    silent = [name for name in silent if name not in experts]
-    if silent:
+    return found, [name for name in silent if name not in experts]
+
+
+def _silences(silent: list[str], exact: Grads) -> list[str]:
+    """What is wrong with layers whose taps got no gradient."""
+    used = [name for name in silent if name in exact and bool(exact[name].any())]
+    rest = [name for name in silent if name not in used]
+    problems = []
+    if used:
         problems.append(
-            f"the loss sends no gradient to {len(silent)} layers ({some(silent)}): exclude them; if the model is"
-            " compiled, compile it after the run is made"
+            f"the model uses the weights of {len(used)} layers ({some(used)}) without calling the layers, where no tap"
+            " sees it: exclude them; if the model is compiled, compile it after the run is made"
         )
-    return found
+    if rest:
+        problems.append(
+            f"the loss sends no gradient to {len(rest)} layers ({some(rest)}): exclude them, unless that is because"
+            " weights begin as zeros, and training has not changed them yet"
+        )
+    return problems
 
 
 def _comparable(model: nn.Module, taps: Taps, notes: list[str]) -> dict[str, list[list[Tensor]]]:

@@ -174,6 +174,27 @@ def test_a_layer_without_gradient(tmp_path):
     assert check(tmp_path, model, squared(model, *data()), exclude=["spare", "cut"]).ok
 
 
+def test_layers_whose_weights_the_model_uses_itself(tmp_path):
+    """As vision transformers do that put a bias together; a layer that begins as zeros stops those before it."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.qkv, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(nn.functional.linear(self.first(x).tanh(), self.qkv.weight, self.qkv.bias))
+
+    torch.manual_seed(0)
+    model, (x, target) = Own(), data()
+    report = check(tmp_path, model, squared(model, x, target))
+    one_problem(report, "uses the weights of 1 layers ('qkv') without calling the layers", "exclude them")
+    assert check(tmp_path, model, squared(model, x, target), exclude=["qkv"]).ok
+    nn.init.zeros_(model.head.weight)
+    report = check(tmp_path, model, squared(model, x, target), exclude=["qkv"])
+    one_problem(report, "no gradient to 1 layers ('first')", "weights begin as zeros")
+
+
 def test_samples_not_in_dimension_0(tmp_path):
     model = net()
     for t in (T, N):  # as many positions as samples looks right to the taps
