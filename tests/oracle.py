@@ -30,6 +30,15 @@ def projected_autograd(model: nn.Module, taps: Taps, losses: list[Callable[[], T
     return {name: torch.stack(parts) for name, parts in rows.items()}
 
 
+def exact_rows(loss_of: Callable[..., Tensor], model: nn.Module, taps: Taps, x: Tensor, target: Tensor):
+    """The same for loss_of(model, x, target) of each sample alone, while the taps are still on."""
+    taps.active = False
+    samples = (slice(i, i + 1) for i in range(len(x)))
+    exact = projected_autograd(model, taps, [lambda one=one: loss_of(model, x[one], target[one]) for one in samples])
+    taps.active = True
+    return exact
+
+
 def assert_equal_rows(got: dict[str, Tensor], exact: dict[str, Tensor], rtol: float = 1e-5) -> None:
     """Relative to each sample's and layer's own norm."""
     assert list(got) == list(exact)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import assert_equal_rows, projected_autograd
+from oracle import assert_equal_rows, exact_rows
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -37,15 +37,6 @@ def data(n=3, t=7):
     return torch.randn(n, t, 12), torch.randn(n, t, 5)
 
 
-def exact_of(model, taps, x, target):
-    taps.active = False
-    exact = projected_autograd(
-        model, taps, [lambda i=i: loss_of(model, x[i : i + 1], target[i : i + 1]) for i in range(len(x))]
-    )
-    taps.active = True
-    return exact
-
-
 @pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", None), ("inductor", True)])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_batches_of_any_size_without_a_graph_break(backend, dynamic, frozen):
@@ -57,7 +48,7 @@ def test_batches_of_any_size_without_a_graph_break(backend, dynamic, frozen):
             x, target = data(n, t)
             taps.reset(batch_size=n)
             loss_of(compiled, x, target).backward()
-            assert_equal_rows(taps.grads, exact_of(model, taps, x, target))
+            assert_equal_rows(taps.grads, exact_rows(loss_of, model, taps, x, target))
             counts.append(counter.frame_count)
     # the first batch's shape, then any; asked to, any at once
     assert counts == ([1, 1, 2, 2, 2, 2] if dynamic is None else counts[:1] * 6)
@@ -73,7 +64,7 @@ def test_other_taps_come_and_go():
             x, target = data(n)
             taps.reset(batch_size=n)
             loss_of(compiled, x, target).backward()
-            assert_equal_rows(taps.grads, exact_of(model, taps, x, target))
+            assert_equal_rows(taps.grads, exact_rows(loss_of, model, taps, x, target))
     assert counter.frame_count == 2
 
 
@@ -164,4 +155,4 @@ def test_before_the_taps_is_refused_not_silent():
     except LograError as error:
         assert "compile the model after" in str(error)
     else:
-        assert_equal_rows(got, exact_of(model, taps, x, target))
+        assert_equal_rows(got, exact_rows(loss_of, model, taps, x, target))

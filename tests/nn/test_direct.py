@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from oracle import assert_equal_rows, projected_autograd
+from oracle import assert_equal_rows, exact_rows
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,15 +40,6 @@ def case():
     return Net(), torch.randn(N, T, WIDTH), torch.randn(N, T, 5)
 
 
-def exact_of(model, taps, x, target):
-    taps.active = False
-    exact = projected_autograd(
-        model, taps, [lambda i=i: loss_of(model, x[i : i + 1], target[i : i + 1]) for i in range(len(x))]
-    )
-    taps.active = True
-    return exact
-
-
 def directly_tapped(model, x) -> set[str]:
     """The layers whose outputs carry a hook and no node of a tap."""
     found = set()
@@ -76,7 +67,7 @@ def test_equals_autograd_and_the_tap_in_the_graph(case):
             taps.reset()
             loss_of(model, x, target).backward()
             found.append(taps.rows())
-            assert_equal_rows(taps.grads, exact_of(model, taps, x, target))
+            assert_equal_rows(taps.grads, exact_rows(loss_of, model, taps, x, target))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5 * found[0].abs().max().item())
 
 
@@ -89,14 +80,16 @@ def test_dtypes_and_position_dimensions(case, dtype, shape):
         assert directly_tapped(model, x)
         taps.reset()
         loss_of(model, x, target).backward()
-        assert_equal_rows(taps.grads, exact_of(model, taps, x, target), 1e-12 if dtype == torch.float64 else 0.1)
+        assert_equal_rows(
+            taps.grads, exact_rows(loss_of, model, taps, x, target), 1e-12 if dtype == torch.float64 else 0.1
+        )
 
 
 def test_bf16_projection_of_an_fp32_model(case):
     model, x, target = case
     with lk.capture(model, SMALL, projection_dtype=torch.bfloat16) as taps:
         loss_of(model, x, target).backward()
-        exact = exact_of(model, taps, x, target)
+        exact = exact_rows(loss_of, model, taps, x, target)
         assert_equal_rows(taps.grads, exact, 3e-2)
         assert any((taps.grads[name] - exact[name]).norm() > 1e-5 * exact[name].norm() for name in exact)
 
@@ -140,7 +133,7 @@ def test_gradients_of_something_else_do_not_count(case):
         with pytest.raises(LograError, match="received no gradient"):
             _ = taps.grads
         loss.backward()
-        assert_equal_rows(taps.grads, exact_of(model, taps, x, target))
+        assert_equal_rows(taps.grads, exact_rows(loss_of, model, taps, x, target))
 
 
 def test_hooks_on_outputs_change_what_is_gathered_as_they_change_the_weights_gradient():
@@ -160,7 +153,7 @@ def test_second_derivatives_are_refused(case):
     x.requires_grad_()
     with lk.capture(model, SMALL) as taps:
         loss_of(model, x, target).backward(create_graph=True)
-        assert_equal_rows(taps.grads, exact_of(model, taps, x, target))
+        assert_equal_rows(taps.grads, exact_rows(loss_of, model, taps, x, target))
         with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
             x.grad.square().sum().backward()
     for leaf in (x, *model.parameters()):
@@ -186,7 +179,7 @@ def test_two_captures_of_one_model(case):
         for taps in (first, second):
             got = taps.grads
             first.active = second.active = False
-            exact = exact_of(model, taps, x, target)
+            exact = exact_rows(loss_of, model, taps, x, target)
             first.active = second.active = False
             assert_equal_rows(got, exact)
 
@@ -204,7 +197,7 @@ def test_taps_in_the_graph_where_a_hook_would_not_do(case):
         taps.reset()
         y = checkpoint(model, x, use_reentrant=False)
         nn.functional.mse_loss(y, target, reduction="sum").backward()
-        assert_equal_rows(taps.grads, exact_of(model, taps, x, target))
+        assert_equal_rows(taps.grads, exact_rows(loss_of, model, taps, x, target))
 
 
 def test_transposed_inputs_other_factors_and_other_weights(case):
@@ -213,14 +206,14 @@ def test_transposed_inputs_other_factors_and_other_weights(case):
         for seed in range(2):
             taps.project(lk.Projection(rank=4, seed=seed))
             loss_of(model, x.mT.contiguous().mT, target).backward()
-            assert_equal_rows(taps.grads, exact_of(model, taps, x, target))
+            assert_equal_rows(taps.grads, exact_rows(loss_of, model, taps, x, target))
         model.up.weight = nn.Parameter(torch.randn(20, WIDTH))
         model.double()
         x, target = x.double(), target.double()
         model.float()
         taps.reset()
         loss_of(model, x.float(), target.float()).backward()
-        assert_equal_rows(taps.grads, exact_of(model, taps, x.float(), target.float()))
+        assert_equal_rows(taps.grads, exact_rows(loss_of, model, taps, x.float(), target.float()))
 
 
 @pytest.mark.parametrize("learns", [False, True])
@@ -232,7 +225,7 @@ def test_a_model_made_fp64_and_back_between_batches(case, learns):
             taps.reset()
             loss_of(model, x.to(dtype), target.to(dtype)).backward()
             assert all(g.dtype == torch.float32 for g in taps.grads.values())
-            assert_equal_rows(taps.grads, exact_of(model, taps, x.detach().to(dtype), target.to(dtype)))
+            assert_equal_rows(taps.grads, exact_rows(loss_of, model, taps, x.detach().to(dtype), target.to(dtype)))
 
 
 def test_inputs_are_free_after_the_backward_though_the_loss_lives(case):
@@ -258,7 +251,7 @@ def test_frozen_weights(case, dtype):
             loss.backward()
             got = {name: g / 2 for name, g in taps.grads.items()}
             rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.1)
-            assert_equal_rows(got, exact_of(model, taps, x.detach(), target), rtol)
+            assert_equal_rows(got, exact_rows(loss_of, model, taps, x.detach(), target), rtol)
 
 
 def test_weights_frozen_and_freed_between_batches(case):
@@ -269,7 +262,7 @@ def test_weights_frozen_and_freed_between_batches(case):
             model.requires_grad_(learns)
             taps.reset()
             loss_of(model, x, target).backward()
-            assert_equal_rows(taps.grads, exact_of(model, taps, x.detach(), target), 3e-2)
+            assert_equal_rows(taps.grads, exact_rows(loss_of, model, taps, x.detach(), target), 3e-2)
 
 
 def test_gradients_of_something_else_do_not_count_beside_frozen_weights(case):
@@ -284,7 +277,7 @@ def test_gradients_of_something_else_do_not_count_beside_frozen_weights(case):
         with pytest.raises(LograError, match="received no gradient"):
             _ = taps.grads
         loss.backward()
-        assert_equal_rows(taps.grads, exact_of(model, taps, x.detach(), target))
+        assert_equal_rows(taps.grads, exact_rows(loss_of, model, taps, x.detach(), target))
 
 
 class Branches(nn.Module):
