@@ -164,10 +164,15 @@ class Taps(TapState):
             if batch_size is None or offsets is not None:
                 beside = "without batch_size or weights" if offsets is None else "beside offsets"
                 raise ValueError(f"capture: sequence_length {sequence_length} {beside}")
+        positions = None
         if offsets is not None:
-            batch_size, self.positions = _check_offsets(offsets, batch_size)
+            batch_size, positions = _check_offsets(offsets, batch_size)
+        elif isinstance(sequence_length, int):
+            assert batch_size is not None
+            positions = batch_size * sequence_length
         self.weights, self.offsets, self.samples = weights, offsets, batch_size
-        self.sequence_length, self.begun_by = sequence_length, None
+        self.extent = None if positions is None else torch.zeros((), dtype=torch.bool, device="cpu").expand(positions)
+        self.any_length, self.begun_by = sequence_length == "any", None
         if self._watch is not None and self._watch.seen:
             self._watch.rest()
         let_shapes_vary(self, batch_size is not None)

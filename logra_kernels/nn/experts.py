@@ -114,10 +114,10 @@ class TappedExperts(ReplacedForward):
         """Which sample each token belongs to, [R], never decreasing."""
         taps = self._taps
         if taps.offsets is not None:
-            if taps.positions != tokens:
-                raise ValueError(
-                    f"capture: offsets end at {taps.positions} and the experts of {self._name!r} get {tokens} tokens"
-                )
+            assert taps.extent is not None
+            end = taps.extent.numel()
+            if end != tokens:
+                raise ValueError(f"capture: offsets end at {end} and the experts of {self._name!r} get {tokens} tokens")
             cuts = taps.offsets.to(device)
             return torch.searchsorted(cuts, torch.arange(tokens, device=device), right=True) - 1
         if taps.samples is None or tokens % taps.samples:

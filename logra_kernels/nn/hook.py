@@ -143,10 +143,11 @@ class Hook:
         probe = self.probe
         offsets = self.taps.offsets
         if offsets is not None:
-            shape = adapter.positions(x, y)
-            if math.prod(shape) != self.taps.positions:
+            shape, extent = adapter.positions(x, y), self.taps.extent
+            assert extent is not None
+            if math.prod(shape) != extent.numel():
                 raise MisfitError(
-                    f"capture: offsets end at {self.taps.positions} and layer {self.name!r} has {tuple(shape)} ="
+                    f"capture: offsets end at {extent.numel()} and layer {self.name!r} has {tuple(shape)} ="
                     f" {math.prod(shape)} positions; offsets must cut all flattened positions of the batch, and layers"
                     " with other positions must be excluded"
                 )
@@ -182,7 +183,7 @@ class Hook:
             if taps.samples is None:
                 taps.samples, taps.begun_by = x.shape[0], self.name
             leaf = self.probe.renew(taps.samples)
-        if taps.offsets is None and leaf.shape[0] != x.shape[0] and not self._flattened(x):
+        if taps.offsets is None and leaf.shape[0] != x.shape[0] and not self._flattened(x, leaf):
             by = "" if taps.begun_by is None else f" by layer {taps.begun_by!r}, as reset(batch_size) was not called"
             raise MisfitError(
                 f"capture: layer {self.name!r} sees {x.shape[0]} samples where {leaf.shape[0]} were begun{by}; a Run"
@@ -193,12 +194,13 @@ class Hook:
             )
         return leaf
 
-    def _flattened(self, x: Tensor) -> bool:
+    def _flattened(self, x: Tensor, leaf: Tensor) -> bool:
         """Whether x is [N * T, ...], with the T that was said beforehand."""
-        length, samples = self.taps.sequence_length, self.taps.samples
-        if length == "any":
-            return bool(samples) and self.adapter.flattens and len(x) % samples == 0  # type: ignore[operator]
-        return isinstance(length, int) and samples is not None and self.adapter.flattens and len(x) == samples * length
+        if not self.adapter.flattens:
+            return False
+        if self.taps.any_length:
+            return len(leaf) > 0 and len(x) % len(leaf) == 0
+        return self.taps.extent is not None and len(x) == self.taps.extent.numel()
 
     def tap(self, adapter: Adapter, y: Tensor, x: Tensor, weights: Tensor | None, offsets: Tensor | None) -> Tensor:
         """y with the tap behind it; everything fits, and there is a leaf."""

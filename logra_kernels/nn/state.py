@@ -18,8 +18,9 @@ class TapState:
         beside: or gradients beside it.
         weights: A factor for each position, [N, T].
         offsets: Where documents are cut, [N+1].
-        positions: Where the offsets end.
-        sequence_length: Of each sample, where layers may flatten samples and positions.
+        extent: One number seen as all positions, where they were told: a tensor, whose shape torch.compile lets vary
+            (nn/shapes.py), as it does not an integer.
+        any_length: Whether layers may flatten samples and any number of positions.
         samples: N, once it is known.
         begun_by: The layer that told it.
         sequence_first: Whether some layers take [T, N, d].
@@ -33,8 +34,8 @@ class TapState:
         self.beside = False
         self.weights: Tensor | None = None
         self.offsets: Tensor | None = None
-        self.positions = 0
-        self.sequence_length: int | str | None = None
+        self.extent: Tensor | None = None
+        self.any_length = False
         self.samples: int | None = None
         self.begun_by: str | None = None
         self.sequence_first = False

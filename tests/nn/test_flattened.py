@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracle import assert_equal_rows, projected_autograd
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import logra_kernels as lk
 
@@ -59,16 +60,20 @@ def test_with_weights_of_positions():
     assert_equal_rows(taps.grads, exact)
 
 
-def test_compiled():
-    model, x = Net(), data()
+@pytest.mark.parametrize("told", ["T", "any"])
+def test_compiled(told):
+    torch._dynamo.reset()
+    model, counter = Net(), CompileCounterWithBackend("aot_eager")
     with lk.capture(model, SMALL, kinds=["linear", "norm"]) as taps:
-        taps.reset(3, sequence_length=5)
-        loss_of(model, x).backward()
-        eager = {name: grad.clone() for name, grad in taps.grads.items()}
-        taps.reset(3, sequence_length=5)
-        loss_of(torch.compile(model, fullgraph=True, backend="aot_eager"), x).backward()
-    for name, grad in taps.grads.items():
-        torch.testing.assert_close(grad, eager[name], rtol=1e-5, atol=1e-6)
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        for n, t in ((3, 5), (4, 6), (7, 5), (2, 9), (5, 4)):
+            x, rows = torch.randn(n, t, 8), []
+            for run in (model, compiled):
+                taps.reset(n, sequence_length=t if told == "T" else "any")
+                loss_of(run, x).backward()
+                rows.append(taps.rows())
+            torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 2  # the first shape, then any
 
 
 def test_what_is_refused():
