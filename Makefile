@@ -66,15 +66,12 @@ $(VENV)/torch.stamp:
 	$(PIP) 'setuptools>=77' 'pybind11>=3.0,<4'
 	touch $@
 
-# built in place, without isolation: a build environment of its own would fetch torch's neighbours again; a build that
-# fails leaves no kernels rather than the last ones
+# built in place, without isolation: a build environment of its own would fetch torch's neighbours again
 $(VENV)/demo.stamp: $(VENV)/torch.stamp $(SOURCES)
-	rm -f logra_kernels/_C*.so
 	$(PIP) --no-build-isolation -e '.[demo]'
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
-	rm -f logra_kernels/_C*.so
 	$(PIP) --no-build-isolation -e '.[test]'
 	touch $@
 

@@ -29,6 +29,14 @@ kernels = Pybind11Extension(
 )
 
 
+def is_built(target: Path, inputs: list[str]) -> bool:
+    """Whether `target` is newer than what it is made of. If not it is removed: a build that fails leaves none."""
+    if target.exists() and target.stat().st_mtime > max(os.path.getmtime(path) for path in inputs):
+        return True
+    target.unlink(missing_ok=True)
+    return False
+
+
 class BuildKernels(build_ext):
     """The C++ kernels, then the CUDA ones by one call of nvcc.
 
@@ -36,6 +44,17 @@ class BuildKernels(build_ext):
     LOGRA_KERNELS_CUDA_ARCHS: compute capabilities, "80;90a" by default; 90a has kernels of its own. The last one's PTX,
     without what is its own, is kept for later devices.
     """
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        """An editable install that only brings other packages, `make test` after `make demo`, builds nothing again."""
+        if not getattr(self, "editable_mode", False):  # setuptools before 64 has none
+            return super().build_extension(ext)
+        here = Path("logra_kernels", Path(self.get_ext_filename(ext.name)).name)
+        if not is_built(here, [*ext.sources, *ext.depends, "setup.py"]):
+            return super().build_extension(ext)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(here, target)
 
     def run(self) -> None:
         super().run()
@@ -55,7 +74,7 @@ class BuildKernels(build_ext):
         sources = [*sorted(glob("csrc/*/cuda.cu")), "python/cuda_module.cpp"]
         headers = [*glob("csrc/*/cuda*.h"), *glob("csrc/*/*.cuh"), *glob("csrc/common/*.h"), "csrc/encoded/rows.h"]
         inputs = [*sources, *headers, "python/arguments.h", "setup.py"]
-        if target.exists() and target.stat().st_mtime > max(os.path.getmtime(path) for path in inputs):
+        if is_built(target, inputs):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         archs = os.environ.get("LOGRA_KERNELS_CUDA_ARCHS", "80;90a").split(";")
