@@ -43,9 +43,9 @@ CUOBJDUMP, BUILT = _tool(), next(iter(ROOT.glob("logra_kernels/_C_cuda*.so")), N
 is_built = pytest.mark.skipif(CUOBJDUMP is None or BUILT is None, reason="no cuobjdump, or _C_cuda is not built")
 
 
-def _listing(arch: str, what: str) -> str:
+def _listing(arch: str, *what: str) -> str:
     assert CUOBJDUMP is not None
-    command = [CUOBJDUMP, "-arch", f"sm_{arch}", what, str(BUILT)]
+    command = [CUOBJDUMP, "-arch", f"sm_{arch}", *what, str(BUILT)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -55,10 +55,9 @@ def stacks(op: str, arch: str) -> dict[str, int]:
     return {name: int(stack) + int(local) for name, stack, local in found if f"3lgk{len(op)}{op}" in name}
 
 
-def machine_code(op: str, arch: str) -> dict[str, str]:
-    """Built kernel of csrc/<op> -> its instructions."""
-    bodies = _listing(arch, "-sass").split("Function : ")[1:]
-    return {body.split(maxsplit=1)[0]: body for body in bodies if f"3lgk{len(op)}{op}" in body.splitlines()[0]}
+def machine_code(kernels: list[str], arch: str) -> list[str]:
+    """The instructions of each, which are named as in `stacks`."""
+    return _listing(arch, "-sass", "-fun", ",".join(kernels)).split("Function : ")[1:]
 
 
 def said_by_nvcc() -> str:

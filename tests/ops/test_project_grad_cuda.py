@@ -348,7 +348,7 @@ def test_sums_stay_in_registers(arch):
 
 @is_built
 def test_sm_90a_has_wgmma_and_the_copy_engine():
-    bodies = [body for name, body in machine_code("project_grad", "90a").items() if "Sm90" in name]
+    bodies = machine_code([name for name in stacks("project_grad", "90a") if "Sm90" in name], "90a")
     assert len(bodies) == 12
     assert all("HGMMA" in body and "UTMALDG" in body and "SYNCS" in body for body in bodies)
 
