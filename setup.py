@@ -58,24 +58,23 @@ class BuildKernels(build_ext):
 
     def run(self) -> None:
         super().run()
+        target = Path(self.get_ext_fullpath("logra_kernels._C_cuda"))
+        sources = [*sorted(glob("csrc/*/cuda.cu")), "python/cuda_module.cpp"]
+        headers = [*glob("csrc/*/cuda*.h"), *glob("csrc/*/*.cuh"), *glob("csrc/common/*.h"), "csrc/encoded/rows.h"]
+        if is_built(target, [*sources, *headers, "python/arguments.h", "setup.py"]):
+            return
         asked = os.environ.get("LOGRA_KERNELS_CUDA", "")
         nvcc = shutil.which("nvcc")
         if asked == "0" or (nvcc is None and asked != "1"):
             return
         try:
-            self._build_cuda(nvcc or "nvcc")
+            self._build_cuda(nvcc or "nvcc", sources, target)
         except (OSError, subprocess.CalledProcessError) as error:
             if asked == "1":
                 raise
             warnings.warn(f"logra_kernels._C_cuda is not built: {error}", stacklevel=1)
 
-    def _build_cuda(self, nvcc: str) -> None:
-        target = Path(self.get_ext_fullpath("logra_kernels._C_cuda"))
-        sources = [*sorted(glob("csrc/*/cuda.cu")), "python/cuda_module.cpp"]
-        headers = [*glob("csrc/*/cuda*.h"), *glob("csrc/*/*.cuh"), *glob("csrc/common/*.h"), "csrc/encoded/rows.h"]
-        inputs = [*sources, *headers, "python/arguments.h", "setup.py"]
-        if is_built(target, inputs):
-            return
+    def _build_cuda(self, nvcc: str, sources: list[str], target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         archs = os.environ.get("LOGRA_KERNELS_CUDA_ARCHS", "80;90a").split(";")
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]

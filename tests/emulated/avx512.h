@@ -28,7 +28,6 @@ typedef Lanes<float, __m512> F;
 typedef Lanes<uint8_t, __m512i> U8;
 typedef Lanes<int8_t, __m512i> I8;
 typedef Lanes<uint16_t, __m512i> U16;
-typedef Lanes<int16_t, __m512i> I16;
 typedef Lanes<uint32_t, __m512i> U32;
 typedef Lanes<int32_t, __m512i> I32;
 typedef Lanes<uint64_t, __m512i> U64;
