@@ -48,6 +48,8 @@ F8Kernels with_tiles(const F8Kernels& kernels) {
     F8Kernels tiles = kF8TilesV4Amx;
     tiles.expand = kernels.expand;
     tiles.split = kernels.split;
+    tiles.part = kernels.part;
+    tiles.few = kernels.few;
     return tiles;
   }
 #endif

@@ -1,8 +1,6 @@
 // Many queries meet fp8 rows as numbers of bf16, and what their own rounding to bf16 leaves as bytes.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "encoded/f8.h"
 #include "encoded/many_product.h"
@@ -65,26 +63,17 @@ struct F8Tiles {
   bool pack(const Rows& b, int64_t query, int64_t s, float* x) const {
     const float* from = span_numbers(plan, b, query, s, x);
     const int64_t units = plan.units_of(s), group = query / kTileColumns, lane = query % kTileColumns;
-    const float most = integer_kernels()->largest(from, units * kUnit);
-    const bool finite = std::isfinite(most);
-    float scale = 0, inverse = 0;
-    if (finite && plan.digits == 1 && most / 127.0f >= std::numeric_limits<float>::min()) {
-      scale = most / 127.0f;
-      inverse = 1.0f / scale;
-    } else if (finite && plan.digits > 1 && most >= 4 * std::numeric_limits<float>::min()) {
-      scale = std::ldexp(1.0f, std::ilogb(most) - 1);  // the largest number is below 4, and neither is subnormal
-      inverse = 1.0f / scale;
-    }
+    const F8Scale scale(integer_kernels()->largest(from, units * kUnit), plan.digits == 1);
     int32_t sum = 0;
     for (int64_t u = 0; u < units; ++u) {
       uint16_t numbers[kUnit];
       int8_t rests_of_unit[kUnit];
-      sum += kernels.split(from + u * kUnit, inverse, plan.digits == 1, numbers, rests_of_unit);
+      sum += kernels.split(from + u * kUnit, scale.inverse, plan.digits == 1, numbers, rests_of_unit);
       place(numbers, rests_of_unit, parts_of(group, s * plan.span_units() + u), lane);
     }
-    scales_of(group, s)[lane] = scale;
+    scales_of(group, s)[lane] = scale.of_one;
     starts_of(group, s)[lane] = -128 * sum;
-    return finite;
+    return scale.finite;
   }
 
  private:

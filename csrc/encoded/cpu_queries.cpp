@@ -60,8 +60,8 @@ EncodedQueries::EncodedQueries(const Rows& b, int64_t n, int64_t depth, const En
     const Plan plan = {encoding.code, depth, std::min(at_once_, n - g * at_once_), kept, span, kLargest[digits]};
     const int threads = threads_for(kPacking * plan.queries * depth, n_threads);
     const bool few = plan.queries <= kFewColumns;
-    if (f8 && few) continue;
-    const auto pack = f8                 ? pack_many_f8
+    const auto pack = f8 && few          ? pack_few_f8
+                      : f8               ? pack_many_f8
                       : !few             ? pack_many_integers
                       : tables_pay(plan) ? pack_few_signs
                                          : pack_few_integers;

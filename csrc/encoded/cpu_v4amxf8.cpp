@@ -84,9 +84,9 @@ void finish(bool rests, int64_t ldc, Pending& pending) {
 
 }  // namespace
 
-// Expanding and splitting, which this leaves out, are those of kF8V4.
+// All else, which this leaves out, is that of kF8V4.
 extern const F8Kernels kF8TilesV4Amx;
-const F8Kernels kF8TilesV4Amx = {{kRows, 4, 256, kF8Unit}, true, nullptr, nullptr, tile, finish};
+const F8Kernels kF8TilesV4Amx = {{kRows, 4, 256, kF8Unit}, true, nullptr, nullptr, tile, finish, nullptr, nullptr};
 
 }  // namespace lgk
 #endif

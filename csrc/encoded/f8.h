@@ -1,8 +1,12 @@
-// Products of fp8 codes with many queries, for machines that multiply bf16 and bytes.
+// Products of fp8 codes with queries, for machines that multiply bf16 and bytes.
 //
 // Every code is a bf16 number. A query's number is one too, and a rest: it is 2^-9 of the number at most, so that its
-// product may take codes rounded to bytes and the rest in bytes, twice as many at a time as numbers of bf16.
+// product may take codes rounded to bytes and the rest in bytes, twice as many at a time as numbers of bf16. Many
+// queries are taken so; few have their rests in bf16, since what takes time is to look up the codes.
 #pragma once
+#include <cmath>
+#include <limits>
+
 #include "encoded/integers.h"
 
 namespace lgk {
@@ -43,6 +47,19 @@ constexpr uint16_t bf16_of_f8(int size) {
   return static_cast<uint16_t>((exponent << 7) | ((size - (1 << top)) << (7 - top)));
 }
 
+// What a span's numbers are multiplied with, up to `most` in magnitude: all 0, if that is not finite or hardly more.
+struct F8Scale {
+  bool finite;
+  float of_one = 0, inverse = 0;
+
+  F8Scale(float most, bool whole) : finite(std::isfinite(most)) {
+    constexpr float kLeast = std::numeric_limits<float>::min();
+    if (!finite || (whole ? most / 127.0f < kLeast : most < 4 * kLeast)) return;
+    of_one = whole ? most / 127.0f : std::ldexp(1.0f, std::ilogb(most) - 1);  // below 4, and neither is subnormal
+    inverse = 1.0f / of_one;
+  }
+};
+
 struct F8Kernels {
   TileShape shape;
   bool rests_apart;  // in the queries' layout
@@ -60,6 +77,14 @@ struct F8Kernels {
   void (*tile)(const uint8_t* a, int64_t lda, const uint8_t* b, bool rests, int64_t units, const int32_t* start,
                const float* a_scale, const float* b_scale, float* c, int64_t ldc, Pending& pending);
   void (*finish)(bool rests, int64_t ldc, Pending& pending);
+
+  // x [kUnit] * inverse as bf16, then, if there are 2 parts, what is missing: out [parts][kUnit] in f8_pair's order.
+  // `whole`: rounded to integers.
+  void (*part)(const float* x, float inverse, bool whole, int parts, uint16_t* out);
+
+  // IntegerKernels::few with b [units][queries][parts][kUnit] as `part` makes them, and no offset.
+  void (*few)(const uint8_t* const* rows, const uint8_t* const* last, int64_t units, const float* const* a_scale,
+              const uint16_t* b, int parts, const float* b_scale, int64_t ldb, int64_t queries, float* sums, bool add);
 };
 
 // Null where the instruction set in use has none.

@@ -176,6 +176,7 @@ struct IntegerQueries {
 // Null if a query holds NaN or Inf.
 std::unique_ptr<IntegerQueries> pack_few_integers(const Plan& plan, const Rows& b, int n_threads);
 std::unique_ptr<IntegerQueries> pack_many_integers(const Plan& plan, const Rows& b, int n_threads);
+std::unique_ptr<IntegerQueries> pack_few_f8(const Plan& plan, const Rows& b, int n_threads);
 std::unique_ptr<IntegerQueries> pack_many_f8(const Plan& plan, const Rows& b, int n_threads);
 std::unique_ptr<IntegerQueries> pack_few_signs(const Plan& plan, const Rows& b, int n_threads);
 

@@ -123,9 +123,10 @@ def score_block(
             number is rounded by at most 1/65000 of the largest one of those it shares a scale with in the rows, 512 at
             most; beside sign rows sums of four may be, by four times that at most. A score is off by at most
             sum_d max|q| |g_d| / 65000, in practice by 3e-5 of a score's standard deviation over rows, 100 times less
-            than by int8 rows' own rounding. One that multiplies bf16 and bytes may take more than 8 of them, beside
-            such fp8 rows, as bf16 numbers and bytes of what those leave, off by as little in practice and by
-            sum_d max|q| (|g_d| + max|g|) / 65000 at most. "fp32": never coarser than fp32, half as fast there.
+            than by int8 rows' own rounding. One that multiplies bf16 and bytes may take them, beside such fp8 rows, as
+            bf16 numbers and what those leave, in bf16 again or, of more than 8 queries, in bytes: off by as little in
+            practice and by sum_d max|q| (|g_d| + max|g|) / 65000 at most. "fp32": never coarser than fp32, half as
+            fast there.
             "int8": rounded to int8 with scales as above on every device; the fastest where bytes are multiplied
             (VNNI), but for few queries beside sign rows. A score is off by 0.7 % of a standard deviation.
         backend: "auto", "cpp", "triton", "cuda" or "reference"; an unavailable one raises RuntimeError.
