@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# bytecode is made of what is imported, when it is
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # the pin first: an open range would fetch another build of torch
 TORCH := torch==2.13.0
 export LOGRA_KERNELS_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -52,7 +53,7 @@ in-place:
 	$(PYTHON) -c "import numpy, pyarrow, pytest, safetensors, torch, tqdm, xxhash"
 	$(PYTHON) setup.py --quiet build_ext --inplace
 
-wheel: $(VENV)/torch.stamp
+wheel: $(VENV)/build.stamp
 	$(PIP) build
 	$(BIN)/python -m build --wheel
 
@@ -60,21 +61,19 @@ clean:
 	rm -rf build dist *.egg-info $(VENV) demo-out
 	find logra_kernels -name '*.so' -delete
 
-$(VENV)/torch.stamp:
+$(VENV)/build.stamp:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)"
 	$(PIP) 'setuptools>=77' 'pybind11>=3.0,<4'
 	touch $@
 
-# built in place, without isolation: a build environment of its own would fetch torch's neighbours again
-$(VENV)/demo.stamp: $(VENV)/torch.stamp $(SOURCES)
-	$(PIP) --no-build-isolation -e '.[demo]'
+# without isolation: a build environment of its own would fetch torch's neighbours again
+INSTALL = $(PIP) "$(TORCH)" && LOGRA_KERNELS_CPP=0 LOGRA_KERNELS_CUDA=0 $(PIP) --no-build-isolation -e
+
+# the kernels are built in place while pip fetches
+$(VENV)/demo.stamp $(VENV)/test.stamp: $(VENV)/%.stamp: $(VENV)/build.stamp $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace & kernels=$$!; $(INSTALL) '.[$*]' && wait $$kernels
 	touch $@
 
-$(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
-	$(PIP) --no-build-isolation -e '.[test]'
-	touch $@
-
-$(VENV)/lint.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) --no-build-isolation -e '.[lint]'
+$(VENV)/lint.stamp: $(VENV)/build.stamp pyproject.toml
+	$(INSTALL) '.[lint]'
 	touch $@

@@ -40,23 +40,26 @@ def is_built(target: Path, inputs: list[str]) -> bool:
 class BuildKernels(build_ext):
     """The C++ kernels, then the CUDA ones by one call of nvcc.
 
+    LOGRA_KERNELS_CPP=0: leave the C++ kernels as they are.
     LOGRA_KERNELS_CUDA: unset, build them where nvcc is and say so where that fails; 1, they must build; 0, do not.
     LOGRA_KERNELS_CUDA_ARCHS: compute capabilities, "80;90a" by default; 90a has kernels of its own. The last one's PTX,
     without what is its own, is kept for later devices.
     """
 
     def build_extension(self, ext: Pybind11Extension) -> None:
-        """An editable install that only brings other packages, `make test` after `make demo`, builds nothing again."""
-        if not getattr(self, "editable_mode", False):  # setuptools before 64 has none
-            return super().build_extension(ext)
-        here = Path("logra_kernels", Path(self.get_ext_filename(ext.name)).name)
-        if not is_built(here, [*ext.sources, *ext.depends, "setup.py"]):
-            return super().build_extension(ext)
+        """What lies in place, newer than its sources, is not built again; setuptools copies the target back there."""
+        if os.environ.get("LOGRA_KERNELS_CPP") == "0":
+            return
         target = Path(self.get_ext_fullpath(ext.name))
+        here = Path("logra_kernels", target.name)
+        if not self._in_place or not is_built(here, [*ext.sources, *ext.depends, "setup.py"]):
+            target.unlink(missing_ok=True)
+            return super().build_extension(ext)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(here, target)
 
     def run(self) -> None:
+        self._in_place = self.inplace or getattr(self, "editable_mode", False)  # setuptools before 64 has no such mode
         super().run()
         target = Path(self.get_ext_fullpath("logra_kernels._C_cuda"))
         sources = [*sorted(glob("csrc/*/cuda.cu")), "python/cuda_module.cpp"]
