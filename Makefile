@@ -11,7 +11,7 @@ export LOGRA_KERNELS_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TESTERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 SOURCES := $(shell find csrc python -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test test-isa lint format bench test-gpu bench-gpu in-place wheel clean
+.PHONY: demo test test-isa test-sanitized lint format bench test-gpu bench-gpu in-place wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/logra demo
@@ -23,6 +23,10 @@ test: $(VENV)/test.stamp
 # The kernels of instruction sets that this machine lacks, run in plain C++: a quarter of an hour. SETS: some of them.
 test-isa: $(VENV)/test.stamp
 	$(BIN)/python tests/isa.py $(SETS)
+
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: six minutes.
+test-sanitized: $(VENV)/test.stamp
+	$(BIN)/python tests/sanitized.py
 
 lint: $(VENV)/test.stamp $(VENV)/lint.stamp
 	$(BIN)/ruff check .

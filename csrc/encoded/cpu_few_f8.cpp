@@ -45,12 +45,13 @@ struct FewF8 {
     const float* from = span_numbers(plan, b, query, s, x);
     const int64_t units = plan.units_of(s), first = s * plan.span_units();
     const F8Scale scale(integer_kernels()->largest(from, units * kUnit), plan.digits == 1);
+    if (!scale.finite) return false;
     for (int64_t u = 0; u < units; ++u) {
       kernels.part(from + u * kUnit, scale.inverse, plan.digits == 1, parts,
                    numbers_of(query / width, first + u) + query % width * parts * kUnit);
       scales_of(query)[first + u] = scale.of_one;
     }
-    return scale.finite;
+    return true;
   }
 };
 

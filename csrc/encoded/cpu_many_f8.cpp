@@ -64,6 +64,7 @@ struct F8Tiles {
     const float* from = span_numbers(plan, b, query, s, x);
     const int64_t units = plan.units_of(s), group = query / kTileColumns, lane = query % kTileColumns;
     const F8Scale scale(integer_kernels()->largest(from, units * kUnit), plan.digits == 1);
+    if (!scale.finite) return false;
     int32_t sum = 0;
     for (int64_t u = 0; u < units; ++u) {
       uint16_t numbers[kUnit];
@@ -73,7 +74,7 @@ struct F8Tiles {
     }
     scales_of(group, s)[lane] = scale.of_one;
     starts_of(group, s)[lane] = -128 * sum;
-    return scale.finite;
+    return true;
   }
 
  private:

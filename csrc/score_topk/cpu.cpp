@@ -82,7 +82,7 @@ struct Best {
 
   void keep(int64_t k) {
     if (count > k) std::nth_element(list, list + k - 1, list + count);
-    full = count >= k;
+    full = k > 0 && count >= k;
     count = std::min(count, k);
     if (full) worst = list[k - 1].key;
   }
