@@ -33,8 +33,8 @@ constexpr int64_t kDotChain = 128;
 constexpr int64_t kDotRun = 8192;
 // The most columns for which rows are read from where they lie, and the rows that are read side by side at most.
 constexpr int64_t kFew = 8;
-constexpr int64_t kDotRows = 4;
-constexpr int64_t kDotPiece = 32;
+constexpr int64_t kDotRows = 8;
+constexpr int64_t kDotPiece = 16;  // vectors of each that stay in the L1 cache
 constexpr int64_t kFewTerms = 64;
 
 // What a product fetches into the cache meanwhile: what the next one reads of as many rows, row_step bytes of each
