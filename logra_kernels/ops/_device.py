@@ -12,6 +12,11 @@ PROGRAMS_PER_PROCESSOR = 2  # what is aimed at where work is cut; fewer leave ga
 LEAST_STEPS = 8  # of a piece of a sum, beside which what it costs to add the pieces is little
 
 
+def capability_of(tensor: Tensor) -> tuple[int, int]:
+    """The compute capability that Triton kernels are launched for; in the interpreter the least that they know."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (8, 0)
+
+
 def programs_of(tensor: Tensor) -> int:
     """How many programs keep the tensor's device busy."""
     if not tensor.is_cuda:

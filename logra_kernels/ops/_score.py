@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from logra_kernels.ops._check import accumulator_dtype
-from logra_kernels.ops._codes import as_bytes, fields_of, integer_of, number_of
-from logra_kernels.ops._device import PROGRAMS_PER_PROCESSOR, device_of, pieces_of, programs_of
+from logra_kernels.ops._codes import as_bytes, converts_f8, fields_of, integer_of, number_of
+from logra_kernels.ops._device import PROGRAMS_PER_PROCESSOR, capability_of, device_of, pieces_of, programs_of
 from logra_kernels.ops._format import EncodedRows
 from logra_kernels.ops._score_tiles import TILES, ScoreTile, candidates, key_of
 from logra_kernels.ops._tile import (
@@ -67,8 +67,8 @@ def _score_kernel(
 @triton.jit
 def _score_encoded_kernel(
     queries, codes, scales, row_scale, scores,
-    Q, N, D, PIECE, stride_qq, stride_qd, stride_cn, stride_cd, stride_sn, stride_sd, stride_s,
-    CODE: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, BF16: tl.constexpr,
+    Q, N, D, C, PIECE, stride_qq, stride_qd, stride_cn, stride_cd, stride_sn, stride_sd, stride_s,
+    CODE: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, BF16: tl.constexpr, CONVERTS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """scores[p,q,n] = row_scale[n] sum_{d of piece p} queries[q,d] scales[n, d // BLOCK] codes[n,d]
@@ -81,7 +81,7 @@ def _score_encoded_kernel(
     acc = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
     for start in range(p * PIECE, tl.minimum(D, (p + 1) * PIECE), BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        at = start // EACH + tl.arange(0, BLOCK_D // EACH)
+        at = tl.multiple_of(start // EACH, BLOCK_D // EACH) + tl.arange(0, BLOCK_D // EACH)
         step = d.to(tl.int64)
         ok = d < D
         left = tl.load(
@@ -90,10 +90,10 @@ def _score_encoded_kernel(
         )  # fmt: skip
         byte = tl.load(
             codes + (n * stride_cn)[None, :] + (at.to(tl.int64) * stride_cd)[:, None],
-            mask=(n < N)[None, :] & (at * EACH < D)[:, None], other=0,
+            mask=(n < N)[None, :] & (at < C)[:, None], other=0,
         )  # fmt: skip
         scale = tl.load(scales + n * stride_sn + start // BLOCK * stride_sd, mask=n < N, other=0.0).to(tl.float32)
-        number = number_of(fields_of(byte, CODE), CODE)
+        number = number_of(fields_of(byte, CODE), CODE, CONVERTS)
         if BF16:
             product = tl.dot(left, number.to(tl.bfloat16), out_dtype=tl.float32)
         else:
@@ -109,7 +109,7 @@ def _score_encoded_kernel(
 @triton.jit
 def _score_int8_kernel(
     queries, query_scales, codes, scales, row_scale, scores,
-    Q, N, D, PIECE, stride_qq, stride_qs, stride_cn, stride_cd, stride_sn, stride_sd, stride_s,
+    Q, N, D, C, PIECE, stride_qq, stride_qs, stride_cn, stride_cd, stride_sn, stride_sd, stride_s,
     CODE: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def _score_int8_kernel(
         whole = tl.zeros([BLOCK_Q, BLOCK_N], tl.int32)
         for start in range(0, SPAN, BLOCK_D):
             d = first + start + tl.arange(0, BLOCK_D)
-            at = (first + start) // EACH + tl.arange(0, BLOCK_D // EACH)
+            at = tl.multiple_of((first + start) // EACH, BLOCK_D // EACH) + tl.arange(0, BLOCK_D // EACH)
             step = d.to(tl.int64)
             ok = d < D
             left = tl.load(
@@ -134,7 +134,7 @@ def _score_int8_kernel(
             )
             byte = tl.load(
                 codes + (n * stride_cn)[None, :] + (at.to(tl.int64) * stride_cd)[:, None],
-                mask=(n < N)[None, :] & (at * EACH < D)[:, None], other=0,
+                mask=(n < N)[None, :] & (at < C)[:, None], other=0,
             )  # fmt: skip
             right = integer_of(fields_of(byte, CODE), CODE)
             whole = tl.dot(left, right, whole, out_dtype=tl.int32)
@@ -185,11 +185,11 @@ def score_encoded(
     scores = _room(grid[1], q, n, torch.float32, rows.device)
     with device_of(rows.codes):
         _score_encoded_kernel[grid](
-            queries, as_bytes(rows.codes), rows.scales, row_scale, scores, q, n, d, piece,
+            queries, as_bytes(rows.codes), rows.scales, row_scale, scores, q, n, d, form.code_width(d), piece,
             *queries.stride(), *rows.codes.stride(), *rows.scales.stride(),
             0 if row_scale is None else row_scale.stride(0),
             CODE=form.code, EACH=8 // form.bits, BLOCK=form.block,
-            BF16=queries.dtype == torch.bfloat16 and not INTERPRETED,
+            BF16=queries.dtype == torch.bfloat16 and not INTERPRETED, CONVERTS=converts_f8(rows.codes),
             BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=block_d,
             # codes are exact in tf32: three products keep the queries' 22 leading bits on the tensor cores
             PRECISION="tf32x3" if fp32_precision() == "ieee" else fp32_precision(),
@@ -208,7 +208,8 @@ def _score_int8(queries: EncodedRows, rows: EncodedRows, row_scale: Tensor | Non
     scores = _room(grid[1], q, n, torch.float32, rows.device)
     with device_of(rows.codes):
         _score_int8_kernel[grid](
-            queries.codes, queries.scales, as_bytes(rows.codes), rows.scales, row_scale, scores, q, n, d, piece,
+            queries.codes, queries.scales, as_bytes(rows.codes), rows.scales, row_scale, scores,
+            q, n, d, form.code_width(d), piece,
             queries.codes.stride(0), queries.scales.stride(0), *rows.codes.stride(), *rows.scales.stride(),
             0 if row_scale is None else row_scale.stride(0),
             CODE=form.code, EACH=8 // form.bits, BLOCK=form.block, SPAN=span,
@@ -217,25 +218,17 @@ def _score_int8(queries: EncodedRows, rows: EncodedRows, row_scale: Tensor | Non
         return _whole(scores)
 
 
-def score(
-    queries: Tensor,
-    rows: Tensor,
-    row_scale: Tensor | None = None,
-    most: int | None = None,
-    capability: tuple[int, int] | None = None,
-) -> Tensor:
+def score(queries: Tensor, rows: Tensor, row_scale: Tensor | None = None, most: int | None = None) -> Tensor:
     """[Q, N] scores on the rows' device.
 
     Args:
         most: As in `score_encoded`.
-        capability: Whose tiles are taken; by default the device's.
     """
     q, n = queries.shape[0], rows.shape[0]
     scores = torch.empty((q, n), dtype=accumulator_dtype(rows.dtype), device=rows.device)
     if not q * n:
         return scores
-    if capability is None:
-        capability = torch.cuda.get_device_capability(rows.device) if rows.is_cuda else (8, 0)
+    capability = capability_of(rows)
     key = key_of(capability, max(queries.element_size(), rows.element_size()), q)
 
     def run(tile: ScoreTile) -> Tensor:

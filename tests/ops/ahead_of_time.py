@@ -5,12 +5,14 @@ through Triton and ptxas. Prints one JSON line a launch.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import triton
+from machine_loops import most_spilled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -42,6 +44,8 @@ POINTERS = {
     torch.uint8: "*u8",
     torch.int8: "*i8",
 }
+LAUNCHERS = ("_codes", "_score", "project_grad.triton")  # that ask for a device's compute capability
+NARROW_LOAD = re.compile(r"\bld\.global\S*\.[bus](?:8|16)\b")  # of single bytes or halves
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a block can have
 
 
@@ -65,15 +69,14 @@ def signature_of(kernel: JITFunction, args: tuple, options: dict) -> tuple[dict,
     return signature, constants, attributes
 
 
-def compiling_instead(arch: int, kernels: list[str], machine: list[str]):
+def compiling_instead(arch: int, made_of: list[tuple[str, dict]]):
     def run(self: JITFunction, *args, grid, warmup, **options):
         signature, constants, attributes = signature_of(self, args, options)
         source = ASTSource(self, signature, constants, attributes)
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         assert made.asm["cubin"]
         assert made.metadata.shared <= SHARED[arch], f"{made.metadata.shared} bytes of shared memory"
-        kernels.append(self.__name__)
-        machine.append(made.asm["ptx"])
+        made_of.append((self.__name__, made.asm))
 
     return run
 
@@ -123,12 +126,12 @@ def chunks(dtype: torch.dtype, arch: int) -> dict[str, Callable]:
     return {name: at(*sizes) for name, sizes in (halved | whole).items()}
 
 
-def score_tiles(dtype: torch.dtype, arch: int) -> dict[str, Callable]:
-    """Scores by the architecture's own tiles, through descriptors where it has them."""
+def score_tiles(dtype: torch.dtype) -> dict[str, Callable]:
+    """Scores of more queries: by other tiles."""
 
     def at(q: int) -> Callable:
         asked, rows = zeros(dtype, q, 1024), zeros(dtype, 600, 1024)
-        return lambda: score(asked, rows, zeros(accumulator_dtype(dtype), 600), capability=(arch // 10, 0))
+        return lambda: score(asked, rows, zeros(accumulator_dtype(dtype), 600))
 
     return {f"score_block, {q} queries": at(q) for q in (8, 50, 200)}
 
@@ -154,12 +157,16 @@ def variants(dtype: torch.dtype) -> dict[str, Callable]:
             for name, scale in (("fp8", "fp32"), ("int8", "fp16"), ("int2", "fp32"), ("sign", "fp16"))
         },
         **{
-            f"score_encoded, {name} {kind}": partial(score_encoded, zeros(kind, 8, 512), encoded(name), 0)
+            f"score_encoded, {q} queries, {name} {kind}": partial(score_encoded, zeros(kind, q, 512), encoded(name), 0)
+            for q in (8, 64)
             for name in ("fp8", "int8", "int4", "int2", "sign")
             for kind in (torch.float32, torch.bfloat16)
         },
         **{
-            f"score_encoded, {name} int8": partial(score_encoded, zeros(torch.float32, 8, 512), encoded(name), 1)
+            f"score_encoded, {q} queries, {name} int8": partial(
+                score_encoded, zeros(torch.float32, q, 512), encoded(name), 1
+            )
+            for q in (8, 64)
             for name in ("int8", "int4", "int2", "sign")
         },
         "score_block, mixed": lambda: score_block(queries, rows.to(dtype)),
@@ -169,20 +176,24 @@ def variants(dtype: torch.dtype) -> dict[str, Callable]:
 
 
 def main(arch: int, name: str) -> None:
+    for module in LAUNCHERS:
+        sys.modules[f"logra_kernels.ops.{module}"].capability_of = lambda tensor: (arch // 10, 0)
     if name == "tf32":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     dtype = getattr(torch, "float32" if name == "tf32" else name)
-    made = cases(dtype) | chunks(dtype, arch) | score_tiles(dtype, arch)
+    made = cases(dtype) | chunks(dtype, arch) | score_tiles(dtype)
     for case, launch in (made | (variants(dtype) if name == "bfloat16" else {})).items():
-        kernels: list[str] = []
-        machine: list[str] = []
-        JITFunction.run = compiling_instead(arch, kernels, machine)
-        line: dict = {"case": case, "kernels": kernels, "error": None}
+        made_of: list[tuple[str, dict]] = []
+        JITFunction.run = compiling_instead(arch, made_of)
+        line: dict = {"case": case, "error": None}
         try:
             launch()
         except Exception as error:
             line["error"] = f"{type(error).__name__}: {error}"[:2000]
-        line["tensor_cores"] = any("mma." in code for code in machine)
+        line["kernels"] = [kernel for kernel, _ in made_of]
+        line["tensor_cores"] = any("mma." in asm["ptx"] for _, asm in made_of)
+        line["narrow_loads"] = sum(len(NARROW_LOAD.findall(asm["ptx"])) for _, asm in made_of)
+        line["spilled"] = max((most_spilled(asm["cubin"]) for _, asm in made_of), default=0.0)
         print(json.dumps(line), flush=True)
 
 

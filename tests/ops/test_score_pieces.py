@@ -66,17 +66,18 @@ def test_blocks_of_rows_are_cut_alike(cuts, device, name, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize(("q", "n", "d"), [(9, 300, 1304), (50, 130, 712), (130, 300, 200), (257, 40, 201)])
-def test_tiles_of_an_architecture(cuts, device, dtype, capability, q, n, d):
+def test_tiles_of_an_architecture(cuts, device, dtype, capability, q, n, d, monkeypatch):
     """Also through descriptors, where rows are aligned, and cut into pieces of D where tiles are few."""
     if device == "cuda" and capability > torch.cuda.get_device_capability():
         pytest.skip("this GPU has no tensor descriptors")
+    monkeypatch.setattr(_score, "capability_of", lambda rows: capability)
     queries, rows, scale = (torch.randn(*shape, device=device) for shape in ((q, d), (n, d), (n,)))
     queries, rows = queries.to(dtype), rows.to(dtype)
     exact = queries.double() @ rows.double().T * scale.double()
-    got = _score.score(queries, rows, scale, capability=capability)
+    got = _score.score(queries, rows, scale)
     assert_as_good_as_naive(got, exact, queries.float() @ rows.float().T * scale)
     assert len(cuts) == 1
     assert cuts[0][1] > 1 or d < 1000
     rows[-1], rows[:, -1] = float("nan"), 0
     queries[:, -1] = 0
-    assert _score.score(queries, rows, scale, capability=capability)[:, :-1].isfinite().all()
+    assert _score.score(queries, rows, scale)[:, :-1].isfinite().all()

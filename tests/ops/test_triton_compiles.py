@@ -14,6 +14,8 @@ triton = pytest.importorskip("triton")
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 ONLY_SM_90 = [(90, "float16"), (90, "tf32")]
+MOST_SPILLED = 0.02  # of the instructions of a loop that multiplies
+MOST_NARROW = {"score_encoded": 1, "score_factored, rank 8": 16}  # loads of bytes or halves, of rows that are aligned
 KERNELS = {
     "project_rows": [["_project_rows_kernel"]],
     "project_grad": [["_project_grad_kernel"], ["_project_grad_kernel", "_add_chunks_kernel"]],
@@ -46,6 +48,11 @@ def test_compiles(arch, dtype):
         compiled = [line["kernels"] for line in lines if line["case"].partition(",")[0] == op]
         assert compiled or (op == "score_encoded" and dtype != "bfloat16")
         assert all(kernels in launches for kernels in compiled)
+    assert {line["case"]: line["spilled"] for line in lines if line["spilled"] > MOST_SPILLED} == {}
     if dtype == "bfloat16":
+        for case, most in MOST_NARROW.items():
+            narrow = {line["case"]: line["narrow_loads"] for line in lines if line["case"].startswith(case)}
+            assert narrow
+            assert max(narrow.values()) <= most, narrow
         scores = [line for line in lines if line["case"].partition(",")[0] in ("score_block", "score_encoded")]
         assert all(line["tensor_cores"] for line in scores if line["case"] != "score_block, mixed")

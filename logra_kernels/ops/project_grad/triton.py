@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from logra_kernels.ops._check import accumulator_dtype
-from logra_kernels.ops._device import device_of, programs_of
+from logra_kernels.ops._device import capability_of, device_of, programs_of
 from logra_kernels.ops._tile import (
     OPTIONS,
     accumulator,
@@ -207,7 +207,7 @@ def launch(
         return g
     if not x.shape[-2]:
         return g.zero_()
-    capability = torch.cuda.get_device_capability(dy.device) if dy.is_cuda else (8, 0)
+    capability = capability_of(dy)
 
     def run(tile: Tile) -> None:
         launch_tile(x, dy, p_in, p_out, offsets, weights, g, tile, described=capability[0] >= 9)
