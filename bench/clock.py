@@ -19,17 +19,24 @@ TIMED = pytest.mark.benchmark(timer=synced, min_rounds=5, max_time=0.3, warmup=T
 
 
 def in_turn(
-    calls: dict[str, Callable[[], object]], rounds: int = 40, before: Callable[[], object] = lambda: None
+    calls: dict[str, Callable[[], object]],
+    rounds: int = 40,
+    before: Callable[[], object] = lambda: None,
+    seconds: float = float("inf"),
 ) -> dict[str, float]:
     """The median time of each call, all taking turns: on a shared machine what is timed apart is not comparable.
 
     Args:
         before: What is done before each, untimed.
+        seconds: After which no more rounds begin, but for the first five.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    for _ in range(rounds):
+    end = synced() + seconds
+    for taken in range(rounds):
+        if taken >= 5 and synced() > end:
+            break
         for name, call in calls.items():
             before()
             begun = synced()

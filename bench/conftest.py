@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from clock import in_turn
 from machine import commit, cpu_model, triton_version
 from tolerance import assert_as_good_as_naive
 from torch import Tensor
@@ -21,6 +22,7 @@ def cell(benchmark):
     """cell(op, shape, provider, providers, args, flops, bytes): check providers[provider](*args) and then time it.
 
     `providers` holds "naive", which gives the fp64 answer too. `bytes` is what must cross the memory bus at the least.
+    On a CPU the others are timed in turn with it too.
     """
 
     def measure(
@@ -46,6 +48,9 @@ def cell(benchmark):
             torch=torch.__version__,
             triton=triton_version(),
         )
+        if device == "cpu" and provider != "naive" and "interleaved" not in benchmark.extra_info:
+            took = in_turn({"ours": lambda: call(*args), "naive": lambda: naive(*args)}, seconds=1.0)
+            benchmark.extra_info["interleaved"] = {"naive": round(took["naive"] / took["ours"], 3)}
         benchmark(call, *args)
 
     return measure

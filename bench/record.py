@@ -4,8 +4,8 @@
 
 A row holds times in microseconds, rates worked out from the median, the times of one torch product of the same flops
 and of the compositions over this one's where the bench measures these in turn with it, and the naive composition's
-median over this one's where both were measured; a cell whose numbers were wrong has failed before it was timed and is
-not there.
+time over this one's where both were measured, in turn if they were; a cell whose numbers were wrong has failed before
+it was timed and is not there.
 """
 
 import json
@@ -31,7 +31,7 @@ def row(info: dict, stats: dict, naive_median: float | None) -> dict:
     made["gbytes_per_s"] = round(info["bytes"] / median / 1e9, 2)
     made |= {key: info[key] for key in ("gemm_share", "interleaved") if key in info}
     if naive_median is not None and info["provider"] != "naive":
-        made["speedup"] = round(naive_median / median, 2)
+        made["speedup"] = info.get("interleaved", {}).get("naive", round(naive_median / median, 2))
     return made
 
 

@@ -27,6 +27,11 @@ def test_no_speedup_without_the_same_cell_of_the_naive_composition():
     assert all("speedup" not in row for row in rows)
 
 
+def test_a_speed_up_measured_in_turn_is_taken():
+    raw = {"benchmarks": [bench("naive", 4e-3), bench("ours", 1e-3, interleaved={"naive": 3.5})]}
+    assert record.compact(raw)["project_rows-amd-epyc-tm.json"]["rows"][1]["speedup"] == 3.5
+
+
 def test_other_benchmarks_are_left_alone():
     assert record.compact({"benchmarks": [{"extra_info": {"op": "logging"}, "stats": {}}]}) == {}
 
