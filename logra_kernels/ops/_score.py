@@ -73,7 +73,8 @@ def _score_encoded_kernel(
 ):  # fmt: skip
     """scores[p,q,n] = row_scale[n] sum_{d of piece p} queries[q,d] scales[n, d // BLOCK] codes[n,d]
 
-    A step lies within one block, so that the codes, exact in bf16, are multiplied first and scaled in fp32.
+    A step lies within one block, so that the codes, exact in bf16, are multiplied first and scaled in fp32. C: bytes of
+    codes a row.
     """
     q0, n0 = _place(Q, BLOCK_Q, BLOCK_N)
     q, n = q0.to(tl.int64) + tl.arange(0, BLOCK_Q), n0 + tl.arange(0, BLOCK_N)
@@ -116,7 +117,7 @@ def _score_int8_kernel(
     """scores[p,q,n] = row_scale[n] sum_d query_scales[q, d // SPAN] queries[q,d] scales[n, d // BLOCK] codes[n,d]
 
     d goes through piece p. A span lies within one block of the rows, so that its bytes add up as integers and are
-    scaled once.
+    scaled once. C: bytes of codes a row.
     """
     q0, n0 = _place(Q, BLOCK_Q, BLOCK_N)
     q, n = q0.to(tl.int64) + tl.arange(0, BLOCK_Q), n0 + tl.arange(0, BLOCK_N)

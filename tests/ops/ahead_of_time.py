@@ -1,7 +1,8 @@
 """Compiles what the Triton launchers launch, for a GPU that is not there: `python ahead_of_time.py 90 bfloat16`.
 
 The launchers run on CPU tensors with JITFunction.run replaced: the arguments of each launch become a signature and go
-through Triton and ptxas. Prints one JSON line a launch.
+through Triton and ptxas. Prints one JSON line a launch; with a third argument, a part of cases' names, only theirs, and
+what instructions their loops have.
 """
 
 import json
@@ -12,7 +13,7 @@ from functools import partial
 
 import torch
 import triton
-from machine_loops import most_spilled
+from machine_loops import counts, most_spilled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -175,7 +176,7 @@ def variants(dtype: torch.dtype) -> dict[str, Callable]:
     }
 
 
-def main(arch: int, name: str) -> None:
+def main(arch: int, name: str, looked_at: str = "") -> None:
     for module in LAUNCHERS:
         sys.modules[f"logra_kernels.ops.{module}"].capability_of = lambda tensor: (arch // 10, 0)
     if name == "tf32":
@@ -183,6 +184,8 @@ def main(arch: int, name: str) -> None:
     dtype = getattr(torch, "float32" if name == "tf32" else name)
     made = cases(dtype) | chunks(dtype, arch) | score_tiles(dtype)
     for case, launch in (made | (variants(dtype) if name == "bfloat16" else {})).items():
+        if looked_at not in case:
+            continue
         made_of: list[tuple[str, dict]] = []
         JITFunction.run = compiling_instead(arch, made_of)
         line: dict = {"case": case, "error": None}
@@ -194,8 +197,10 @@ def main(arch: int, name: str) -> None:
         line["tensor_cores"] = any("mma." in asm["ptx"] for _, asm in made_of)
         line["narrow_loads"] = sum(len(NARROW_LOAD.findall(asm["ptx"])) for _, asm in made_of)
         line["spilled"] = max((most_spilled(asm["cubin"]) for _, asm in made_of), default=0.0)
+        if looked_at:
+            line["loops"] = [loop for _, asm in made_of for loop in counts(asm["cubin"])]
         print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), *sys.argv[2:])

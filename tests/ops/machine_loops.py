@@ -47,10 +47,19 @@ def innermost_loops(cubin: bytes) -> list[list[str]]:
     return [[_name(instruction) for instruction in code[first:end]] for first, end in inner]
 
 
+def multiplying_loops(cubin: bytes) -> list[list[str]]:
+    """Those of the innermost ones."""
+    return [loop for loop in innermost_loops(cubin) if sum(name.startswith(PRODUCTS) for name in loop) > 1]
+
+
 def most_spilled(cubin: bytes) -> float:
     """The largest share of instructions that move spilled registers, of the loops that multiply."""
-    shares = [0.0]
-    for loop in innermost_loops(cubin) if has_stack(cubin) else ():  # nvdisasm takes half a second
-        if sum(name.startswith(PRODUCTS) for name in loop) > 1:
-            shares.append(sum(name.startswith(LOCAL) for name in loop) / len(loop))
-    return max(shares)
+    loops = multiplying_loops(cubin) if has_stack(cubin) else []  # nvdisasm takes half a second
+    return max((sum(name.startswith(LOCAL) for name in loop) / len(loop) for loop in loops), default=0.0)
+
+
+def counts(cubin: bytes) -> list[dict[str, int]]:
+    """Of each loop that multiplies: its instructions, and how many of them load from or store to which memory."""
+    kinds = ("LDG", "LDGSTS", "LDS", "STS", *LOCAL)
+    loops = multiplying_loops(cubin)
+    return [{"all": len(at)} | {kind: sum(i.partition(".")[0] == kind for i in at) for kind in kinds} for at in loops]

@@ -30,15 +30,15 @@ def _score_factored_kernel(
     for layer in range(0, L):
         k_out, k_in = tl.load(table + layer * 4), tl.load(table + layer * 4 + 1)
         column, factor = tl.load(table + layer * 4 + 2), tl.load(table + layer * 4 + 3)
-        width, column = tl.multiple_of(k_in, ALIGN), tl.multiple_of(column, ALIGN)
+        k_in, column = tl.multiple_of(k_in, ALIGN), tl.multiple_of(column, ALIGN)
         right = tl.multiple_of(factor + RANK * k_out, ALIGN)
-        tiles = tl.cdiv(width, BLOCK_D)
+        tiles = tl.cdiv(k_in, BLOCK_D)
         for step in range(0, k_out * tiles):
             i = step // tiles
             j = (step - i * tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-            ok = j < width
+            ok = j < k_in
             left = tl.load(
-                queries + q[:, None] * stride_qq + (column + i * width + j)[None, :] * stride_qd,
+                queries + q[:, None] * stride_qq + (column + i * k_in + j)[None, :] * stride_qd,
                 mask=(q < Q)[:, None] & ok[None, :], other=0.0,
             )  # fmt: skip
             rows = tl.zeros([BLOCK_D, BLOCK_N], ACC)
@@ -46,7 +46,7 @@ def _score_factored_kernel(
             for c in tl.static_range(RANK):
                 at = factors + n[None, :] * stride_fn
                 u = tl.load(at + (factor + c * k_out + i) * stride_ff, mask=(n < N)[None, :], other=0.0)
-                v = tl.load(at + (right + c * width + j)[:, None] * stride_ff, mask=mask, other=0.0)
+                v = tl.load(at + (right + c * k_in + j)[:, None] * stride_ff, mask=mask, other=0.0)
                 rows += u.to(ACC) * v.to(ACC)
             acc = tl.dot(left.to(OPERAND), rows.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
     tl.store(scores + q[:, None] * N + n[None, :], acc, mask=(q < Q)[:, None] & (n < N)[None, :])
